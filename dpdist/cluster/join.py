@@ -1,0 +1,240 @@
+"""Joining and leaving a job.
+
+Joining is the one place that touches JAX's global state: platform, virtual CPU devices, compilation cache,
+`jax.distributed`. No SIGTERM handler is installed here or anywhere else in dpdist: JAX's preemption service
+owns that signal, and a handler set later would silently disable
+`multihost_utils.reached_preemption_sync_point`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import socket
+import sys
+import time
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax._src import distributed, xla_bridge  # There is no public way to ask without initialising the backend.
+
+from dpdist import config
+from dpdist.cluster import agreement
+from dpdist.cluster.environment import Membership, detect
+from dpdist.cluster.job import AXIS, Job
+from dpdist.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+#: Seconds by which process 0 outlives a failure, so that each process can name its own reason.
+_LAST_TO_LEAVE = 2.0
+
+
+def join(cluster: config.Cluster, membership: Membership | None = None) -> Job:
+    """Become a process of the job, wait for all the others, and check that the devices are those asked for.
+
+    `jax.distributed` is initialised for one process too: without it the preemption sync point never fires.
+    If it already is (a second call in one Python), it is reused.
+
+    Args:
+        membership: who this process is; None asks `detect(os.environ)`.
+
+    Raises:
+        InputError: the environment is inconsistent; rank 0's host cannot be found, or its port is taken; or
+            platform or number of devices is not what `cluster` asks for, here or on any other process, and then all
+            processes raise it.
+        TimeoutError: a process joined but did not answer within `cluster.shutdown_timeout`.
+        jax.errors.JaxRuntimeError: not all processes came within `cluster.initialization_timeout`.
+    """
+    if membership is None:
+        membership = detect(os.environ, use_gpus=cluster.platform != "cpu")
+    distributed = True
+    if jax.distributed.is_initialized():
+        membership = _as_initialized(membership)
+    elif xla_bridge.backends_are_initialized():
+        _require_alone(membership)
+        distributed = False
+    else:
+        _configure(cluster, membership)
+        _initialize(cluster, membership)
+
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    job = Job(
+        membership=membership,
+        mesh=jax.sharding.Mesh(np.array(devices), (AXIS,)),
+        host_of_device=(),
+        timeout=cluster.shutdown_timeout,
+        distributed=distributed,
+    )
+    reports = agreement.gather(
+        {
+            "platform": jax.default_backend(),
+            "devices": jax.local_device_count(),
+            "host": membership.host_index,
+            "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS"),
+        },
+        job,
+    )
+    _check_platforms(cluster, reports)
+    _check_device_counts(cluster, reports)
+    hosts = tuple(reports[device.process_index]["host"] for device in devices)
+    return dataclasses.replace(job, host_of_device=hosts)
+
+
+def leave() -> None:
+    """Leave in good order: wait (bounded by `cluster.shutdown_timeout`) for the others, then disconnect.
+
+    For the end of a program. JAX can't join twice in one Python, so a library call must not leave.
+    """
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
+def abort(code: int) -> NoReturn:
+    """End this process now, with `code`, leaving everything to the launcher that ends the others.
+
+    An ordinary exit runs JAX's shutdown barrier, in which this process would wait for others that wait for
+    it in a collective. The barrier then fails, JAX ends the process with SIGABRT, and the launcher sees 134
+    and a shutdown error in place of the cause.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    ours = distributed.global_state  # not jax.process_index(), which raises where the backend could not be made
+    if jax.distributed.is_initialized() and (ours.num_processes or 1) > 1 and ours.process_id == 0:
+        # Process 0 serves what the others may still be reading, such as the error that ends them all.
+        time.sleep(_LAST_TO_LEAVE)
+    os._exit(code)
+
+
+def _configure(cluster: config.Cluster, membership: Membership) -> None:
+    """Set what JAX reads when it makes its backend."""
+    if cluster.platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    if cluster.platform != "gpu":
+        # One process needs none, and Gloo prints its connections on stdout, where commands print JSON.
+        if membership.num_processes > 1:
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        if cluster.devices_per_process is not None:
+            jax.config.update("jax_num_cpu_devices", cluster.devices_per_process)
+    if cluster.compilation_cache is not None:
+        # Process 0 writes and all read: JAX's own rule. What compiles in under a second stays out of it.
+        jax.config.update("jax_compilation_cache_dir", cluster.compilation_cache)
+
+
+def _initialize(cluster: config.Cluster, membership: Membership) -> None:
+    host, _, port = membership.coordinator_address.rpartition(":")
+    if membership.num_processes > 1:
+        _require_resolvable(host, "rank 0's host", membership)
+    if cluster.platform == "cpu":
+        _require_resolvable(socket.gethostname(), "this host itself, by which Gloo listens", membership)
+    if membership.process_id == 0:
+        _require_free(host, int(port), membership)
+    jax.distributed.initialize(
+        coordinator_address=membership.coordinator_address,
+        num_processes=membership.num_processes,
+        process_id=membership.process_id,
+        local_device_ids=membership.local_device_ids,
+        # None for the device ids would make JAX look for SLURM again and mix its findings with ours.
+        cluster_detection_method="deactivate",
+        # The service is unauthenticated: a job of one machine must not offer it to the network.
+        coordinator_bind_address=f"{host}:{port}" if host == "127.0.0.1" else None,
+        initialization_timeout=cluster.initialization_timeout,
+        heartbeat_timeout_seconds=cluster.heartbeat_timeout,
+        shutdown_timeout_seconds=cluster.shutdown_timeout,
+    )
+
+
+def _require_resolvable(host: str, whose: str, membership: Membership) -> None:
+    """Fail now where a host has no address: JAX would try until `initialization_timeout`, or give no reason.
+
+    Raises:
+        InputError: the name service says no, or gives no answer in three attempts.
+    """
+    for attempt in range(1, 4):
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except socket.gaierror as error:
+            if error.errno == socket.EAI_AGAIN and attempt < 3:
+                time.sleep(attempt)
+                continue
+            raise InputError(
+                "coordinator",
+                membership.coordinator_address,
+                f"{membership.label} on {socket.gethostname()} cannot find {host}, {whose} ({error.strerror}); "
+                "put the names of the nodes into the name service or /etc/hosts of every node.",
+            ) from None
+
+
+def _require_free(host: str, port: int, membership: Membership) -> None:
+    """Fail where somebody listens on the coordinator's port: the service would crash, or, where that somebody is
+    another such service, share its port and its callers.
+
+    Raises:
+        InputError: the port is taken.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what only lingers from a former job is no harm
+        try:
+            probe.bind((host if host == "127.0.0.1" else "", port))
+        except OSError as error:
+            raise InputError(
+                "coordinator",
+                membership.coordinator_address,
+                f"{membership.label} cannot listen there ({error.strerror}), so another program has the port; start "
+                "the job again: every job, step and restart gets a port of its own.",
+            ) from None
+
+
+def _as_initialized(membership: Membership) -> Membership:
+    """`membership`, corrected to what `jax.distributed` was initialised with."""
+    rank, size = jax.process_index(), jax.process_count()
+    if (membership.process_id, membership.num_processes) == (rank, size):
+        return membership
+    # Somebody else (MPI, a cloud pod) started the processes: hosts are unknown, one each is always right.
+    return dataclasses.replace(membership, process_id=rank, num_processes=size, host_index=rank, num_hosts=size)
+
+
+def _require_alone(membership: Membership) -> None:
+    if membership.num_processes > 1:
+        raise InputError(
+            "jax.distributed",
+            "not initialised",
+            f"this is {membership.label}, but JAX was already used in it, so it cannot join the others; "
+            "join before the first JAX computation, jax.devices() included.",
+        )
+    logger.warning(
+        "JAX was used before dpdist could initialise jax.distributed: training goes on in this process, but "
+        "preemption polling is off, so SIGTERM will end it without saving. Restart Python and train first."
+    )
+
+
+def _check_platforms(cluster: config.Cluster, reports: list[dict[str, Any]]) -> None:
+    wanted = reports[0]["platform"] if cluster.platform == "auto" else cluster.platform
+    for rank, report in enumerate(reports):
+        if report["platform"] == wanted:
+            continue
+        setting = report["JAX_PLATFORMS"]
+        reason = f" (JAX_PLATFORMS={setting} is set there)" if setting else ""
+        remedy = "set cluster.platform to what there is, before JAX is used."
+        if wanted == "gpu":
+            remedy = "check nvidia-smi, the GPUs the job requests, and that jax[cuda12] or [cuda13] is there."
+        raise InputError(
+            "cluster.platform",
+            cluster.platform,
+            f"rank {rank} of {len(reports)} has {report['platform']}{reason}, not {wanted}; {remedy}",
+        )
+
+
+def _check_device_counts(cluster: config.Cluster, reports: list[dict[str, Any]]) -> None:
+    wanted = reports[0]["devices"] if cluster.devices_per_process is None else cluster.devices_per_process
+    for rank, report in enumerate(reports):
+        if report["devices"] != wanted:
+            raise InputError(
+                "cluster.devices_per_process",
+                cluster.devices_per_process,
+                f"rank {rank} of {len(reports)} has {report['devices']} {report['platform']} device(s), not "
+                f"{wanted}; change the value, or what the launcher gives each process (under SLURM one GPU).",
+            )

@@ -1,0 +1,90 @@
+"""What a run asks of its data before the first step: are the labels in range, and is it the same data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+from jaxtyping import Int64
+
+from dpdist.data.sources import ArraySource, Source, Subset, gather, schema
+from dpdist.errors import InputError
+
+#: Examples whose labels are looked at where each costs a call of the user's code.
+LABELS_CHECKED = 16
+#: Content of an array source is hashed whole up to so many bytes, and so many examples of it beyond.
+HASHED_WHOLE, HASHED_ROWS = 256 << 20, 4096
+#: Examples hashed where each costs a call of the user's code.
+HASHED_ITEMS = 64
+#: Examples held in memory at once while hashing; part of the digest's definition.
+BLOCK = 256
+
+
+def check_labels(source: Source, classes: int, field: str = "model.classes") -> None:
+    """Check that the labels are integers in `[0, classes)`; a source without a `label` column passes.
+
+    JAX would not complain: an index out of range is clamped or gives NaN, and training would go wrong in
+    silence. All labels of an `ArraySource` are checked, but only the first 16 of another source, whose
+    examples may each cost a read and a decode.
+
+    Args:
+        source: label column of integers, any shape.
+        classes: number of classes, a public constant.
+        field: config field that set `classes`, to be named in the error.
+
+    Raises:
+        InputError: some label is out of range; which one is private, so the error does not say.
+    """
+    labels = _labels(source)
+    if labels is None:
+        return
+    if labels.dtype.kind not in "iu":
+        raise InputError("column 'label'", labels.dtype.name, "labels are integers from 0; convert them.")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise InputError(
+            field,
+            classes,
+            f"some labels lie outside 0 to {classes - 1}; set model.classes to the number of classes of the task, "
+            "and number them from 0.",
+        )
+
+
+def _labels(source: Source) -> np.ndarray | None:
+    base, indices = (source.source, source.indices) if isinstance(source, Subset) else (source, None)
+    if isinstance(base, ArraySource):
+        labels = base.arrays.get("label")
+        return labels if labels is None or indices is None else labels[indices]
+    return gather(source, np.arange(min(len(source), LABELS_CHECKED))).get("label")
+
+
+def fingerprint(source: Source) -> bytes:
+    """SHA-256 of a source, by which processes and resumed runs tell that they read the same data.
+
+    It covers the length, the columns' names, dtypes and row shapes, and the content: all of an
+    `ArraySource` up to 256 MiB and 4,096 evenly spaced examples of a larger one, 64 of any other source.
+    How the values are stored (byte order, gzip, memory map, order of columns) does not matter.
+
+    A hash of private data lets anyone who has it confirm a guess of that data: key it with the run's
+    secret before it is stored or sent anywhere.
+    """
+    first = gather(source, np.zeros(1, np.int64))
+    digest = hashlib.sha256(json.dumps([len(source), schema(first)]).encode())
+    indices = _hashed(source, sum(rows.nbytes for rows in first.values()))
+    for start in range(0, len(indices), BLOCK):
+        rows = gather(source, indices[start : start + BLOCK])
+        for name in sorted(rows):
+            digest.update(np.ascontiguousarray(rows[name]).data)
+    return digest.digest()
+
+
+def _hashed(source: Source, example_bytes: int) -> Int64[np.ndarray, " n"]:
+    """The indices whose content is hashed: all, or evenly spaced from the first to the last."""
+    length = len(source)
+    if not isinstance(source.source if isinstance(source, Subset) else source, ArraySource):
+        count = min(length, HASHED_ITEMS)
+    elif length * example_bytes > HASHED_WHOLE:
+        count = min(length, HASHED_ROWS)
+    else:
+        count = length
+    return np.arange(count) * (length - 1) // max(count - 1, 1)

@@ -1,0 +1,144 @@
+"""From the config's `data` section to a train and a test source."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dpdist.config import Data
+from dpdist.data.idx import read_mnist
+from dpdist.data.npy import read_npy
+from dpdist.data.sources import ArraySource, Source, Subset, schema
+from dpdist.errors import InputError
+from dpdist.plugins import load_function
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """What is trained on, and what is evaluated on."""
+
+    #: The private examples; how many there are is public.
+    train: Source
+    #: Examples for evaluation, which the guarantee does not cover; None evaluates nothing.
+    test: Source | None = None
+    #: Number of classes, a public constant never read from the labels; None leaves it to `model.classes`.
+    classes: int | None = None
+    #: What the data is called in summaries.
+    name: str
+
+    def __post_init__(self) -> None:
+        for part, source in (("train", self.train), ("test", self.test)):
+            if source is None and part == "test":
+                continue
+            if isinstance(source, Mapping) or not isinstance(source, Source):
+                raise InputError(
+                    f"{self.name} ({part})",
+                    type(source).__name__,
+                    "a source has __len__ and __getitem__(index); wrap a dict of arrays in dpdist.data.ArraySource.",
+                )
+            if len(source) == 0:
+                raise InputError(f"{self.name} ({part})", "0 examples", "at least one is needed.")
+
+
+def open_dataset(data: Data) -> Dataset:
+    """The dataset that the config's `data` section describes.
+
+    `digits` (bundled with scikit-learn), `idx` and `npy` are built in; `module:function` is called with
+    `data.options` and returns a `Dataset` or `(train, test)`, taken as they are. A built-in source without
+    a test set of its own has `data.test_fraction` of its examples held out, by index.
+
+    Raises:
+        InputError: the source, a file, a module or a function is missing or cannot be used.
+    """
+    if data.source not in BUILT_IN:
+        return _from_function(data)
+    if data.options:
+        raise InputError(
+            "data.options", data.options, f"only a module:function source takes options; {data.source} has none."
+        )
+    return BUILT_IN[data.source](data)
+
+
+def split_indices(length: int, data: Data) -> tuple[np.ndarray, np.ndarray]:
+    """Train and test indices, sorted: a public permutation of `data.split_seed`, cut at `data.test_fraction`.
+
+    The test set's size is rounded up. Ranks of Philox words make the permutation, because NumPy promises
+    that stream for all versions, which it does not for `Generator.permutation`.
+    """
+    order = np.argsort(np.random.Philox(data.split_seed).random_raw(length), kind="stable").astype(np.int64)
+    held_out = math.ceil(length * data.test_fraction)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def _digits(data: Data) -> Dataset:
+    # Read where it lies: importing scikit-learn costs every process of a job a second and 70 MB.
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    table = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=",", dtype=np.int32)
+    arrays = {"image": table[:, :64].reshape(-1, 8, 8, 1).astype(np.uint8), "label": table[:, 64]}
+    return _from_arrays(data, arrays, {}, name="digits", classes=10)
+
+
+def _idx(data: Data) -> Dataset:
+    path = _path(data)
+    return _from_arrays(data, *read_mnist(path), name=str(path), classes=10)
+
+
+def _npy(data: Data) -> Dataset:
+    path = _path(data)
+    return _from_arrays(data, *read_npy(path), name=str(path), classes=None)
+
+
+BUILT_IN: dict[str, Callable[[Data], Dataset]] = {"digits": _digits, "idx": _idx, "npy": _npy}
+
+
+def _path(data: Data) -> Path:
+    if data.path is None:
+        raise InputError("data.path", None, f"the source {data.source} needs the path of its files.")
+    return Path(data.path).expanduser()
+
+
+def _from_arrays(
+    data: Data, train: dict[str, np.ndarray], test: dict[str, np.ndarray], *, name: str, classes: int | None
+) -> Dataset:
+    source = ArraySource(train, name=f"train columns of {name}")
+    if not test:
+        kept, held_out = split_indices(len(source), data)
+        return Dataset(train=Subset(source, kept), test=Subset(source, held_out), classes=classes, name=name)
+    test_source = ArraySource(test, name=f"test columns of {name}")
+    expected, found = (
+        {column: tuple(values.shape[1:]) for column, values in part.arrays.items()} for part in (source, test_source)
+    )
+    if found != expected:
+        raise InputError(
+            f"test columns of {name}",
+            schema(test),
+            f"the train columns are {schema(train)}; both need the same names, and rows of the same shape.",
+        )
+    return Dataset(train=source, test=test_source, classes=classes, name=name)
+
+
+def _from_function(data: Data) -> Dataset:
+    function = load_function(data.source, "data.source", list(BUILT_IN))
+    signature = inspect.signature(function)
+    try:
+        signature.bind(**data.options)
+    except TypeError as error:
+        raise InputError("data.options", data.options, f"{error}; the function takes {signature}.") from None
+    result = function(**data.options)
+    if isinstance(result, Dataset):
+        return result
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise InputError(
+            "data.source",
+            data.source,
+            f"returned {type(result).__name__}; return a dpdist.data.Dataset or (train, test).",
+        )
+    return Dataset(train=result[0], test=result[1], name=data.source)

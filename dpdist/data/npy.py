@@ -1,0 +1,70 @@
+"""Columns in NumPy's own files: a directory of `.npy` files, memory-mapped, or one `.npz`.
+
+`train_image.npy` is the column `image` of the train set, `test_image.npy` of the test set; a `.npz` has
+the same names as keys. Other files and keys are left alone. Pickles are refused: loading one runs code.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from dpdist.errors import InputError
+
+
+def read_npy(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Train and test columns at `path`, by name; the test columns are empty where there are none.
+
+    Raises:
+        InputError: nothing there, no train columns, or a file that is damaged or holds Python objects.
+    """
+    if path.is_dir():
+        # Sorted, since the order of a directory differs between machines.
+        files = {file.stem: file for file in sorted(path.glob("*.npy"))}
+        arrays = {name: _map(file) for name, file in files.items() if name.startswith(("train_", "test_"))}
+        found = [file.name for file in files.values()]
+    elif path.is_file():
+        arrays = _read_npz(path)
+        found = list(arrays)
+    else:
+        raise InputError(
+            "data.path",
+            str(path),
+            "no such file or directory; name a directory of train_<column>.npy and test_<column>.npy files, or a .npz.",
+        )
+    train, test = (
+        {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+        for prefix in ("train_", "test_")
+    )
+    if not train:
+        raise InputError(
+            "data.path",
+            str(path),
+            "has no train columns; looked for the names train_<column>, "
+            f"such as train_image, and found {', '.join(found) or 'nothing'}.",
+        )
+    return train, test
+
+
+def _map(file: Path) -> np.ndarray:
+    try:
+        return np.lib.format.open_memmap(file, mode="r")
+    except (ValueError, OSError) as error:
+        raise InputError("data.path", str(file), _remedy(error)) from None
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    if not zipfile.is_zipfile(path):
+        raise InputError("data.path", str(path), "is neither a directory nor a complete .npz file.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError("data.path", str(path), _remedy(error)) from None
+
+
+def _remedy(error: Exception) -> str:
+    return f"cannot be read ({error}); save complete arrays of numbers or bools with np.save or np.savez."

@@ -1,0 +1,54 @@
+"""From example indices to arrays on the devices: gather this process's rows, pad with zeros, send."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int64, Shaped
+
+from dpdist.data.sources import Source, gather
+
+
+class Placement:
+    """Reads examples of one source for the devices of this process.
+
+    Args:
+        source: examples by index.
+        mesh: the job's devices, along one axis; arrays are sharded over it by their first axis.
+        workers: threads that call `__getitem__` of a source without `take`.
+    """
+
+    def __init__(self, source: Source, mesh: Mesh, *, workers: int) -> None:
+        self.source = source
+        devices = list(mesh.devices.flat)
+        #: Positions in the mesh of this process's devices.
+        self.local = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
+        self.devices = len(devices)
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="dpdist-gather")
+
+    def examples(self, rows: Int64[np.ndarray, " n"]) -> tuple[dict[str, Array], Shaped[np.ndarray, " n"]]:
+        """The examples at `rows`, an equal number for each local device in turn; -1 gives a row of zeros.
+
+        Returns:
+            Columns [devices * n / local devices, ...] over the mesh, and the mask bool[n] of real rows, local.
+        """
+        real = rows >= 0
+        data = {}
+        for name, values in gather(self.source, rows[real], self._pool).items():
+            padded = np.zeros((len(rows), *values.shape[1:]), values.dtype)
+            padded[real] = values
+            data[name] = self.send(padded)
+        return data, real
+
+    def send(self, local: Shaped[np.ndarray, "n ..."]) -> Array:
+        """This process's slice of an array that is sharded over the mesh by its first axis."""
+        shape = (local.shape[0] // len(self.local) * self.devices, *local.shape[1:])
+        return jax.make_array_from_process_local_data(self._sharding, local, shape)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()

@@ -1,0 +1,17 @@
+"""The one exception for wrong input: it names the field, the value and the remedy."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; raised before any training step.
+
+    Args:
+        field: dotted name of the config field, file or flag at fault, e.g. `privacy.delta`.
+        value: what was given, as the user would recognise it.
+        remedy: what to do instead, as a full sentence.
+    """
+
+    def __init__(self, field: str, value: object, remedy: str) -> None:
+        self.field, self.value, self.remedy = field, value, remedy
+        super().__init__(f"{field} = {value!r}: {remedy}")

@@ -1,0 +1,46 @@
+"""What identifies the program that runs: a digest of dpdist's own source, and the versions that set the bits."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpdist.config import Config
+from dpdist.plugins import module_file
+
+
+def code_digest(room: str = "") -> str:
+    """SHA-256 over the source files of this package, or of one room of it, to tell two installations apart."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent / room
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def user_code_digest(config: Config) -> str:
+    """SHA-256 over the modules that a config names as `module:function`, but not what they import."""
+    digest = hashlib.sha256()
+    for path in (config.data.source, config.model.name, config.model.loss):
+        file = module_file(path.partition(":")[0]) if ":" in path else None
+        digest.update(b"\0" if file is None else file.read_bytes())
+    return digest.hexdigest()
+
+
+def environment(platform: str) -> str:
+    """What turns keys into bits; another JAX, platform or trusted base may draw other bits from the same keys."""
+    return f"jax {jax.__version__} on {platform}, mechanism {code_digest('mechanism')[:12]}"
+
+
+def params_digest(params: Any) -> str:
+    """SHA-256 over paths, dtypes, shapes and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\0".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

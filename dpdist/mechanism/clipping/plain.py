@@ -1,0 +1,34 @@
+"""The non-private arm: the plain gradient sum of the same batch, for comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+
+def plain_grad_sum(
+    loss_fn: Callable[[Any, Any], Any],
+) -> Callable[[Any, Any, Any], tuple[Any, Float32[Array, " p"]]]:
+    """`f(params, batch, mask) -> (sums, norms)` without any bound: no privacy, and norms all 0.
+
+    One backward pass over the masked sum of losses, as an ordinary trainer does it.
+    """
+
+    def grad_sum(params: Any, batch: Any, mask: Float[Array, " p"]) -> tuple[Any, Float32[Array, " p"]]:
+        # Padding of zeros may have no gradient (0 * inf is NaN), so a real row stands in for it, with weight 0.
+        used = mask > 0
+        rows = jnp.where(used, jnp.arange(mask.shape[0]), jnp.argmax(used))
+        real = jax.tree.map(lambda column: column[rows], batch)
+
+        def total(params: Any) -> Array:
+            losses = jax.vmap(loss_fn, in_axes=(None, 0))(params, real)
+            return jnp.sum(jnp.where(used, losses, 0.0))
+
+        sums = jax.tree.map(lambda g: jnp.where(used.any(), g, 0).astype(jnp.float32), jax.grad(total)(params))
+        return sums, jnp.zeros(mask.shape, jnp.float32)
+
+    return grad_sum

@@ -1,0 +1,107 @@
+"""The run's secret, and the keys of every step that derive from it.
+
+All randomness the guarantee rests on is a function of (secret, nonce, step): who samples an example or
+draws noise, on how many processes or devices, never enters. Derivation is BLAKE2b keyed by the secret
+(RFC 7693), over a length-prefixed purpose and fixed-width fields, so that no two purposes can collide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+from jaxtyping import UInt32, UInt64
+
+SECRET_BYTES = 32
+NONCE_BYTES = 32
+_PERSON = b"dpdist keys v1"
+
+
+class Secret:
+    """32 random bytes; it cannot be printed or pickled, only read by name.
+
+    Whoever holds it can subtract the noise, so it must reach no log, metric, checkpoint or argument.
+    """
+
+    __slots__ = ("_key", "insecure")
+
+    def __init__(self, key: bytes, *, insecure: bool = False) -> None:
+        if len(key) != SECRET_BYTES:
+            raise ValueError(f"a secret has {SECRET_BYTES} bytes, not {len(key)}")
+        self._key = key
+        #: True for a secret made from a known seed; the guarantee does not hold.
+        self.insecure = insecure
+
+    @classmethod
+    def fresh(cls) -> Secret:
+        """A new secret from the operating system's generator."""
+        return cls(secrets.token_bytes(SECRET_BYTES))
+
+    @classmethod
+    def from_insecure_seed(cls, seed: int) -> Secret:
+        """A secret anyone can recompute: for tests and debugging only."""
+        return cls(hashlib.blake2b(b"insecure seed %d" % seed, digest_size=SECRET_BYTES).digest(), insecure=True)
+
+    def reveal(self) -> bytes:
+        """The bytes themselves, for the one file that keeps them."""
+        return self._key
+
+    def derive(self, purpose: str, *, nonce: bytes = b"", step: int = 0, leaf: int = 0, size: int = 16) -> bytes:
+        """`size` pseudorandom bytes (at most 64) for one purpose, incarnation, step and parameter leaf."""
+        label = purpose.encode()
+        message = b"".join(
+            (
+                len(label).to_bytes(2, "little"),
+                label,
+                len(nonce).to_bytes(2, "little"),
+                nonce,
+                step.to_bytes(8, "little"),
+                leaf.to_bytes(4, "little"),
+            )
+        )
+        return hashlib.blake2b(message, digest_size=size, key=self._key, person=_PERSON).digest()
+
+    def tag(self, message: bytes) -> str:
+        """A keyed digest of `message`, hex: equal for equal secrets and messages, and useless without."""
+        return self.derive("tag:" + hashlib.sha256(message).hexdigest(), size=32).hex()
+
+    def __repr__(self) -> str:
+        return "Secret(hidden)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a secret is not pickled: it stays in the process and in its own file")
+
+
+def fresh_nonce(secret: Secret) -> bytes:
+    """The nonce of a new incarnation: random, so that two copies of a run can never reuse keys.
+
+    A test secret gets a fixed one, so that tests can compare runs.
+    """
+    return secret.derive("nonce", size=NONCE_BYTES) if secret.insecure else secrets.token_bytes(NONCE_BYTES)
+
+
+@dataclass(frozen=True, repr=False)
+class Keys:
+    """The keys of one incarnation's steps."""
+
+    secret: Secret
+    nonce: bytes
+
+    def sampling(self, step: int) -> UInt64[np.ndarray, " 2"]:
+        """The Philox key that decides who is in step `step`."""
+        return np.frombuffer(self._derive("sampling", step), dtype="<u8").astype(np.uint64)
+
+    def noise(self, step: int, leaves: int) -> UInt32[np.ndarray, "{leaves} 4 2"]:
+        """For every parameter leaf the keys of the four draws that are averaged."""
+        raw = b"".join(self._derive("noise", step, leaf=leaf, size=32) for leaf in range(leaves))
+        return np.frombuffer(raw, dtype="<u4").astype(np.uint32).reshape(leaves, 4, 2)
+
+    def loss(self, step: int) -> UInt32[np.ndarray, " 2"]:
+        """The key from which, with its index, an example of a randomised loss gets its own."""
+        return np.frombuffer(self._derive("loss", step, size=8), dtype="<u4").astype(np.uint32)
+
+    def _derive(self, purpose: str, step: int, *, leaf: int = 0, size: int = 16) -> bytes:
+        return self.secret.derive(purpose, nonce=self.nonce, step=step, leaf=leaf, size=size)

@@ -1,0 +1,95 @@
+"""What is trained: a model is three functions of *one* example.
+
+One example in, one loss out means that no layer can mix examples, which is what clipping per example
+needs: batch normalisation cannot be written here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import Array
+
+from dpdist import config as config_module
+from dpdist.errors import InputError
+from dpdist.plugins import load_function
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model as pure functions.
+
+    Attributes:
+        init: `init(key) -> params`, a pytree of floating-point arrays.
+        apply: `apply(params, example) -> logits` of one example, a dict of arrays without batch axis;
+            integers are scaled here, on the device. A randomised model finds a PRNG key in
+            `example["key"]` while it trains, and no such entry while it is evaluated.
+        loss: `loss(logits, example) -> scalar`; by default the cross entropy with `example["label"]`.
+        randomised: give every training example a key of its own, derived from (secret, step, index), so that
+            dropout and augmentation do not depend on the number of devices either.
+    """
+
+    init: Callable[[Array], Any]
+    apply: Callable[[Any, dict[str, Array]], Array]
+    loss: Callable[[Array, dict[str, Array]], Array] | None = None
+    randomised: bool = False
+
+
+def cross_entropy(logits: Array, example: dict[str, Array]) -> Array:
+    """Softmax cross entropy of one example: logits [classes] and `example["label"]`, an integer."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, example["label"])
+
+
+def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruct], classes: int | None) -> Model:
+    """The model a config names, with its loss in place.
+
+    Args:
+        config: the `model` section. A `module:function` is called with `config.options`, and with `example`
+            (the shapes and dtypes of one example) and `classes` where it takes parameters of that name.
+        example: shapes and dtypes of one example, by column.
+        classes: number of classes, or None where neither config nor data give one.
+
+    Raises:
+        InputError: no such model, options it does not take, or a model that is not a `Model`.
+    """
+    from dpdist.models.small import cnn, mlp
+
+    builtin: dict[str, Callable[..., Model]] = {"mlp": mlp, "cnn": cnn}
+    build_fn = builtin.get(config.name) or load_function(config.name, "model.name", list(builtin))
+    options = dict(config.options)
+    parameters = inspect.signature(build_fn).parameters
+    for name, value in (("example", example), ("classes", config.classes or classes)):
+        if name in parameters and name not in options:
+            if value is None:
+                raise InputError("model.classes", None, "the data source does not say; set model.classes.")
+            options[name] = value
+    unknown = [name for name in options if name not in parameters]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise InputError(
+            f"model.options.{unknown[0]}",
+            options[unknown[0]],
+            f"{config.name} takes {', '.join(n for n in parameters if n != 'example')}.",
+        )
+    try:
+        model = build_fn(**options)
+    except (TypeError, ValueError) as error:
+        raise InputError("model.options", config.options, f"{config.name} refused them: {error}") from error
+    if not isinstance(model, Model):
+        raise InputError("model.name", config.name, f"must return a dpdist.models.Model, not {type(model).__name__}.")
+    if config.loss != "cross_entropy":
+        loss = load_function(config.loss, "model.loss", ["cross_entropy"])
+    else:
+        loss = model.loss or cross_entropy
+    return Model(init=model.init, apply=model.apply, loss=loss, randomised=model.randomised)
+
+
+def example_loss(model: Model) -> Callable[[Any, dict[str, Array]], Array]:
+    """`f(params, example) -> scalar`, the function whose gradients are clipped."""
+    assert model.loss is not None
+    loss = model.loss
+    return lambda params, example: loss(model.apply(params, example), example)

@@ -1,0 +1,75 @@
+"""How a run shows where it is: a bar on a terminal, a dense line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+_LINE_SECONDS = 5.0
+
+
+class ProgressLine:
+    """Step, epsilon spent of target, examples/s and time left; public numbers only.
+
+    Args:
+        steps: the last step.
+        start: the step a resumed run begins at.
+        budget: what epsilon is shown against (the target, or the plan's epsilon); None without privacy.
+        style: `bar`, `lines`, `off`, or `auto`: a bar where stderr is a terminal.
+    """
+
+    def __init__(
+        self, *, steps: int, start: int, budget: float | None, style: Literal["auto", "bar", "lines", "off"]
+    ) -> None:
+        if style == "auto":
+            style = "bar" if sys.stderr.isatty() else "lines"
+        self._steps, self._start, self._budget = steps, start, budget
+        self._began = self._shown = time.monotonic()
+        self._lines = style == "lines"
+        self._bar = None
+        self._accuracy = ""
+        if style == "bar":
+            self._bar = Progress(
+                BarColumn(bar_width=12), TextColumn("{task.description}"), console=Console(stderr=True)
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("first step", total=steps, completed=start)
+
+    def show_accuracy(self, accuracy: float) -> None:
+        """Add the newest accuracy to what is shown."""
+        self._accuracy = f" | acc {accuracy:.4f}"
+
+    def update(self, step: int, epsilon: float | None, examples_per_second: float) -> None:
+        """Show the state after `step` steps; lines appear at most every five seconds, and at the end."""
+        now = time.monotonic()
+        if self._bar is None and (not self._lines or (now - self._shown < _LINE_SECONDS and step < self._steps)):
+            return
+        self._shown = now
+        left = (now - self._began) / max(1, step - self._start) * (self._steps - step)
+        spent = f" | eps {epsilon:.2f} of {self._budget:.2f}" if epsilon is not None else ""
+        # Short enough to stand beside the bar in 80 columns.
+        text = f"{step}/{self._steps}{spent} | {examples_per_second:,.0f} ex/s | ETA {_clock(left)}{self._accuracy}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        else:
+            say(f"step {text}")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def say(text: str) -> None:
+    """One line to stderr, where logs go."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

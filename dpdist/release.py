@@ -1,0 +1,92 @@
+"""What a run has trained, brought back in one process: parameters, predictions and the privacy statement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from dpdist import config as config_module
+from dpdist import models
+from dpdist import optimizer as optimizers
+from dpdist.checkpoint import Checkpoints
+from dpdist.config import Config
+from dpdist.errors import InputError
+from dpdist.mechanism.step import initial_state
+from dpdist.rundir import RunDirectory
+from dpdist.summary import guarantee
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run as it stands at its newest checkpoint.
+
+    Attributes:
+        config: what was trained.
+        params: the released parameters (their average where one was kept).
+        step: steps taken.
+        privacy: what holds for `params`: epsilon, delta, adjacency, mechanism constants, and `guarantee`.
+    """
+
+    config: Config
+    params: Any
+    step: int
+    privacy: dict[str, Any]
+    _model: models.Model
+
+    def predict(self, examples: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Logits [n, classes] of examples given by column, e.g. `{"image": uint8[n, 8, 8, 1]}`."""
+        return np.asarray(self._logits(self.params, dict(examples)))
+
+    @cached_property
+    def _logits(self) -> Callable[[Any, dict[str, np.ndarray]], Any]:
+        return jax.jit(jax.vmap(self._model.apply, in_axes=(None, 0)))
+
+
+def load(run_dir: str | Path) -> TrainedRun:
+    """Load the newest checkpoint of a run, on one device, whatever it was trained on.
+
+    Raises:
+        InputError: there is no run, or no checkpoint of one.
+    """
+    run = RunDirectory(Path(run_dir))
+    if not run.config.exists():
+        raise InputError("run_dir", str(run_dir), "holds no run (no config.yaml).")
+    checkpoints = Checkpoints(run.checkpoints, read_only=True)
+    step = checkpoints.latest()
+    if step is None:
+        raise InputError("run_dir", str(run_dir), "has no checkpoint yet.")
+    meta = checkpoints.read_meta(step)
+    config = config_module.from_dict(meta["config"])  # unlike config.yaml, no editor has touched it
+    example = {name: jax.ShapeDtypeStruct(tuple(shape), dtype) for name, (shape, dtype) in meta["example"].items()}
+    model = models.build(config.model, example=example, classes=meta["classes"])
+    optimizer = optimizers.build(config.optimizer, meta["plan"]["steps_asked"])
+    averaged = config.optimizer.average_decay > 0
+    here = SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.eval_shape(lambda: initial_state(model.init(jax.random.key(0)), optimizer, averaged=averaged))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
+    state = checkpoints.restore(step, abstract)
+    checkpoints.close()
+    plan = meta["plan"]
+    privacy = {"guarantee": guarantee(config), "released_after_step": step} | {
+        name: plan[name]
+        for name in (
+            "epsilon",
+            "delta",
+            "adjacency",
+            "noise_multiplier",
+            "clip_norm",
+            "steps",
+            "sampling_probability",
+            "dataset_size",
+            "accountant",
+            "epsilon_rdp",
+        )
+    }
+    return TrainedRun(config=config, params=state.released, step=step, privacy=privacy, _model=model)

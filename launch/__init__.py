@@ -1,0 +1,26 @@
+"""How a run is started and looked at. `submit` sends one to a SLURM cluster, `attach` finds its job again."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launch.job import JobFailedError, TrainingJob, attach
+    from launch.slurm import submit
+
+__all__ = ["JobFailedError", "TrainingJob", "attach", "submit"]
+
+# Resolved on first use: `dpdist` commands that submit nothing do not wait for submitit.
+_HOME = {
+    "JobFailedError": "launch.job",
+    "TrainingJob": "launch.job",
+    "attach": "launch.job",
+    "submit": "launch.slurm",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'launch' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,224 @@
+"""The `dpdist` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpdist.errors import InputError
+from launch import sbatch
+from launch.scaling import command as scaling
+
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    # argparse takes `key=value` only next to CONFIG; after an option they come out here.
+    if any("=" not in item or item.startswith("-") for item in rest) or (rest and not hasattr(options, "overrides")):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    try:
+        return options.run(options)
+    except InputError as error:
+        print(f"dpdist: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of every command."""
+    top = argparse.ArgumentParser(prog="dpdist", description="Distributed differentially private training in JAX.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a config here, or join the SLURM step this runs in",
+        description="Train CONFIG, or go on with the run that its directory holds. Exit codes: 0 finished or budget "
+        "exhausted, 75 preempted and saved (run it again), 124 stuck, 2 bad input, 1 failed.",
+    )
+    train.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides, e.g. privacy.clip_norm=0.5")
+    train.add_argument("--run-dir", help="the run directory (run.dir); an existing run there is resumed")
+    train.add_argument("--processes", type=int, help="start this many processes on this machine")
+    train.set_defaults(run=_train)
+
+    submit = commands.add_parser(
+        "submit",
+        help="train a config as a SLURM job",
+        description="Submit CONFIG as a SLURM job of one process a GPU. Preempted or short of time, it saves, goes "
+        "back to the queue, and goes on. Prints one JSON object; with --follow also the log and the summary, and "
+        "the exit code is 0 only if the run has finished.",
+    )
+    submit.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+    submit.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
+    submit.add_argument("--nodes", type=int, required=True)
+    submit.add_argument("--gpus-per-node", type=int, default=0, metavar="GPUS", help="default 0: train on CPUs")
+    submit.add_argument("--tasks-per-node", type=int, metavar="N", help="processes a node, if not one a GPU")
+    submit.add_argument("--time", default="24:00:00", help="time limit as sbatch takes it (24:00:00)")
+    sbatch.add_options(submit)
+    submit.add_argument("--run-dir", help="the run directory (run.dir), on a file system all nodes share")
+    submit.add_argument(
+        "--follow", action="store_true", help="show the log until the job ends; Ctrl-C leaves the job alone"
+    )
+    submit.set_defaults(run=_submit)
+
+    privacy = commands.add_parser("privacy", help="what a plan costs, without training; prints one JSON object")
+    questions = privacy.add_subparsers(required=True, metavar="QUESTION")
+    for name, text, run in (
+        ("epsilon", "epsilon of a noise multiplier", _epsilon),
+        ("calibrate", "noise multiplier for an epsilon", _calibrate),
+    ):
+        question = questions.add_parser(name, help=text)
+        question.add_argument("--sampling-probability", type=float, required=True, help="q, in (0, 1]")
+        question.add_argument("--steps", type=int, required=True, help="T")
+        question.add_argument("--delta", type=float, required=True)
+        if name == "epsilon":
+            question.add_argument("--noise-multiplier", type=float, required=True, help="sigma")
+        else:
+            question.add_argument("--target-epsilon", type=float, required=True)
+        question.set_defaults(run=run)
+
+    bench = commands.add_parser("bench", help="measure this machine")
+    subjects = bench.add_subparsers(required=True, metavar="SUBJECT")
+    step = subjects.add_parser("step", help="where the time of a training step goes, as fractions")
+    step.add_argument("config", metavar="CONFIG")
+    step.add_argument("overrides", nargs="*", metavar="key=value")
+    step.add_argument("--steps", type=int, default=20, help="steps measured, after the first two")
+    step.add_argument("--to", type=Path, help="write the JSON here as well")
+    step.set_defaults(run=_bench_step)
+
+    scaling.add_to(commands)
+    return top
+
+
+def _train(options: argparse.Namespace) -> int:
+    from dpdist import configfile
+
+    overrides = list(options.overrides)
+    if options.run_dir is not None:
+        overrides.append(f"run.dir={json.dumps(options.run_dir)}")
+    config = configfile.load(options.config, overrides)  # before any process is started
+    if options.processes is not None:
+        from launch.local import run_local
+
+        return run_local(["train", options.config, *overrides], options.processes, config.cluster.devices_per_process)
+    from launch.training import train_here
+
+    return train_here(config)
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from dpdist import configfile
+    from launch.job import JobFailedError, attach
+    from launch.slurm import submit
+
+    overrides = list(options.overrides)
+    if options.run_dir is not None:
+        overrides.append(f"run.dir={json.dumps(options.run_dir)}")
+    config = configfile.load(options.config, overrides)
+    job = attach(config.run.dir) if options.follow else None
+    if job is None or job.ended():
+        job = submit(
+            config,
+            nodes=options.nodes,
+            gpus_per_node=options.gpus_per_node,
+            tasks_per_node=options.tasks_per_node,
+            cpus_per_task=options.cpus_per_task,
+            time=options.time,
+            sbatch=sbatch.chosen(options),
+            site=options.site,
+        )
+    print(
+        json.dumps({"job": job.id, "state": job.state(), "run_dir": str(job.run_dir), "log": str(job.log())}),
+        flush=True,
+    )
+    if not options.follow:
+        return EXIT_DONE
+    try:
+        job.follow()
+        print(json.dumps(job.result()))
+    except KeyboardInterrupt:
+        print(f"job {job.id} goes on; `scancel {job.id}` ends it, the same command follows it again", file=sys.stderr)
+    except JobFailedError as error:
+        print(f"dpdist: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_DONE
+
+
+def _epsilon(options: argparse.Namespace) -> int:
+    from dpdist.mechanism import accounting
+
+    spent = _privacy_answer(
+        lambda: accounting.epsilon(
+            sampling_probability=options.sampling_probability,
+            noise_multiplier=options.noise_multiplier,
+            steps=options.steps,
+            delta=options.delta,
+        )
+    )
+    _print_privacy(options, options.noise_multiplier, spent)
+    return EXIT_DONE
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from dpdist.mechanism import accounting
+
+    sigma = _privacy_answer(
+        lambda: accounting.calibrate(
+            target_epsilon=options.target_epsilon,
+            sampling_probability=options.sampling_probability,
+            steps=options.steps,
+            delta=options.delta,
+        )
+    )
+    spent = accounting.epsilon(
+        sampling_probability=options.sampling_probability,
+        noise_multiplier=sigma,
+        steps=options.steps,
+        delta=options.delta,
+    )
+    _print_privacy(options, sigma, spent)
+    return EXIT_DONE
+
+
+def _privacy_answer(question: Any) -> Any:
+    try:
+        return question()
+    except ValueError as error:
+        raise InputError("dpdist privacy", "the numbers given", f"{error}.") from None
+
+
+def _print_privacy(options: argparse.Namespace, noise_multiplier: float, spent: Any) -> None:
+    print(
+        json.dumps(
+            {
+                "epsilon": spent.epsilon,
+                "delta": spent.delta,
+                "epsilon_rdp": spent.epsilon_rdp,
+                "accountant": spent.accountant,
+                "noise_multiplier": noise_multiplier,
+                "sampling_probability": options.sampling_probability,
+                "steps": options.steps,
+            }
+        )
+    )
+
+
+def _bench_step(options: argparse.Namespace) -> int:
+    from dpdist import configfile
+    from launch.bench.step import bench_step
+
+    report = bench_step(configfile.load(options.config, options.overrides), steps=options.steps)
+    text = json.dumps(report, indent=2)
+    print(text)
+    if options.to is not None:
+        options.to.write_text(text + "\n")
+    return EXIT_DONE

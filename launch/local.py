@@ -1,0 +1,215 @@
+"""Several processes on this machine: a laptop that plays a cluster of one-process nodes.
+
+Each process is told who it is through DPDIST_* variables (`dpdist.cluster.environment`). Their output is
+forwarded line by line with the rank in front, the first failure ends them all, and a signal to the launcher
+becomes the preemption notice that SLURM would send.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import IO
+
+from dpdist.cluster.environment import LOCAL_VARIABLES, free_port
+from dpdist.errors import InputError
+
+#: A run that was preempted and saved exits with it: start me again.
+EXIT_PREEMPTED = 75
+#: Seconds that the others get, after one has failed, to report their own side of it.
+GRACE = 3.0
+#: Seconds to wait for the last lines of a pipe that a grandchild may hold open for ever.
+_DRAIN = 2.0
+#: `prctl` option of Linux: the signal a process gets when its parent dies.
+_PR_SET_PDEATHSIG = 1
+
+
+def run_local(
+    argv: Sequence[str],
+    processes: int,
+    devices_per_process: int | None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    program: Sequence[str] = (sys.executable, "-m", "launch"),
+) -> int:
+    """Run `program` with `argv` as `processes` processes of one job; call it from the main thread.
+
+    SIGTERM and SIGINT are forwarded to all of them as SIGTERM, the preemption notice; a second SIGINT kills
+    them. If this process is killed, so are they (on Linux).
+
+    Args:
+        argv: arguments after the program, such as `["train", "config.yaml"]`.
+        devices_per_process: CPU devices that the config gives each, used to share out the cores.
+        environ: their environment before our additions; None is this process's.
+        program: the command that every process runs.
+
+    Returns:
+        0 if all returned 0; 75 if all returned 0 or 75; else the code of the first process that failed, or
+        128 + the number of the signal that ended it; 130 after a second SIGINT.
+
+    Raises:
+        InputError: `processes` is less than 1.
+    """
+    if processes < 1:
+        raise InputError("--processes", processes, "give at least 1.")
+    environ = _with_fair_share_of_cores(
+        os.environ if environ is None else environ, processes * (devices_per_process or 1)
+    )
+    coordinator = f"127.0.0.1:{free_port()}"
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        with _forwarded_signals(ranks) as received:
+            for rank in range(processes):
+                identity = dict(zip(LOCAL_VARIABLES, (str(rank), str(processes), coordinator), strict=True))
+                ranks.append(_start([*program, *argv], {**environ, **identity}))
+            if received:  # While some ranks were not there yet.
+                _notify(ranks)
+            # Threads only from here on: _start forks, and a fork copies locks that another thread may hold.
+            forwarders = _forward_output(ranks)
+            code = _supervise(ranks)
+        for thread in forwarders:
+            thread.join(_DRAIN)
+    finally:
+        _kill(ranks)
+    return 128 + signal.SIGINT if received.count(signal.SIGINT) > 1 else code
+
+
+def _with_fair_share_of_cores(environ: Mapping[str, str], devices: int) -> dict[str, str]:
+    """`environ`, and one thread for each process where the devices of all outnumber the cores.
+
+    XLA and BLAS start a thread for every core in every process, which then fight for them. XLA reads the
+    size of its pool from NPROC; the often-copied `intra_op_parallelism_threads=1` is no XLA flag and is
+    ignored. What the user has set stays.
+    """
+    environ = dict(environ)
+    if devices > (os.cpu_count() or 1):
+        environ.setdefault("NPROC", "1")
+        environ.setdefault("OMP_NUM_THREADS", "1")
+        flags = environ.get("XLA_FLAGS", "")
+        if "--xla_cpu_multi_thread_eigen" not in flags:
+            environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    return environ
+
+
+def _start(command: list[str], environ: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        # A forwarded line must be a line that was printed now, not 8 KiB later.
+        env={**environ, "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Out of the terminal's foreground group: Ctrl-C comes to the launcher alone, which asks to save.
+        process_group=0,
+        preexec_fn=_die_with(os.getpid()),
+    )
+
+
+def _die_with(launcher: int) -> Callable[[], None] | None:
+    """What a child does between fork and exec so that it never outlives the launcher."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # Looked up before the fork: the loader takes locks.
+
+    def set_death_signal() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != launcher:  # It died before prctl could tell.
+            os._exit(128 + signal.SIGKILL)
+
+    return set_death_signal
+
+
+def _forward_output(ranks: list[subprocess.Popen[bytes]]) -> list[threading.Thread]:
+    """Start a thread for each pipe, which copies whole lines, one at a time, to our own stream."""
+    lock = threading.Lock()
+
+    def forward(rank: int, pipe: IO[bytes], stream: IO[str]) -> None:
+        for line in pipe:
+            text = line.decode(errors="replace").rstrip("\n")
+            if "connected peer ranks" in text:  # Gloo's chatter, several lines a rank, torn where ranks meet
+                continue
+            # Our reader may be gone (`| head`). The ranks' pipes are emptied all the same, or they would stall.
+            with lock, suppress(BrokenPipeError):
+                stream.write(f"[{rank}] {text}\n")
+                stream.flush()
+
+    threads = []
+    for rank, process in enumerate(ranks):
+        for pipe, stream in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+            threads.append(threading.Thread(target=forward, args=(rank, pipe, stream), daemon=True))
+            threads[-1].start()
+    return threads
+
+
+@contextmanager
+def _forwarded_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """While the block runs, SIGTERM and SIGINT go to the ranks; yields the signals received so far."""
+    received: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        if received.count(signal.SIGINT) > 1:
+            _kill(ranks)
+            return
+        _notify(ranks)
+        # No print: the interrupted code may be holding the lock of the stream's buffer.
+        hint = b"; Ctrl-C again ends them at once" if number == signal.SIGINT else b""
+        os.write(2, b"launcher: asked all ranks to save and stop" + hint + b"\n")
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _notify(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """SIGTERM, the preemption notice, to every rank; nothing to one that has ended."""
+    for process in ranks:
+        process.send_signal(signal.SIGTERM)
+
+
+def _supervise(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all ranks, end them when one fails, and return the code of the job."""
+    # One waiting thread a rank, so that failures queue up in the order in which they happened: when the
+    # coordinator dies the others abort within milliseconds, and it is the first that must be named.
+    exits: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+    for rank, process in enumerate(ranks):
+        threading.Thread(
+            target=lambda rank, process: exits.put((rank, process.wait())), args=(rank, process), daemon=True
+        ).start()
+    job_code, failed, deadline = 0, False, float("inf")
+    for _ in ranks:
+        try:
+            rank, code = exits.get(timeout=max(0.0, deadline - time.monotonic()) if failed else None)
+        except queue.Empty:
+            # Not SIGTERM: JAX takes that for a preemption notice, and a stuck rank would never see it.
+            _kill(ranks)
+            rank, code = exits.get()
+        if code == EXIT_PREEMPTED and not failed:
+            job_code = EXIT_PREEMPTED
+        elif code not in (0, EXIT_PREEMPTED) and not failed:
+            failed, deadline = True, time.monotonic() + GRACE
+            job_code = code if code > 0 else 128 - code
+            how = f"exited with code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+            print(f"launcher: rank {rank} of {len(ranks)} {how}; ending the others", file=sys.stderr, flush=True)
+    return job_code
+
+
+def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """SIGKILL to every rank that still runs, and to the workers it started."""
+    for process in ranks:
+        # poll says None too while the thread that waits for the rank is collecting it.
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)

@@ -1,0 +1,38 @@
+"""One process of a training run, whatever started it: the run itself, and the exit code that tells how it went."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+
+from dpdist.cluster.join import abort, leave
+from dpdist.config import Config
+from dpdist.errors import InputError
+from dpdist.privatelog import record_exception
+from dpdist.train import train
+
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED = 0, 1, 2, 75
+
+
+def train_here(config: Config) -> int:
+    """Train `config` as this process of the job; returns 0 (finished or budget exhausted) or 75 (preempted and saved).
+
+    Any failure ends the process at once, with code 2 for bad input and 1 for the rest.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        summary = train(config)
+    except InputError as error:
+        print(f"dpdist: error: {error}", file=sys.stderr)
+        abort(EXIT_BAD_INPUT)
+    except BaseException as error:
+        # The text of an exception may quote data, so only its kind is shown where logs are collected.
+        log = record_exception(traceback.format_exc())
+        if log is None:
+            traceback.print_exc()
+        else:
+            print(f"dpdist: failed with {type(error).__name__}; what it says is in {log}", file=sys.stderr)
+        abort(EXIT_FAILED)
+    leave()
+    return EXIT_PREEMPTED if summary["status"] == "preempted" else EXIT_DONE

@@ -1,0 +1,62 @@
+# What dpdist's batch scripts share: the site's settings, the command to run, and how a job ends. train_80gpu.sh and
+# scaling.sh source it, `dpdist submit` writes it into the script that it submits. Bash, inside a SLURM job.
+
+die() { echo "dpdist job: $*" >&2; exit 2; }
+
+# read_site REPOSITORY: the site's own file, DPDIST_SITE or slurm/site.sh. Sets dpdist_container, what to put in front of a
+# command so that it runs in the site's container (nothing where there is none), and dpdist_command.
+read_site() {
+    local site=${DPDIST_SITE:-$1/slurm/site.sh}
+    # shellcheck disable=SC1090
+    if [ -f "$site" ]; then . "$site"; fi
+    [ -f "$site" ] || [ -z "${DPDIST_SITE:-}" ] \
+        || die "DPDIST_SITE = $site: no such file; copy slurm/site.example.sh there, or unset DPDIST_SITE"
+    dpdist_container=()
+    dpdist_command=("${DPDIST:-$1/.venv/bin/dpdist}")
+    if [ -n "${DPDIST_CONTAINER:-}" ]; then
+        [ -e "$DPDIST_CONTAINER" ] || die "DPDIST_CONTAINER = $DPDIST_CONTAINER: no such file; build it as docker/README.md says"
+        # shellcheck disable=SC2206  # Several words are meant.
+        dpdist_container=(${DPDIST_CONTAINER_EXEC:-apptainer exec --nv} "$DPDIST_CONTAINER")
+        command -v "${dpdist_container[0]}" >/dev/null \
+            || die "${dpdist_container[0]}, which runs DPDIST_CONTAINER, is not on the PATH; load its module in $site"
+        dpdist_command=("${dpdist_container[@]}" "${DPDIST:-dpdist}")
+    elif ! command -v "${dpdist_command[0]}" >/dev/null; then
+        [ -f "$site" ] || site="slurm/site.sh (copy slurm/site.example.sh)"
+        die "no command ${dpdist_command[0]}; install it with launch/quickstart.sh, or name another as DPDIST in $site"
+    fi
+}
+
+# begin_job RUN_DIR: remember what lies there from before, to tell it at the end from what this start wrote.
+begin_job() {
+    job_run_dir=$1
+    job_summary=$(stat -c '%i %Y' "$job_run_dir/summary.json" 2>/dev/null || true)
+    # The lines of this start alone: a requeued job appends to the log of its former starts.
+    job_log=$(readlink /proc/$$/fd/2 || true)
+    job_log_begin=$(stat -L -c %s "$job_log" 2>/dev/null || echo 0)
+}
+
+# end_job CODE: requeue what was preempted and saved; otherwise exit with CODE, the reason on the last line.
+end_job() {
+    local code=$1 lines="" first reason restarts=${SLURM_RESTART_COUNT:-0} most=${DPDIST_MAX_RESTARTS:-20}
+    [ "$code" != 0 ] || { echo "dpdist job: done" >&2; exit 0; }
+    [ ! -f "$job_log" ] || lines=$(tail -c "+$((job_log_begin + 1))" "$job_log")
+    # srun reports in the order of events, and then ends the others; its own code is only the highest of all.
+    first=$(grep -m 1 -oE 'error: [^ ]+: tasks? .*' <<<"$lines" || true)
+    # A saved preemption counts also where srun killed a rank that was still leaving. A rank that is told to leave before
+    # it has joined knows no other way than to end, and nothing is lost.
+    if { [ "$job_summary" != "$(stat -c '%i %Y' "$job_run_dir/summary.json" 2>/dev/null || true)" ] \
+        && grep -qs '"status": "preempted"' "$job_run_dir/summary.json"; } \
+        || [[ $first == *"exit code 75" || $first == *": Terminated" ]]; then
+        [ "$restarts" -lt "$most" ] || {
+            echo "dpdist job: preempted, and already restarted $restarts times (DPDIST_MAX_RESTARTS): submit it again" >&2
+            exit 75
+        }
+        echo "dpdist job: preempted; requeued (start $((restarts + 1)) of at most $most more), and held for two minutes by SLURM" >&2
+        scontrol requeue "$SLURM_JOB_ID" && exit 0
+        echo "dpdist job: preempted, but not requeued, as the line above says: submit it again" >&2
+        exit 75
+    fi
+    reason=$(grep -m 1 -oE '(dpdist|dpdist job): (error|failed).*|watchdog: .*' <<<"$lines" || true)
+    echo "dpdist job: failed (exit code $code)${reason:+: $reason}${first:+ [first of all, ${first#error: }]}" >&2
+    exit "$code"
+}

@@ -1,0 +1,341 @@
+"""Joining, agreeing and leaving, by real processes that form real JAX jobs on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from dpdist.cluster.environment import LOCAL_VARIABLES, free_port
+
+PREAMBLE = """
+import json, os, sys, time
+from dpdist.cluster import agreement
+from dpdist.cluster.join import abort, join, leave
+from dpdist.config import Cluster
+from dpdist.errors import InputError
+
+def cluster(**fields):
+    return Cluster(**{"platform": "cpu", "devices_per_process": 2, "initialization_timeout": 60,
+                      "shutdown_timeout": 30, **fields})
+
+def report(**facts):
+    print("REPORT", json.dumps(facts), flush=True)
+
+def error_of(function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except (InputError, TimeoutError) as error:
+        return f"{type(error).__name__}: {error}"
+"""
+
+
+def run_processes(program: str, processes: int, *arguments: str, codes: tuple[int, ...] = (0,)) -> list[dict[str, Any]]:
+    """Run `program` as that many processes of one job; what each reported, in the order of ranks."""
+    port = free_port()
+    running = []
+    for rank in range(processes):
+        identity = dict(zip(LOCAL_VARIABLES, (str(rank), str(processes), f"127.0.0.1:{port}"), strict=True))
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-c", PREAMBLE + program, *arguments],
+                env={**_without_launchers(), **(identity if processes > 1 else {})},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=60) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    reports = []
+    for process, (out, err) in zip(running, outputs, strict=True):
+        assert process.returncode in codes, err
+        facts: dict[str, Any] = {"stderr": err, "code": process.returncode}
+        for line in out.splitlines():
+            if line.startswith("REPORT "):
+                facts.update(json.loads(line.removeprefix("REPORT ")))
+        reports.append(facts)
+    return reports
+
+
+def _without_launchers() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "DPDIST_", "JAX_", "XLA_FLAGS", "CUDA_VISIBLE"))
+    }
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Two processes with two devices each, that go through a job from joining to leaving."""
+    cache = tmp_path_factory.mktemp("cache")
+    return run_processes(
+        """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+job = join(cluster(compilation_cache=sys.argv[1]))
+rank = job.process_id
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+sharding = NamedSharding(job.mesh, PartitionSpec("data"))
+ones = jax.make_array_from_callback((4, 3), sharding, lambda index: np.full((1, 3), 1.0 + index[0].start))
+total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(job.mesh, PartitionSpec()))(ones)
+report(
+    rank=rank, size=job.num_processes, main=job.is_main, devices=job.device_count, platform=job.platform,
+    label=job.membership.label, hosts=job.host_of_device, distributed=job.distributed,
+    mesh=[[d.process_index, d.id] for d in job.mesh.devices], axes=job.mesh.axis_names, total=float(total),
+    local=[d.id for d in job.mesh.local_devices],
+)
+report(again=join(cluster()).host_of_device)
+report(broadcast=agreement.broadcast({"from": rank, "pair": (1, 2)}, job), gather=agreement.gather([rank], job))
+
+def decision():
+    assert rank == 0
+    return "resume"
+def refusal():
+    raise InputError("run.dir", "runs/x", f"cannot be written by rank {rank}.")
+report(decided=agreement.decide(job, decision), refused=error_of(agreement.decide, job, refusal))
+
+report(same=error_of(agreement.require_same, {"seed": 1, "nan": float("nan"), "map": {"a": 1, "b": 2}}, job))
+other = {"map": {"b": 2, "a": 1}} if rank else {"map": {"a": 1, "b": 2}}
+report(order_of_keys=error_of(agreement.require_same, other, job))
+fields = {"privacy.delta": [1e-5, 1e-6][rank], "seed": 1, "tag": ["ab12", "cd34"][rank], "long": "x" * 5000}
+fields |= {"only_on_1": True, "long": "y" * 5000} if rank else {"only_on_0": True}
+report(different=error_of(agreement.require_same, fields, job, hidden={"tag"}))
+
+report(passed=error_of(agreement.barrier, "save", job), twice=error_of(agreement.barrier, "save", job))
+start = time.monotonic()
+report(late=error_of(agreement.barrier, "last save", job, timeout=0.5) if rank == 0 else None)
+agreement.barrier("after", job)
+leave()
+report(left=True, cached=len(os.listdir(sys.argv[1])))
+""",
+        2,
+        str(cache),
+    )
+
+
+def test_all_devices_are_in_the_mesh_in_the_same_order_everywhere(two: list[dict[str, Any]]) -> None:
+    for rank, facts in enumerate(two):
+        assert (facts["rank"], facts["size"], facts["main"]) == (rank, 2, rank == 0)
+        assert (facts["devices"], facts["platform"], facts["label"]) == (4, "cpu", f"rank {rank}/2")
+        assert facts["axes"] == ["data"]
+        assert facts["mesh"] == sorted(facts["mesh"])
+        assert [process for process, _ in facts["mesh"]] == [0, 0, 1, 1]
+        assert facts["local"] == [device for process, device in facts["mesh"] if process == rank]
+        assert facts["distributed"]
+
+
+def test_the_job_reduces_across_processes(two: list[dict[str, Any]]) -> None:
+    assert [facts["total"] for facts in two] == [30.0, 30.0]
+
+
+def test_every_process_knows_which_devices_share_a_host(two: list[dict[str, Any]]) -> None:
+    assert [facts["hosts"] for facts in two] == [[0, 0, 1, 1]] * 2
+
+
+def test_joining_twice_in_one_python_reuses_the_job(two: list[dict[str, Any]]) -> None:
+    assert [facts["again"] for facts in two] == [[0, 0, 1, 1]] * 2
+
+
+def test_leaving_ends_all_processes_with_0(two: list[dict[str, Any]]) -> None:
+    assert all(facts["left"] for facts in two)
+
+
+def test_the_compilation_cache_is_used(two: list[dict[str, Any]]) -> None:
+    assert two[0]["cached"] > 0
+
+
+def test_broadcast_gives_everyone_process_0s_value(two: list[dict[str, Any]]) -> None:
+    assert [facts["broadcast"] for facts in two] == [{"from": 0, "pair": [1, 2]}] * 2
+
+
+def test_gather_is_in_the_order_of_ranks(two: list[dict[str, Any]]) -> None:
+    assert [facts["gather"] for facts in two] == [[[0], [1]]] * 2
+
+
+def test_a_decision_is_process_0s_alone_and_so_is_its_error(two: list[dict[str, Any]]) -> None:
+    assert [facts["decided"] for facts in two] == ["resume"] * 2
+    assert [facts["refused"] for facts in two] == ["InputError: run.dir = 'runs/x': cannot be written by rank 0."] * 2
+
+
+def test_equal_fields_pass_whatever_the_order_of_keys(two: list[dict[str, Any]]) -> None:
+    assert [(facts["same"], facts["order_of_keys"]) for facts in two] == [(None, None)] * 2
+
+
+def test_a_difference_is_named_with_values_and_ranks_on_every_process(two: list[dict[str, Any]]) -> None:
+    assert two[0]["different"] == two[1]["different"]
+    message = two[0]["different"]
+    assert message.startswith("InputError: long, only_on_0, only_on_1, privacy.delta, tag = ")
+    assert "privacy.delta is 1e-05 on rank 0 but 1e-06 on rank 1" in message
+    assert "only_on_0 is true on rank 0 but absent on rank 1" in message
+    assert "only_on_1 is absent on rank 0 but true on rank 1" in message
+    assert "seed" not in message
+    assert len(message) < 1500
+
+
+def test_a_hidden_difference_is_named_without_its_value(two: list[dict[str, Any]]) -> None:
+    assert "tag (not shown) differs on rank 1" in two[0]["different"]
+    for facts in two:
+        assert "ab12" not in json.dumps(facts)
+        assert "cd34" not in json.dumps(facts)
+
+
+def test_a_barrier_can_be_passed_twice(two: list[dict[str, Any]]) -> None:
+    assert [(facts["passed"], facts["twice"]) for facts in two] == [(None, None)] * 2
+
+
+def test_a_barrier_that_someone_misses_names_itself_and_the_rank(two: list[dict[str, Any]]) -> None:
+    message = two[0]["late"]
+    assert message.startswith("TimeoutError: barrier 'last save'")
+    assert "timed out task names:\n1" in message
+
+
+def test_a_rank_that_does_not_answer_is_named_on_all_others() -> None:
+    first, lost, third = run_processes(
+        """
+job = join(cluster(shutdown_timeout=1, devices_per_process=1))
+if job.process_id != 1:
+    start = time.monotonic()
+    report(error=error_of(agreement.require_same, {"seed": 1}, job), seconds=time.monotonic() - start)
+agreement.barrier("end", job, timeout=30)
+""",
+        3,
+    )
+    assert "rank 1 of 3 did not answer within 1 s" in first["error"]
+    assert first["error"] == third["error"]
+    assert "error" not in lost
+    assert max(first["seconds"], third["seconds"]) < 10
+
+
+def test_a_wrong_number_of_devices_on_one_rank_stops_all_and_names_it() -> None:
+    reports = run_processes(
+        """
+mine = 1 + int(os.environ["DPDIST_PROCESS_ID"])
+report(error=error_of(join, cluster(devices_per_process=mine)))
+""",
+        2,
+    )
+    assert "cluster.devices_per_process = 1: rank 1 of 2 has 2 cpu device(s), not 1" in reports[0]["error"]
+    assert "cluster.devices_per_process = 2: rank 0 of 2 has 1 cpu device(s), not 2" in reports[1]["error"]
+
+
+def test_gpus_that_are_not_there_are_an_input_error() -> None:
+    (facts,) = run_processes(
+        "os.environ['JAX_PLATFORMS'] = 'cpu'; report(error=error_of(join, cluster(platform='gpu')))", 1
+    )
+    assert facts["error"].startswith("InputError: cluster.platform = 'gpu': rank 0 of 1 has cpu")
+    assert "JAX_PLATFORMS=cpu" in facts["error"]
+
+
+def test_one_process_gets_the_preemption_notice() -> None:
+    """It needs jax.distributed with one process too, and nobody else's handler for SIGTERM."""
+    (facts,) = run_processes(
+        f"""
+from jax.experimental import multihost_utils
+job = join(cluster())
+os.kill(os.getpid(), {int(signal.SIGTERM)})
+for step in range(500):
+    if multihost_utils.reached_preemption_sync_point(step):
+        break
+    time.sleep(0.02)
+report(distributed=job.distributed, hosts=job.host_of_device, step=step)
+report(broadcast=agreement.broadcast((1, 2), job), gather=agreement.gather((1,), job))
+report(same=error_of(agreement.require_same, {{"a": 1}}, job), barrier=error_of(agreement.barrier, "b", job))
+leave()
+""",
+        1,
+    )
+    assert facts["distributed"]
+    assert facts["hosts"] == [0, 0]
+    assert facts["step"] < 499
+    # The same JSON as between processes, or code would work on a laptop alone.
+    assert (facts["broadcast"], facts["gather"]) == ([1, 2], [[1]])
+    assert (facts["same"], facts["barrier"]) == (None, None)
+
+
+USED_BEFORE = """
+import jax, logging
+logging.basicConfig()
+jax.config.update("jax_platforms", "cpu")
+jax.devices()
+"""
+
+
+def test_a_notebook_that_has_used_jax_goes_on_alone_and_is_warned() -> None:
+    (facts,) = run_processes(
+        USED_BEFORE
+        + """
+job = join(cluster(devices_per_process=None))
+report(distributed=job.distributed, devices=job.device_count, gather=agreement.gather(7, job))
+report(count=error_of(join, cluster(devices_per_process=64)))
+leave()
+""",
+        1,
+    )
+    assert (facts["distributed"], facts["gather"]) == (False, [7])
+    assert "preemption polling is off" in facts["stderr"]
+    assert "cluster.devices_per_process = 64" in facts["count"]
+
+
+def test_a_process_of_several_that_has_used_jax_is_refused_at_once() -> None:
+    reports = run_processes(USED_BEFORE + "report(error=error_of(join, cluster()))", 2)
+    for rank, facts in enumerate(reports):
+        assert facts["error"].startswith("InputError: jax.distributed")
+        assert f"rank {rank}/2" in facts["error"]
+
+
+def test_abort_keeps_its_code_and_the_last_words() -> None:
+    """An ordinary exit of one of two processes waits in JAX's shutdown barrier and ends in SIGABRT."""
+    aborted, other = run_processes(
+        """
+job = join(cluster(shutdown_timeout=5))
+if job.process_id == 1:
+    print("REPORT", json.dumps({"words": "last"}), end="")
+    abort(3)
+time.sleep(1)
+abort(0)
+""",
+        2,
+        codes=(0, 3),
+    )[::-1]
+    assert (aborted["code"], aborted["words"], other["code"]) == (3, "last", 0)
+
+
+JOIN_AND_SAY_WHY_NOT = """
+from dpdist.cluster.environment import Membership
+host, port, rank = sys.argv[1:]
+who = Membership(process_id=int(rank), num_processes=2, coordinator_address=f"{host}:{port}", local_device_ids=None,
+                 host_index=0, num_hosts=1, launcher="slurm")
+began = time.monotonic()
+report(error=error_of(join, cluster(), who), seconds=time.monotonic() - began)
+os._exit(0)
+"""
+
+
+def test_a_coordinator_that_no_name_service_knows_is_named_at_once() -> None:
+    (found,) = run_processes(JOIN_AND_SAY_WHY_NOT, 1, "node99.invalid", str(free_port()), "1")
+    assert found["error"].startswith("InputError: coordinator = 'node99.invalid:")
+    assert "cannot find node99.invalid, rank 0's host" in found["error"]
+    assert "/etc/hosts" in found["error"]
+    assert found["seconds"] < 20  # not initialization_timeout
+
+
+def test_a_port_that_another_program_has_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        (found,) = run_processes(JOIN_AND_SAY_WHY_NOT, 1, "localhost", port, "0")
+    assert found["error"].startswith(f"InputError: coordinator = 'localhost:{port}'")
+    assert "another program has the port" in found["error"]
+    assert found["seconds"] < 20

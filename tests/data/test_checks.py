@@ -1,0 +1,143 @@
+"""Labels in range, and a fingerprint that changes with the data and with nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpdist.data import ArraySource, Subset, check_labels, checks, fingerprint
+from dpdist.errors import InputError
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (700, 2, 2), dtype=np.uint8)
+LABELS = (np.arange(700) % 5).astype(np.int32)
+
+
+class Items:
+    """A user's source, counting the examples read."""
+
+    def __init__(self, images: np.ndarray = IMAGES, labels: np.ndarray = LABELS) -> None:
+        self.images, self.labels, self.read = images, labels, set[int]()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.read.add(index)
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+def changed(array: np.ndarray, index: int) -> np.ndarray:
+    array = array.copy()
+    array[index] += 1
+    return array
+
+
+def of(images: np.ndarray = IMAGES, labels: np.ndarray = LABELS) -> ArraySource:
+    return ArraySource({"image": images, "label": labels})
+
+
+def test_labels_in_range_pass() -> None:
+    for source in (of(), Subset(of(), np.arange(5)), Items()):
+        check_labels(source, 5)
+
+
+def test_a_source_without_labels_passes() -> None:
+    check_labels(ArraySource({"image": IMAGES}), 2)
+    check_labels([{"image": IMAGES[0]}], 2)
+
+
+@pytest.mark.parametrize("labels", [changed(LABELS, 699), LABELS - 1, LABELS + 1, LABELS.astype(np.int64) + 2**32])
+def test_labels_out_of_range_are_refused_without_telling_them(labels: np.ndarray) -> None:
+    with pytest.raises(InputError, match=r"model\.classes = 5: some labels lie outside 0 to 4; set"):
+        check_labels(of(labels=labels), 5, "model.classes")
+
+
+def test_only_the_labels_of_the_subset_count() -> None:
+    source = of(labels=changed(LABELS, 699))
+    check_labels(Subset(source, np.arange(699)), 5)
+    with pytest.raises(InputError, match="outside 0 to 4"):
+        check_labels(Subset(source, np.array([4, 699])), 5)
+
+
+def test_labels_that_are_not_integers_are_refused() -> None:
+    with pytest.raises(InputError, match="column 'label' = 'float64'"):
+        check_labels(of(labels=LABELS.astype(float)), 5)
+
+
+def test_user_code_is_asked_for_the_first_sixteen_labels_only() -> None:
+    items = Items()
+    check_labels(items, 5)
+    assert items.read == set(range(16))
+    with pytest.raises(InputError, match="outside 0 to 4"):
+        check_labels(Items(labels=changed(LABELS, 14)), 5)
+    with pytest.raises(InputError, match="outside 0 to 4"):
+        check_labels(Subset(Items(labels=changed(LABELS, 699)), np.arange(690, 700)), 5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        of(labels=changed(LABELS, 0)),
+        of(images=changed(IMAGES, 699)),
+        of(images=changed(IMAGES, 255)),
+        of(IMAGES[:699], LABELS[:699]),
+        of(images=IMAGES.reshape(700, 4)),
+        of(labels=LABELS.astype(np.int64)),
+        ArraySource({"picture": IMAGES, "label": LABELS}),
+        ArraySource({"image": IMAGES}),
+        of(images=np.roll(IMAGES, 1, axis=0)),
+        Subset(of(), np.arange(1, 700)),
+    ],
+    ids=["first label", "last image", "middle image", "length", "shape", "dtype", "name", "columns", "order", "subset"],
+)
+def test_the_fingerprint_changes_with_the_data(other: ArraySource) -> None:
+    assert fingerprint(other) != fingerprint(of())
+
+
+def test_the_fingerprint_does_not_depend_on_how_the_data_is_stored(tmp_path: Path) -> None:
+    np.save(tmp_path / "image.npy", IMAGES)
+    mapped = np.load(tmp_path / "image.npy", mmap_mode="r")
+    expected = fingerprint(of())
+    assert len(expected) == 32
+    assert fingerprint(of(mapped, LABELS.astype(">i4"))) == expected
+    assert fingerprint(of(np.asfortranarray(IMAGES))) == expected
+    assert fingerprint(ArraySource({"label": LABELS, "image": IMAGES})) == expected
+    assert fingerprint(Subset(of(), np.arange(700))) == expected
+
+
+def test_a_subset_is_fingerprinted_as_the_examples_it_shows() -> None:
+    assert fingerprint(Subset(of(), np.arange(100, 500))) == fingerprint(of(IMAGES[100:500], LABELS[100:500]))
+
+
+def test_a_large_array_source_is_sampled_from_first_to_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    def differs(index: int) -> bool:
+        return fingerprint(of(images=changed(IMAGES, index))) != fingerprint(of())
+
+    assert all(differs(index) for index in range(690, 700))
+    monkeypatch.setattr(checks, "HASHED_WHOLE", 700 * 8 - 1)
+    monkeypatch.setattr(checks, "HASHED_ROWS", 70)
+    seen = [index for index in range(700) if differs(index)]
+    assert (len(seen), seen[0], seen[-1]) == (70, 0, 699)
+    assert set(np.diff(seen)) == {10, 11}
+
+
+def test_user_code_is_asked_for_64_evenly_spaced_examples() -> None:
+    items = Items()
+    first = fingerprint(items)
+    read = sorted(items.read)
+    assert (len(read), read[0], read[-1]) == (64, 0, 699)
+    assert set(np.diff(read)) == {11, 12}
+    assert fingerprint(Items()) == first
+    assert fingerprint(Items(images=changed(IMAGES, 699))) != first
+
+
+def test_sources_of_different_lengths_differ_though_the_sampled_examples_agree() -> None:
+    same = np.zeros(700, np.int32)
+    assert fingerprint(Items(images=same[:600], labels=same)) != fingerprint(Items(images=same, labels=same))
+
+
+def test_one_example_can_be_fingerprinted() -> None:
+    assert fingerprint(of(IMAGES[:1], LABELS[:1])) != fingerprint(of(IMAGES[1:2], LABELS[1:2]))

@@ -1,0 +1,352 @@
+"""Sweeps: what is started when, what is not started again, and real ones of local processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_scaling_report import measured
+
+import dpdist
+from dpdist.errors import InputError
+from launch.cli import main
+from launch.scaling.arms import ARMS, DP, SGD, SGD_SYNC
+from launch.scaling.directory import Point, SweepDirectory, grid
+from launch.scaling.sweep import Request, collect, sweep
+
+SOURCE = Path(dpdist.__file__).parents[1]
+TREE: dict[str, dict[str, Any]] = {
+    "model": {"name": "mlp", "options": {"hidden": [8], "scale": 16}},
+    "privacy": {"noise_multiplier": 4.0, "delta": 1e-4},
+    "sampling": {"expected_batch_size": 64},
+    "training": {"steps": 10, "physical_batch_size": 16},
+    "cluster": {"initialization_timeout": 100, "shutdown_timeout": 60, "watchdog_timeout": 100},
+}
+
+
+def files(root: Path) -> dict[str, tuple[int, bytes]]:
+    """Time of change and bytes of every measured point."""
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in root.glob("points/*.json")}
+
+
+# What is asked for
+
+
+def request(to: Path, **changes: Any) -> Request:
+    settings: dict[str, Any] = {"nodes": (1, 2), "arms": (DP, SGD), "cluster": "slurm", "source": ("x.yaml",)}
+    return Request(config=dpdist.from_dict(TREE), to=to, **(settings | changes))
+
+
+def test_the_order_spreads_drift_over_the_arms() -> None:
+    points = grid((1, 4), (DP, SGD, SGD_SYNC), 2)
+    assert len(set(points)) == len(points) == 12
+    assert [(p.repeat, p.nodes) for p in points[::3]] == [(1, 1), (1, 4), (2, 1), (2, 4)]
+    assert [p.arm for p in points[:3]] == [DP, SGD, SGD_SYNC]
+    assert [p.arm for p in points[6:9]] == [SGD, SGD_SYNC, DP]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_names_of_points_can_be_read_back(arm: str) -> None:
+    point = Point(arm=arm, nodes=20, repeat=3)
+    assert Point.of_name(point.name) == point
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nodes", ""], "--nodes = '': give at least one"),
+        (["--nodes", "0,1"], "--nodes = '0,1': give counts of at least 1"),
+        (["--nodes", "2,2"], "name each only once"),
+        (["--nodes", "two"], "--nodes = 'two': give whole numbers"),
+        ([], "--nodes = None: give node counts"),
+        (["--nodes", "1", "--arms", "dp,adam"], "no such arm; the arms are dp, sgd, sgd-sync-every-batch"),
+        (["--nodes", "1", "--arms", ","], "--arms = '': give at least one"),
+        (["--nodes", "1", "--repeats", "0"], "--repeats = 0: give at least 1"),
+        (["--nodes", "1", "--gpus-per-node", "0"], "--gpus-per-node = 0"),
+        (["--nodes", "1", "--steps", "0"], "--steps = 0"),
+        (["--nodes", "1", "--jobs", "0"], "--jobs = 0"),
+        (["--nodes", "1", "privacy.enabled=false"], "leave dp out of --arms"),
+        (["--nodes", "1", "--sbatch", "account"], "write option=value"),
+        (["--collect", "here"], "leave it out: --collect takes all from its directory"),
+    ],
+)
+def test_what_cannot_be_asked_for(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "x.yaml"
+    config.write_text(yaml.safe_dump(TREE))
+    assert main(["scaling", str(config), *arguments, "--to", str(tmp_path / "sweep")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_config_or_a_directory_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scaling", "--nodes", "1"]) == 2
+    assert "name a YAML file, or give --collect DIR" in capsys.readouterr().err
+    assert main(["scaling", "--nodes", "1", str(tmp_path / "none.yaml")]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert main(["scaling", "--collect", str(tmp_path)]) == 2
+    assert "there is no sweep.json" in capsys.readouterr().err
+
+
+# What is started when, on a cluster that is made up
+
+
+@dataclass
+class MadeUpJob:
+    id: str
+    point: Point
+    looks: int = 8
+
+    def state(self) -> str:
+        return "RUNNING" if self.looks > 0 else "FAILED"
+
+    def ended(self) -> bool:
+        self.looks -= 1
+        return self.looks <= 0
+
+    def last_lines(self) -> str:
+        return "a reason\nin two lines"
+
+
+@dataclass
+class MadeUp:
+    """A cluster whose jobs take some looks; those of `failing` leave no result."""
+
+    directory: SweepDirectory
+    failing: set[Point] = field(default_factory=set)
+    stop_after: int = 1000
+    poll_seconds: float = 0.0
+    started: list[Point] = field(default_factory=list)
+    jobs: dict[str, MadeUpJob] = field(default_factory=dict)
+    most: int = 0
+
+    def start(self, point: Point, arguments: dict[str, Any], directory: SweepDirectory) -> MadeUpJob:
+        if len(self.started) == self.stop_after:
+            raise KeyboardInterrupt
+        self.started.append(point)
+        self.jobs[str(len(self.started))] = job = MadeUpJob(str(len(self.started)), point)
+        self.most = max(self.most, sum(job.looks > 0 for job in self.jobs.values()))
+        if point not in self.failing:
+            directory.result(point).write_text(json.dumps(measured(point)))
+        return job
+
+    def adopt(self, record: dict[str, Any]) -> MadeUpJob | None:
+        job = self.jobs.get(record.get("id", ""))
+        return job if job is not None and job.looks > 0 else None
+
+
+@pytest.fixture
+def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MadeUp:
+    cluster = MadeUp(SweepDirectory(tmp_path))
+    monkeypatch.setattr(Request, "at", lambda request: cluster)
+    return cluster
+
+
+def test_no_more_jobs_at_once_than_allowed(made_up: MadeUp, tmp_path: Path) -> None:
+    assert sweep(request(tmp_path, arms=tuple(ARMS), repeats=2, jobs=3)) == 0
+    assert made_up.most == 3
+    assert made_up.started == grid((1, 2), tuple(ARMS), 2)
+
+
+def test_a_failed_point_is_named_and_the_others_go_on(
+    made_up: MadeUp, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = Point(arm=SGD, nodes=1, repeat=1)
+    made_up.failing.add(failing)
+    assert sweep(request(tmp_path)) == 1
+    said = capsys.readouterr().err
+    assert "sgd n=1 r=1: failed (job 2: FAILED); its last lines:\n    a reason\n    in two lines\n" in said
+    assert "/4] dp n=2 r=1: 776 ex/s (compile 12 s)" in said
+    assert len(made_up.started) == 4
+    assert "Not measured (yet): sgd-n1-r1." in (tmp_path / "scaling.md").read_text()
+    assert collect(tmp_path) == 0
+    assert "sgd n=1 r=1: failed (FAILED)" in capsys.readouterr().err
+    made_up.failing.clear()
+    before = files(tmp_path)
+    assert sweep(request(tmp_path)) == 0  # tried again, alone
+    assert made_up.started[4:] == [failing]
+    assert files(tmp_path).items() > before.items()
+
+
+def test_running_jobs_of_an_interrupted_sweep_are_waited_for_and_not_started_again(
+    made_up: MadeUp, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running = Point(arm=DP, nodes=1, repeat=1)
+    made_up.stop_after = 1
+    made_up.failing.add(running)  # no result yet
+    assert sweep(request(tmp_path)) == 75
+    assert "the same command goes on" in capsys.readouterr().err
+    (job,) = made_up.jobs.values()
+    job.looks = 3
+    SweepDirectory(tmp_path).result(running).unlink(missing_ok=True)
+    made_up.stop_after, ended = 1000, job.ended
+
+    def ends_well() -> bool:
+        if ended():
+            SweepDirectory(tmp_path).result(running).write_text(json.dumps(measured(running)))
+            return True
+        return False
+
+    job.ended = ends_well  # type: ignore[method-assign]
+    assert sweep(request(tmp_path)) == 0
+    assert "dp n=1 r=1: job 1 of an earlier call is RUNNING" in capsys.readouterr().err
+    assert made_up.started == grid((1, 2), (DP, SGD), 1)  # each once
+
+
+def test_a_sweep_grows_and_keeps_what_it_has(made_up: MadeUp, tmp_path: Path) -> None:
+    assert sweep(request(tmp_path, nodes=(1,), arms=(DP,))) == 0
+    before = files(tmp_path)
+    assert sweep(request(tmp_path, nodes=(1, 2), arms=(DP, SGD), repeats=2)) == 0
+    assert len(made_up.started) == 8
+    assert files(tmp_path).items() > before.items()
+    assert sweep(request(tmp_path, nodes=(4,), arms=(DP,))) == 0
+    assert len(SweepDirectory(tmp_path).points()) == 9
+    assert "Note" not in (tmp_path / "scaling.md").read_text()  # nobody asked for the other arm on 4 nodes
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        (
+            {"config": dpdist.from_dict(TREE | {"sampling": {"expected_batch_size": 9}})},
+            "sampling.expected_batch_size",
+        ),
+        ({"steps": 21}, "--steps"),
+        ({"gpus_per_node": 2}, "--gpus-per-node"),
+    ],
+)
+def test_another_measurement_is_refused_in_the_directory(
+    changes: dict[str, Any], field: str, made_up: MadeUp, tmp_path: Path
+) -> None:
+    asked = request(tmp_path)
+    assert sweep(asked) == 0
+    other = {name: getattr(asked, name) for name in asked.__dataclass_fields__} | changes
+    before = (tmp_path / "sweep.json").read_bytes()
+    with pytest.raises(InputError, match="name a new directory with --to") as caught:
+        sweep(Request(**other))
+    assert caught.value.field == field
+    assert (tmp_path / "sweep.json").read_bytes() == before
+
+
+def test_a_directory_where_nothing_was_started_may_be_used_for_another_sweep(
+    made_up: MadeUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as after `dpdist scaling` where there is no SLURM, and `--cluster local` would have been right."""
+
+    def refused(*_: Any) -> Any:
+        raise InputError("srun", None, "there is no SLURM on this machine.")
+
+    with monkeypatch.context() as none_here:
+        none_here.setattr(made_up, "start", refused)
+        with pytest.raises(InputError, match="no SLURM"):
+            sweep(request(tmp_path, nodes=(1, 2)))
+    assert sweep(request(tmp_path, nodes=(1,), steps=7)) == 0
+    assert len(SweepDirectory(tmp_path).points()) == 2
+
+
+def test_other_code_is_refused_in_the_directory(
+    made_up: MadeUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sweep(request(tmp_path)) == 0
+    monkeypatch.setattr("launch.scaling.sweep.measuring_code", lambda: "changed")
+    with pytest.raises(InputError, match="code = 'changed'"):
+        sweep(request(tmp_path))
+
+
+def test_where_a_run_lives_does_not_matter(made_up: MadeUp, tmp_path: Path) -> None:
+    assert sweep(request(tmp_path)) == 0
+    moved = dpdist.from_dict(TREE | {"run": {"dir": "elsewhere"}})
+    asked = request(tmp_path)
+    other = {name: getattr(asked, name) for name in asked.__dataclass_fields__} | {"config": moved}
+    assert sweep(Request(**other)) == 0
+    assert len(made_up.started) == 4
+
+
+def test_two_sweeps_do_not_work_in_one_directory(made_up: MadeUp, tmp_path: Path) -> None:
+    directory = SweepDirectory(tmp_path)
+    directory.begin(request(tmp_path).description(), [])
+    with directory.locked(), pytest.raises(InputError, match="another dpdist scaling is at work"):
+        sweep(request(tmp_path))
+    assert made_up.started == []
+    assert sweep(request(tmp_path)) == 0
+
+
+# A real one
+
+
+SMALL = ("--cluster", "local", "--steps", "3", "--nodes", "1,2")
+
+
+def start(config: Path, to: Path, *options: str) -> subprocess.Popen[str]:
+    ours = ("JAX_", "XLA_", "DPDIST_", "SLURM_", "NPROC", "OMP_")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch", "scaling", str(config), "--to", str(to), *SMALL, *options],
+        env=environ | {"PYTHONPATH": str(SOURCE)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_real_sweep_interrupted_and_taken_up_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, to = tmp_path / "tiny.yaml", tmp_path / "sweep"
+    config.write_text(yaml.safe_dump(TREE))
+    first = start(config, to)
+    deadline = time.monotonic() + 120
+    while not files(to):
+        assert time.monotonic() < deadline
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.02)
+    time.sleep(1.0)  # well into the second point
+    first.send_signal(signal.SIGINT)
+    _, said = first.communicate(timeout=120)
+    assert first.returncode == 75, said
+    assert "the same command goes on from here" in said
+    before = files(to)
+    assert 1 <= len(before) < 6
+
+    second = start(config, to)
+    _, said = second.communicate(timeout=300)
+    assert second.returncode == 0, said
+    assert f"{len(before)} of 6 points are measured already" in said
+    assert "[6/6] " in said
+    after = files(to)
+    assert len(after) == 6
+    assert {name: after[name] for name in before} == before
+    points = [json.loads(content) for _, content in after.values()]
+    for point in points:
+        assert point["processes"] == point["devices"] == point["nodes"]
+        assert point["physical_batch_size"] == 16
+        assert point["all_reduces_per_step"] == (
+            point["microbatches_per_step"] if point["arm"] == SGD_SYNC else 2 if point["arm"] == DP else 1
+        )
+    assert len({point["epsilon"] for point in points if point["arm"] == DP}) == 1
+    assert json.loads((to / "scaling.json").read_text())["missing"] == []
+    assert "dp / sgd" in (to / "scaling.md").read_text()
+    assert "overhead, not speed" in (to / "scaling.md").read_text()
+    assert (to / "jobs").stat().st_mode & 0o077 == 0
+
+    assert main(["scaling", str(config), "--to", str(to), *SMALL, "optimizer.learning_rate=3"]) == 2
+    assert "optimizer.learning_rate = 3" in capsys.readouterr().err
+    assert files(to) == after
+
+
+def test_a_real_point_that_fails_is_shown_with_its_reason(tmp_path: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(TREE | {"data": {"source": "npy", "path": str(tmp_path / "none")}}))
+    run = start(config, tmp_path / "sweep", "--arms", "sgd", "--nodes", "1")
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert "[1/1] sgd n=1 r=1: failed" in said
+    assert "dpdist: error: data.path = " in said
+    assert "Traceback" not in said

@@ -1,0 +1,273 @@
+"""What a run refuses to go on with, what it may spend, and what it shows to whom."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from jobs import EVERY, STEPS, Jobs, Run, config_with, wait_all, wait_for
+
+from dpdist.mechanism.accounting import epsilon
+
+OWN_SECRET = "privacy.insecure_seed=null"
+
+
+@pytest.fixture(scope="module")
+def secretive(jobs: Jobs) -> Run:
+    """A run with a real secret, killed after its last checkpoint: it can be resumed."""
+    run = jobs.new("secretive")
+    wait_all([jobs.train(run, OWN_SECRET)])
+    return run
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "optimizer.learning_rate=0.4",
+        "privacy.clip_norm=0.9",
+        "privacy.noise_multiplier=3.9",
+        "training.steps=32",
+        "model.options.width=3",
+        "privacy.insecure_seed=2",
+        "privacy.noise_placement=fused",
+        "sampling.expected_batch_size=63",
+        "data.split_seed=1",
+    ],
+)
+def test_a_changed_setting_is_refused_by_name(jobs: Jobs, single: Run, change: str) -> None:
+    run = single.copy(jobs.new("changed").root).crash(EVERY)
+    ended = jobs.train(run, change).wait()
+    assert ended.code == 2
+    assert ".".join(change.partition("=")[0].split(".")[:2]) in ended.err
+    assert max(run.charged) < 2 * EVERY
+
+
+def test_settings_that_change_no_draw_may_change(jobs: Jobs, single: Run) -> None:
+    run = single.copy(jobs.new("allowed").root).crash(EVERY)
+    wait_all(
+        [
+            jobs.train(
+                run,
+                "run.log_every=3",
+                "data.prefetch=2",
+                "checkpoint.keep=5",
+                "data.workers=1",
+                "cluster.watchdog_timeout=150",
+            )
+        ]
+    )
+    assert run.summary["params_sha256"] == single.summary["params_sha256"]
+
+
+def lose_the_secret(run: Run) -> None:
+    (run.root / "private/secret.key").unlink()
+
+
+def show_the_secret(run: Run) -> None:
+    (run.root / "private/secret.key").chmod(0o644)
+
+
+def lose_the_ledger(run: Run) -> None:
+    (run.root / "ledger.jsonl").unlink()
+
+
+def lower_epsilon_in_the_ledger(run: Run) -> None:
+    edited = [record | ({"epsilon": 0.01} if record["record"] == "plan" else {}) for record in run.ledger]
+    (run.root / "ledger.jsonl").write_text("".join(json.dumps(record) + "\n" for record in edited))
+
+
+def damage_the_ledger(run: Run) -> None:
+    text = (run.root / "ledger.jsonl").read_text()
+    (run.root / "ledger.jsonl").write_text(text.replace('"steps"', '"stops"', 1))
+
+
+def lose_the_newest_checkpoint(run: Run) -> None:
+    shutil.rmtree(run.root / "checkpoints" / str(run.checkpoints[-1]))
+
+
+def damage_the_newest_checkpoint(run: Run) -> None:
+    for path in (run.root / "checkpoints" / str(run.checkpoints[-1])).rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit_the_config(run: Run) -> None:
+    path = run.root / "config.yaml"
+    path.write_text(path.read_text().replace("learning_rate: 0.5", "learning_rate: 0.4"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "arguments", "part"),
+    [
+        (lose_the_secret, [], "secret.key"),
+        (show_the_secret, [], "chmod 600"),
+        (lose_the_ledger, [], "ledger"),
+        (lower_epsilon_in_the_ledger, [], "ledger"),
+        (damage_the_ledger, [], "line"),
+        (lose_the_newest_checkpoint, [], "newest checkpoint is"),
+        (damage_the_newest_checkpoint, [], "cannot be read"),
+        (edit_the_config, ["optimizer.learning_rate=0.4"], "optimizer.learning_rate"),
+    ],
+)
+def test_a_run_that_no_longer_fits_together_is_refused(
+    jobs: Jobs, secretive: Run, harm: Callable[[Run], None], arguments: list[str], part: str
+) -> None:
+    run = secretive.copy(jobs.new("harmed").root)
+    (run.root / "summary.json").unlink()
+    harm(run)
+    ended = jobs.train(run, OWN_SECRET, *arguments).wait()
+    assert ended.code == 2, ended.err
+    assert part in ended.err
+    assert not (run.root / "summary.json").exists()
+
+
+def test_no_step_is_taken_that_would_pass_the_budget(jobs: Jobs) -> None:
+    run = jobs.new("budget")
+
+    def cost(steps: int) -> float:
+        return epsilon(sampling_probability=0.064, noise_multiplier=4.0, steps=steps, delta=1e-4).epsilon
+
+    target = (cost(9) + cost(10)) / 2
+    ended = jobs.train(run, f"privacy.target_epsilon={target}").wait()
+    assert ended.code == 0
+    summary = run.summary
+    assert summary["status"] == "budget_exhausted"
+    assert (summary["step"], summary["steps"]) == (9, STEPS)
+    assert run.charged == list(range(9))
+    assert summary["epsilon"] == cost(9) <= target
+
+
+def test_the_secret_is_in_no_other_file_and_in_no_output(secretive: Run, jobs: Jobs) -> None:
+    secret = (secretive.root / "private/secret.key").read_bytes()
+    assert len(secret) == 32
+    text = secret.hex()
+    forms = [secret, text.encode(), text.upper().encode(), base64.b64encode(secret), repr(secret).encode()]
+    files = [
+        path
+        for path in [*secretive.root.rglob("*"), *jobs.root.glob("*.err"), *jobs.root.glob("*.out")]
+        if path.is_file() and path.name != "secret.key"
+    ]
+    assert len(files) > 20
+    for path in files:
+        content = path.read_bytes()
+        assert not any(form in content for form in forms), path
+
+
+def test_private_files_are_the_owners_alone(secretive: Run) -> None:
+    private = secretive.root / "private"
+    for path in [private, *private.rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 or path.parent != private, path
+    for name in ("secret.key", "diagnostics.jsonl", "logs/rank-0.log"):
+        assert stat.S_IMODE((private / name).stat().st_mode) == 0o600
+
+
+def test_what_depends_on_the_sample_is_under_private_alone(secretive: Run) -> None:
+    """A column of public numbers, and none of those that tell of the sample or the gradients."""
+    assert {key for record in secretive.metrics for key in record} == {
+        "step",
+        "epsilon",
+        "examples_per_second",
+        "seconds",
+        "accuracy",
+    }
+    realised = [record["examples"] for record in secretive.diagnostics]
+    assert len(set(realised)) > 5  # a Poisson sample has no fixed size
+    assert {"clipped", "not_finite", "norm_sum", "microbatches"} <= secretive.diagnostics[0].keys()
+
+
+def test_the_summary_holds_what_scripts_rely_on(secretive: Run, single: Run) -> None:
+    assert secretive.summary.keys() >= {
+        "status",
+        "step",
+        "steps",
+        "epsilon",
+        "target_epsilon",
+        "delta",
+        "noise_multiplier",
+        "sampling_probability",
+        "clip_norm",
+        "accuracy",
+        "examples_per_second",
+        "processes",
+        "devices",
+        "incarnation",
+        "guarantee",
+        "params_sha256",
+    }
+    assert secretive.summary["guarantee"] == "holds"
+    assert "insecure_seed" in single.summary["guarantee"]
+    assert secretive.summary["params_sha256"] != single.summary["params_sha256"]
+
+
+def test_plots_are_pictures(single: Run) -> None:
+    for name in ("accuracy", "epsilon", "throughput"):
+        content = (single.root / f"plots/{name}.png").read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert len(content) > 5000
+
+
+def test_the_plain_arm_trains_through_the_same_loop_to_a_better_model(jobs: Jobs, single: Run) -> None:
+    run = jobs.new("plain")
+    wait_all([jobs.train(run, "privacy.enabled=false")])
+    summary = run.summary
+    assert summary["status"] == "finished"
+    assert summary["epsilon"] is None
+    assert summary["guarantee"].startswith("none")
+    assert summary["accuracy"] > single.summary["accuracy"]
+
+
+def test_accuracy_is_never_shown_before_its_checkpoint_is_there(jobs: Jobs) -> None:
+    run = jobs.new("watched")
+    running = jobs.train(run, "training.evaluate_every=1", PACE="0.05")
+    seen: set[int] = set()
+
+    def ended() -> bool:
+        for step in run.accuracies:
+            assert (run.root / "checkpoints" / str(step)).is_dir()
+            seen.add(step)
+        return (run.root / "summary.json").exists()
+
+    wait_for(ended)
+    assert running.wait().code == 0
+    assert len(seen) > 3
+
+
+def test_a_record_that_cannot_be_read_ends_the_run_and_is_quoted_in_private_alone(jobs: Jobs) -> None:
+    run = jobs.new("mishap")
+    ended = jobs.train(run, "data.source=userland:failing", "data.options.index=500").wait()
+    assert ended.code == 1
+    assert "Alice" not in ended.err + ended.out
+    assert "private/logs/rank-0.log" in ended.err
+    assert "Alice Example" in run.logs
+    assert run.summary["status"] == "failed"
+    public = [path for path in run.root.rglob("*") if path.is_file() and "private" not in path.parts]
+    assert not any(b"Alice" in path.read_bytes() for path in public)
+
+
+def test_examples_with_nan_add_nothing_and_the_parameters_stay_finite(jobs: Jobs, tmp_path: Path) -> None:
+    run = jobs.new("nan")
+    wait_all([jobs.train(run, "data.source=userland:with_nans", f"data.options.rows={list(range(0, 1000, 7))}")])
+    assert sum(record["not_finite"] for record in run.diagnostics) > 10
+    assert run.summary["accuracy"] > 0.4
+
+
+def test_a_step_whose_sample_is_empty_is_taken_all_the_same(jobs: Jobs) -> None:
+    run = jobs.new("empty")
+    wait_all([jobs.train(run, "sampling.expected_batch_size=0.5")])
+    assert run.summary["status"] == "finished"
+    assert 0 in [record["examples"] for record in run.diagnostics]
+    assert len(run.digests) == STEPS
+
+
+def test_nothing_is_compiled_after_the_first_step(jobs: Jobs) -> None:
+    changes = {"training": {"steps": 50}, "checkpoint": {"every_steps": 10}, "sampling": {"expected_batch_size": 90}}
+    told = jobs.call("count_compilations", config=config_with(jobs.new("counted").root, **changes))
+    counts = told["counts"]
+    assert len(counts) == 51
+    assert counts[0] > 0
+    assert set(counts) == {counts[0]}

@@ -1,0 +1,75 @@
+"""Invariant 1: who samples, draws and updates does not depend on how many processes and devices there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import userland
+from jobs import STEPS, Jobs, Run, wait_all
+
+OTHERS = ["1x1", "1x4", "4x1", "2x2 shard"]
+
+
+@pytest.fixture(scope="module")
+def runs(jobs: Jobs, uninterrupted: Run, single: Run, four_processes: Run) -> dict[str, Run]:
+    runs = {"1x4": jobs.new("1x4"), "2x2 shard": jobs.new("shard")}
+    wait_all([jobs.train(runs["1x4"], "cluster.devices_per_process=4")])
+    wait_all(jobs.ranks(runs["2x2 shard"], 2, 2, "sampling.assignment=shard"))
+    return runs | {"2x2": uninterrupted, "1x1": single, "4x1": four_processes}
+
+
+@pytest.fixture(scope="module")
+def loaded(jobs: Jobs, runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What `dpdist.load` brings back of every run, in a process with one device; `params` by name."""
+    to = tmp_path_factory.mktemp("params")
+    told = jobs.call("load", runs={name: str(run.root) for name, run in runs.items()}, to=str(to))
+    return {name: told[name] | {"params": dict(np.load(Path(to) / f"{name}.npz"))} for name in runs}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_step_samples_and_draws_the_same_on_any_topology(runs: dict[str, Run], name: str) -> None:
+    expected = runs["2x2"].digests
+    assert sorted(expected) == list(range(STEPS))
+    assert len({sample for sample, _ in expected.values()}) == STEPS
+    assert len({noise for _, noise in expected.values()}) == STEPS
+    assert runs[name].digests == expected
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_ledger_and_epsilon_are_the_same_on_any_topology(runs: dict[str, Run], name: str) -> None:
+    assert runs[name].plan == runs["2x2"].plan
+    assert runs[name].charged == runs["2x2"].charged == list(range(STEPS))
+    for key in ("epsilon", "epsilon_spent", "epsilon_rdp", "noise_multiplier", "sampling_probability", "dataset_size"):
+        assert runs[name].summary[key] == runs["2x2"].summary[key], key
+
+
+def test_the_summary_tells_the_topology(runs: dict[str, Run]) -> None:
+    found = {name: (run.summary["processes"], run.summary["devices"]) for name, run in runs.items()}
+    assert found == {"1x1": (1, 1), "1x4": (1, 4), "4x1": (4, 4), "2x2": (2, 4), "2x2 shard": (2, 4)}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_parameters_agree_up_to_summation_order(loaded: dict[str, dict[str, Any]], name: str) -> None:
+    expected, found = loaded["2x2"]["params"], loaded[name]["params"]
+    assert set(found) == set(expected) == {"a", "b", "c", "d"}
+    for key, values in expected.items():
+        np.testing.assert_allclose(found[key], values, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def test_four_devices_give_the_same_bits_however_processes_share_them(runs: dict[str, Run]) -> None:
+    digests = {runs[name].summary["params_sha256"] for name in ("1x4", "2x2", "4x1")}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("name", ["2x2", *OTHERS])
+def test_accuracy_is_that_of_the_released_parameters_in_numpy(
+    runs: dict[str, Run], loaded: dict[str, dict[str, Any]], name: str
+) -> None:
+    test = userland.test_columns()
+    correct = np.argmax(userland.logits(loaded[name]["params"], test["image"]), axis=-1) == test["label"]
+    assert runs[name].summary["accuracy"] == np.mean(correct) == loaded[name]["accuracy"]
+    assert runs[name].summary["accuracy"] > 0.5
+    assert loaded[name]["step"] == STEPS

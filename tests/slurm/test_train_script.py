@@ -1,0 +1,215 @@
+"""`sbatch slurm/train_80gpu.sh`, unedited: 80 processes, all ways to be told to leave, other nodes, dead ranks."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+from batch import LIMIT, REPOSITORY, SCRIPT, Batch, sbatch
+from jobs import STEPS, Jobs, Run, wait_all, wait_for
+
+#: Seconds that `srun --kill-on-bad-exit` may take to end a job after one of its ranks has died.
+BOUND_AFTER_A_DEATH = 60.0
+#: What changes from one start of a run to the next, or with where it runs.
+VOLATILE = {"examples_per_second"}
+#: Of jobs: each has a log of its own.
+NUMBERS = itertools.count()
+
+
+def start(
+    slurm: dict[str, str],
+    jobs: Jobs,
+    run: Run,
+    *overrides: str,
+    nodes: int = 2,
+    tasks: int = 1,
+    options: tuple[str, ...] = (),
+    **environ: str,
+) -> Batch:
+    """Train the tests' own small model under SLURM."""
+    return sbatch(
+        slurm,
+        SCRIPT,
+        str(jobs.config),
+        "--run-dir",
+        str(run.root),
+        *overrides,
+        nodes=nodes,
+        tasks_per_node=tasks,
+        log=run.root.with_suffix(f".{next(NUMBERS)}.log"),
+        options=("--cpus-per-task=1", *options),
+        cwd=jobs.root,
+        NPROC="1",
+        **environ,
+    )
+
+
+class Pace:
+    """Something is slow until the test says `off`: a variable of the job names the file that holds the seconds."""
+
+    def __init__(self, run: Run, name: str, seconds: float) -> None:
+        self.file = run.root.with_suffix(".pace")
+        self.file.write_text(str(seconds))
+        self.environ = {name: str(self.file)}
+
+    def off(self) -> None:
+        self.file.unlink()
+
+
+def stable(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in run.summary.items() if name not in VOLATILE}
+
+
+@pytest.fixture(scope="module")
+def two_processes(jobs: Jobs) -> Run:
+    """The undisturbed run on two processes of one device, started without SLURM."""
+    run = jobs.new("2x1")
+    wait_all(jobs.ranks(run, 2, 1))
+    return run
+
+
+def test_eighty_processes_on_twenty_nodes(slurm: dict[str, str], jobs: Jobs) -> None:
+    settings = (
+        "cluster.devices_per_process=1",
+        "privacy.insecure_seed=1",
+        "training.record_digests=true",
+        "training.steps=4",
+        "checkpoint.every_steps=4",
+        "run.log_every=1",
+    )
+    # Eighty processes compile on the cores of one machine; what they compile need not be fast.
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "NPROC": "1"}
+    run, alone = jobs.new("80"), jobs.new("digits-alone")
+    began = time.monotonic()
+    batch = sbatch(
+        slurm,
+        SCRIPT,
+        "configs/digits.yaml",
+        "--run-dir",
+        str(run.root),
+        *settings,
+        nodes=20,
+        tasks_per_node=4,
+        log=run.root.with_suffix(".log"),
+        **quick,
+    )
+    assert batch.wait(3 * LIMIT) == "COMPLETED", batch.text
+    print(f"80 processes: {time.monotonic() - began:.0f} s from submission to the end")
+    summary = run.summary
+    assert (summary["status"], summary["processes"], summary["devices"]) == ("finished", 80, 80)
+    command = [sys.executable, "-m", "launch", "train", "configs/digits.yaml", *settings, "--run-dir", str(alone.root)]
+    # Not a fork of a Python that has read its environment: XLA rounds the noise as it optimises.
+    subprocess.run(command, cwd=REPOSITORY, env=jobs.environ | quick, check=True, timeout=LIMIT)
+    assert summary["epsilon"] == alone.summary["epsilon"]
+    assert run.digests == alone.digests
+    assert len(run.digests) == 4
+    assert "80 processes on n[01-20]" in batch.text
+    assert batch.text.splitlines()[-1] == "dpdist job: done"
+
+
+def test_told_to_leave_in_three_ways_it_ends_as_if_undisturbed(
+    slurm: dict[str, str], jobs: Jobs, four_processes: Run
+) -> None:
+    """A time limit, `scontrol requeue`, and TERM from outside, as preemption sends it; side by side, to save time."""
+    # SLURM looks at time limits every half minute, so it warns 60 to 90 s after the start.
+    ways = {"limit": ("--time=2", "--signal=TERM@30"), "requeue": (), "term": ()}
+    runs = {way: jobs.new(f"left-{way}") for way in ways}
+    paces = {way: Pace(runs[way], "PACE", 6.0 if way == "limit" else 1.5) for way in ways}
+    batches: dict[str, Batch] = {}
+    for way, options in ways.items():
+        batches[way] = start(slurm, jobs, runs[way], "data.prefetch=1", tasks=2, options=options, **paces[way].environ)
+        if way != "limit":
+            batches[way].wait_for_step(runs[way], 1)
+            command = {"requeue": ("scontrol", "requeue"), "term": ("scancel", "--signal=TERM")}[way]
+            batches[way].ask(*command, batches[way].id)
+    for way, batch in batches.items():
+        batch.wait_until_requeued()
+        assert runs[way].summary["status"] == "preempted", f"{way}: {batch.text}"
+        assert runs[way].summary["step"] in range(0 if way == "limit" else 2, STEPS)
+        assert runs[way].summary["step"] == runs[way].checkpoints[-1]
+        paces[way].off()
+        batch.start_again()
+    for way, batch in batches.items():
+        assert batch.wait() == "COMPLETED", batch.text
+        assert stable(runs[way]) == stable(four_processes), way
+        assert runs[way].digests == four_processes.digests
+        assert runs[way].accuracies == four_processes.accuracies
+        assert batch.text.count("+ job") == 2
+
+
+@pytest.mark.parametrize(
+    ("slow", "seconds", "overrides"),
+    [
+        ("PACE_START", 8.0, ()),
+        ("PACE_TEST", 2.0, ("training.evaluation_batch_size=4",)),
+        ("PACE", 0.5, ("checkpoint.every_steps=1",)),
+    ],
+    ids=["start-up", "evaluation", "checkpointing"],
+)
+def test_told_to_leave_in_the_midst_of(
+    slurm: dict[str, str], jobs: Jobs, two_processes: Run, slow: str, seconds: float, overrides: tuple[str, ...]
+) -> None:
+    run = jobs.new(f"left-{slow}")
+    pace = Pace(run, slow, seconds)
+    batch = start(slurm, jobs, run, "data.prefetch=1", "training.evaluate_every=4", *overrides, **pace.environ)
+    if slow == "PACE_START":
+        batch.wait_for_text("epsilon")  # joined and planned; now come the initial parameters
+    else:
+        # Step 4 is saved; its evaluation goes on for a minute. Or saving begins anew after every step.
+        wait_for(lambda: (run.root / "checkpoints" / "4").exists(), LIMIT, every=0.02)
+    batch.leave()
+    preempted = run.summary
+    assert preempted["status"] == "preempted", batch.text
+    assert preempted["step"] in {"PACE_START": (0,), "PACE_TEST": (4,), "PACE": range(4, STEPS)}[slow]
+    assert preempted["step"] == run.checkpoints[-1]
+    pace.off()
+    batch.start_again()
+    assert batch.wait() == "COMPLETED", batch.text
+    assert stable(run) == stable(two_processes)
+    assert run.digests == two_processes.digests
+    assert run.accuracies == two_processes.accuracies
+
+
+def test_resumed_on_fewer_and_on_more_nodes_it_samples_and_spends_the_same(
+    slurm: dict[str, str], jobs: Jobs, two_processes: Run
+) -> None:
+    run = jobs.new("4-2-5")
+    for nodes, step in ((4, 3), (2, 8)):
+        pace = Pace(run, "PACE", 0.7)
+        batch = start(slurm, jobs, run, "data.prefetch=1", nodes=nodes, **pace.environ)
+        batch.wait_for_step(run, step)
+        batch.leave()
+        batch.ask("scancel", batch.id)
+        pace.off()
+    batch = start(slurm, jobs, run, nodes=5)
+    assert batch.wait() == "COMPLETED", batch.text
+    assert (run.summary["status"], run.summary["processes"]) == ("finished", 5)
+    assert run.digests == two_processes.digests
+    assert run.summary["epsilon_spent"] == two_processes.summary["epsilon_spent"]
+    assert sorted(run.charged) == list(range(STEPS))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_job_by_name_and_resubmitted_it_resumes(
+    slurm: dict[str, str], jobs: Jobs, two_processes: Run, rank: int
+) -> None:
+    run = jobs.new(f"killed-{rank}")
+    pace = Pace(run, "PACE", 0.5)
+    batch = start(slurm, jobs, run, "data.prefetch=1", **pace.environ)
+    batch.wait_for_step(run, 5)
+    os.kill(batch.tasks()[rank], signal.SIGKILL)
+    killed = time.monotonic()
+    assert batch.wait(BOUND_AFTER_A_DEATH) == "FAILED"
+    print(f"the job ended {time.monotonic() - killed:.1f} s after rank {rank} was killed")
+    assert f"task {rank}: Killed" in batch.text.splitlines()[-1], batch.text
+    pace.off()
+    again = start(slurm, jobs, run)
+    assert again.wait() == "COMPLETED", again.text
+    assert stable(run) == stable(two_processes)
+    assert run.digests == two_processes.digests

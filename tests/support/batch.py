@@ -1,0 +1,141 @@
+"""Batch jobs on the virtual cluster: submitting the real scripts, telling them to leave, and waiting for what comes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs import Run, wait_for
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "slurm" / "train_80gpu.sh"
+#: Seconds within which any job must have ended: many times what the slowest needs on two idle cores.
+LIMIT = 420.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A job, and the log it writes."""
+
+    id: str
+    log: Path
+    slurm: dict[str, str]
+
+    def ask(self, *command: str) -> str:
+        done = subprocess.run(command, env=self.slurm, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def state(self) -> str:
+        """SLURM's word, such as RUNNING or, of a job that ended, COMPLETED."""
+        shown = self.ask("scontrol", "show", "job", "--oneliner", self.id)
+        found = re.search(r"JobState=(\w+)", shown)
+        assert found is not None, shown
+        return found[1]
+
+    def wait(self, seconds: float = LIMIT) -> str:
+        """The state in which the job ended; a requeued one has not."""
+
+        def ended() -> str | None:
+            state = self.state()
+            return state if state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING") else None
+
+        try:
+            return wait_for(ended, seconds, every=0.2)
+        except AssertionError:
+            subprocess.run(["scancel", self.id], env=self.slurm, check=False)
+            raise AssertionError(f"job {self.id} has not ended in {seconds} s:\n{self.text}") from None
+
+    def wait_for_step(self, run: Run, step: int) -> None:
+        """Until the run has recorded `step` or a later one."""
+
+        def reached() -> bool:
+            assert "dpdist job:" not in self.text, f"ended before step {step}:\n{self.text}"
+            return any(record["step"] >= step for record in run.diagnostics)
+
+        wait_for(reached, LIMIT, every=0.05)
+
+    def wait_for_text(self, text: str) -> None:
+        """Until the log holds `text`."""
+
+        def said() -> bool:
+            assert text in self.text or "dpdist job:" not in self.text, f"it ended without {text!r}:\n{self.text}"
+            return text in self.text
+
+        wait_for(said, LIMIT, every=0.1)
+
+    def leave(self) -> None:
+        """TERM to all ranks, as SLURM sends it ahead of a preemption or a time limit; until it is back in the queue."""
+        self.ask("scancel", "--signal=TERM", self.id)
+        self.wait_until_requeued()
+
+    def wait_until_requeued(self) -> None:
+        wait_for(lambda: self.state() == "PENDING", LIMIT, every=0.1)
+
+    def start_again(self) -> None:
+        """Spare a requeued job the two minutes that SLURM holds it, so that its former start is gone from the nodes."""
+        wait_for(
+            lambda: subprocess.run(["pgrep", "-f", rf"slurmstepd: \[{self.id}\."]).returncode == 1, LIMIT, every=0.1
+        )
+        self.ask("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+
+    def tasks(self) -> dict[int, int]:
+        """Process ids of the ranks that run now, by rank."""
+        found = {}
+        for directory in Path("/proc").iterdir():
+            if not directory.name.isdecimal():
+                continue
+            try:
+                variables = dict(
+                    item.split("=", 1) for item in (directory / "environ").read_text().split("\0") if "=" in item
+                )
+                command = (directory / "cmdline").read_text()
+            except (OSError, UnicodeDecodeError):
+                continue
+            if variables.get("SLURM_JOB_ID") == self.id and "SLURM_PROCID" in variables and "dpdist" in command:
+                found[int(variables["SLURM_PROCID"])] = int(directory.name)
+        return found
+
+
+def sbatch(
+    slurm: dict[str, str],
+    script: Path,
+    *arguments: str,
+    nodes: int,
+    tasks_per_node: int,
+    log: Path,
+    options: tuple[str, ...] = (),
+    cwd: Path = REPOSITORY,
+    **environ: str,
+) -> Batch:
+    """Submit `script` as it is; what a node count or a site would change comes as options of sbatch."""
+    known = {"DPDIST_HOME": str(REPOSITORY)}
+    if not (REPOSITORY / ".venv/bin/dpdist").exists():
+        known["DPDIST"] = str(Path(sys.executable).with_name("dpdist"))
+    done = subprocess.run(
+        [
+            "sbatch",
+            f"--nodes={nodes}",
+            f"--ntasks-per-node={tasks_per_node}",
+            f"--output={log}",
+            *options,
+            str(script),
+            *arguments,
+        ],
+        env=slurm | known | environ,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return Batch(done.stdout.split()[-1], log, slurm | {"PATH": os.environ["PATH"]})

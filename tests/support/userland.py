@@ -1,0 +1,144 @@
+"""What a user brings to a run: data, models, and mishaps. Every process finds it in its working directory.
+
+PACE, in the environment, slows reading down so that a test can act between two steps; PACE_TEST slows evaluation and
+PACE_START what comes before the first step. Seconds, or the name of a file that holds them until the test removes it.
+They are no part of the config: paced or not, it is the same run.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpdist.data import ArraySource, Source
+from dpdist.models import Model
+
+Columns = dict[str, np.ndarray]
+
+
+def pace(name: str) -> float:
+    """Seconds to wait at each turn of what `name` slows down."""
+    value = os.environ.get(name, "0")
+    if "/" not in value:
+        return float(value)
+    return float(Path(value).read_text()) if Path(value).exists() else 0.0
+
+
+def columns(size: int, seed: int) -> Columns:
+    """Four classes with noise: `image` float32[size, 12], `label` int32[size]."""
+    draw = np.random.default_rng(seed)
+    label = draw.integers(0, 4, size).astype(np.int32)
+    image = np.eye(4, 12, dtype=np.float32)[label] * 2 + draw.standard_normal((size, 12)).astype(np.float32)
+    return {"image": image, "label": label}
+
+
+def train_columns() -> Columns:
+    return columns(1000, seed=1)
+
+
+def test_columns() -> Columns:
+    """203 examples: no multiple of devices times batch size."""
+    return columns(203, seed=2)
+
+
+class Paced(ArraySource):
+    """Arrays, read slowly."""
+
+    def __init__(self, columns: Columns, by: str) -> None:
+        super().__init__(columns)
+        self.by = by
+
+    def take(self, indices: np.ndarray) -> Columns:
+        time.sleep(pace(self.by))
+        return super().take(indices)
+
+
+class Items:
+    """Random access and nothing else; what `odd` holds for an index is called instead of reading it."""
+
+    def __init__(self, columns: Columns, odd: Mapping[int, Callable[[], Any]] | None = None) -> None:
+        self.columns, self.odd = columns, odd or {}
+
+    def __len__(self) -> int:
+        return len(self.columns["label"])
+
+    def __getitem__(self, index: int) -> Any:
+        if index in self.odd:
+            return self.odd[index]()
+        time.sleep(pace("PACE") / 64)
+        return {name: values[index] for name, values in self.columns.items()}
+
+
+def arrays() -> tuple[Source, Source]:
+    return Paced(train_columns(), "PACE"), Paced(test_columns(), "PACE_TEST")
+
+
+def items() -> tuple[Source, Source]:
+    return Items(train_columns()), Items(test_columns())
+
+
+def failing(index: int) -> tuple[Source, None]:
+    """Reading example `index` raises an error that quotes it."""
+
+    def fail() -> None:
+        raise ValueError("record of Alice Example, born 1980")
+
+    return Items(train_columns(), {index: fail}), None
+
+
+def malformed(index: int) -> tuple[Source, None]:
+    """Example `index` has another shape than all the others."""
+    return Items(train_columns(), {index: lambda: {"image": np.zeros(3), "label": np.int32(0)}}), None
+
+
+def with_nans(rows: list[int]) -> tuple[Source, Source]:
+    """The features of the examples `rows` are NaN."""
+    train = train_columns()
+    train["image"][rows] = np.nan
+    return ArraySource(train), ArraySource(test_columns())
+
+
+def small(*, example: dict[str, jax.ShapeDtypeStruct], classes: int) -> Model:
+    """One hidden layer; its initial parameters come from NumPy, since compiling JAX's draws takes seconds."""
+    width, draw = example["image"].shape[0], np.random.default_rng(0)
+
+    def init(key: jax.Array) -> dict[str, np.ndarray]:
+        time.sleep(pace("PACE_START"))
+        weights = {"a": draw.standard_normal((width, 16)) / 4, "c": draw.standard_normal((16, classes)) / 4}
+        biases = {"b": np.zeros(16), "d": np.zeros(classes)}
+        return {name: value.astype(np.float32) for name, value in (weights | biases).items()}
+
+    def apply(params: Any, example: dict[str, jax.Array]) -> jax.Array:
+        return jnp.tanh(example["image"] @ params["a"] + params["b"]) @ params["c"] + params["d"]
+
+    return Model(init=init, apply=apply)
+
+
+def logits(params: Mapping[str, np.ndarray], images: np.ndarray) -> np.ndarray:
+    """`small` in NumPy and float64."""
+    weights = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    return np.tanh(images @ weights["a"] + weights["b"]) @ weights["c"] + weights["d"]
+
+
+def dropout(*, example: dict[str, jax.ShapeDtypeStruct], classes: int) -> Model:
+    """`small`, with half of each training example's features dropped."""
+    plain = small(example=example, classes=classes)
+
+    def apply(params: Any, example: dict[str, jax.Array]) -> jax.Array:
+        image = example["image"]
+        if "key" in example:
+            image = jnp.where(jax.random.bernoulli(example["key"], 0.5, image.shape), image * 2, 0)
+        return plain.apply(params, {"image": image})
+
+    return Model(init=plain.init, apply=apply, randomised=True)
+
+
+def no_model(*, example: dict[str, jax.ShapeDtypeStruct]) -> str:
+    return "a string"

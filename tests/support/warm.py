@@ -1,0 +1,139 @@
+"""A Python that has imported all of dpdist, has started no JAX backend, and forks children that run things.
+
+It reads one JSON command a line. `start` forks a child that runs the `dpdist` command with `argv`, or calls a
+function of this module and leaves what it returns at `result`; `wait` tells how a child ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import flax.nnx  # noqa: F401 - imported once here instead of in every child
+import jax
+import numpy as np
+import userland
+
+import dpdist
+import launch.cli
+import launch.training
+from dpdist.data import gather, open_dataset
+from dpdist.recorder import Recorder
+
+
+def train_all(configs: list[dict[str, Any]]) -> list[Any]:
+    """Summaries of several runs, one after the other; an `InputError` shows as its three parts."""
+    results: list[Any] = []
+    for config in configs:
+        try:
+            results.append(dpdist.train(dpdist.from_dict(config)))
+        except dpdist.InputError as error:
+            results.append([error.field, str(error.value), error.remedy])
+    return results
+
+
+def train_after_using_jax(config: dict[str, Any]) -> Any:
+    """As in a notebook, where JAX has long made its one device."""
+    jax.devices()
+    return train_all([config])[0]
+
+
+def load(runs: dict[str, str], to: str) -> dict[str, Any]:
+    """What `TrainedRun` says of every run, and its parameters by name in `to`/NAME.npz."""
+    told = {}
+    for name, directory in runs.items():
+        run = dpdist.load(directory)
+        leaves = jax.tree_util.tree_leaves_with_path(run.params)
+        keys = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        np.savez(Path(to) / f"{name}.npz", **dict(zip(keys, (leaf for _, leaf in leaves), strict=True)))
+        test = open_dataset(run.config.data).test
+        examples = userland.test_columns() if test is None else gather(test, np.arange(len(test)))
+        logits = run.predict({"image": examples["image"]})
+        told[name] = {
+            "step": run.step,
+            "privacy": run.privacy,
+            "shape": list(logits.shape),
+            "accuracy": float(np.mean(np.argmax(logits, axis=-1) == examples["label"])),
+        }
+    return told
+
+
+def count_compilations(config: dict[str, Any]) -> dict[str, Any]:
+    """How many programs were compiled when each step had been dispatched, and when the last was recorded."""
+    compiled: list[str] = []
+    counts: list[int] = []
+
+    def listen(name: str, seconds: float, **_: Any) -> None:
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    step_done, flush = Recorder.step_done, Recorder.flush
+
+    def counting_step_done(self: Recorder, *arguments: Any) -> None:
+        step_done(self, *arguments)
+        counts.append(len(compiled))
+
+    def counting_flush(self: Recorder) -> None:
+        flush(self)
+        counts.append(len(compiled))
+
+    Recorder.step_done, Recorder.flush = counting_step_done, counting_flush  # type: ignore[method-assign]
+    summary = dpdist.train(dpdist.from_dict(config))
+    return {"counts": counts, "summary": summary}
+
+
+def child(command: dict[str, Any]) -> NoReturn:
+    """What a fork does with the rest of its life."""
+    os.setpgid(0, 0)
+    for descriptor, path in ((0, os.devnull), (1, command["stdout"]), (2, command["stderr"])):
+        os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), descriptor)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+    os.environ.update(command["environ"])
+    if "argv" in command:
+        sys.argv = ["dpdist", *command["argv"]]
+        sys.exit(launch.cli.main())
+    result = globals()[command["call"]](**command["keywords"])
+    Path(command["result"]).write_text(json.dumps(result))
+    sys.exit(0)
+
+
+def wait(pid: int, seconds: float) -> int | None:
+    """Exit code of a child; None where it did not end in time and was killed."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return None
+        time.sleep(0.01)
+
+
+def serve() -> None:
+    children = set()
+    for line in sys.stdin:
+        command = json.loads(line)
+        if command["do"] == "start":
+            pid = os.fork()
+            if pid == 0:
+                child(command)
+            children.add(pid)
+            answer: int | None = pid
+        else:
+            children.discard(command["pid"])
+            answer = wait(command["pid"], command["seconds"])
+        print(json.dumps(answer), flush=True)
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,135 @@
+"""The `dpdist` command where it needs no run: privacy questions, help, and numbers that make no sense."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from launch.cli import main
+
+PLAN = ("--sampling-probability", "0.01", "--steps", "1000", "--delta", "1e-5")
+
+
+def answer(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    assert main(argv) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("\n") == 1
+    return json.loads(printed.out)
+
+
+def test_privacy_epsilon_prints_what_a_plan_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "privacy", "epsilon", *PLAN, "--noise-multiplier", "1.0")
+    assert set(found) >= {"epsilon", "delta", "epsilon_rdp", "accountant"}
+    assert found["delta"] == 1e-5
+    assert found["noise_multiplier"] == 1.0
+    assert found["sampling_probability"] == 0.01
+    assert found["steps"] == 1000
+    assert found["accountant"] in ("pld", "rdp")
+    # dp-accounting's tight answer for this plan is 1.83; Abadi et al.'s moments accountant says about 2.1.
+    assert 1.7 < found["epsilon"] <= found["epsilon_rdp"] < 2.3
+
+
+def test_privacy_calibrate_finds_the_least_noise_for_a_target(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "privacy", "calibrate", *PLAN, "--target-epsilon", "3.0")
+    assert set(found) >= {"noise_multiplier", "epsilon"}
+    assert found["epsilon"] <= 3.0
+    sigma = found["noise_multiplier"]
+    same = answer(capsys, "privacy", "epsilon", *PLAN, "--noise-multiplier", repr(sigma))
+    less = answer(capsys, "privacy", "epsilon", *PLAN, "--noise-multiplier", repr(sigma - 1e-3))
+    assert same["epsilon"] == found["epsilon"]
+    assert less["epsilon"] > 3.0
+
+
+def plan(**changes: str) -> list[str]:
+    values = {"sampling-probability": "0.01", "steps": "10", "delta": "1e-5"} | changes
+    return [part for name, value in values.items() for part in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["epsilon", *plan(**{"noise-multiplier": "0"})], "noise multiplier must be positive"),
+        (["epsilon", *plan(**{"noise-multiplier": "nan"})], "noise multiplier must be positive"),
+        (["epsilon", *plan(**{"noise-multiplier": "1", "delta": "0"})], "delta must be in (0, 1)"),
+        (["epsilon", *plan(**{"noise-multiplier": "1", "delta": "nan"})], "delta must be in (0, 1)"),
+        (["epsilon", *plan(**{"noise-multiplier": "1", "sampling-probability": "1.5"})], "sampling probability"),
+        (["epsilon", *plan(**{"noise-multiplier": "1", "sampling-probability": "0"})], "sampling probability"),
+        (["epsilon", *plan(**{"noise-multiplier": "1", "steps": "-1"})], "steps must be"),
+        (["calibrate", *plan(**{"target-epsilon": "-1"})], "target epsilon must be positive"),
+        (["calibrate", *plan(**{"target-epsilon": "1e9"})], "no real privacy"),
+        (["calibrate", *plan(**{"target-epsilon": "1", "steps": "0"})], "steps"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(
+    capsys: pytest.CaptureFixture[str], argv: list[str], words: str
+) -> None:
+    assert main(["privacy", *argv]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("dpdist: error: ")
+    assert words in printed.err
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["privacy", "epsilon", "--steps", "10"],
+        ["privacy", "epsilon", *PLAN, "--noise-multiplier", "much"],
+        ["privacy"],
+        ["fly"],
+        ["train"],
+        ["train", "configs/digits.yaml", "--procesess", "2"],
+        ["train", "configs/digits.yaml", "--processes", "two"],
+        ["train", "configs/digits.yaml", "--run-dir", "x", "stray"],
+        [],
+    ],
+)
+def test_a_command_line_that_cannot_be_read_exits_with_2(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert "usage: dpdist" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_on_either_side_of_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """The error shows that the override after the option was read."""
+    assert main(["train", "configs/digits.yaml", "run.log_every=5", "--processes", "2", "training.stepz=3"]) == 2
+    assert "training.stepz = 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ("train", "privacy", "bench")),
+        (["train"], ("CONFIG", "key=value", "--run-dir", "--processes", "75", "preempted", "2 bad input")),
+        (["privacy"], ("epsilon", "calibrate")),
+        (["privacy", "epsilon"], ("--noise-multiplier", "--sampling-probability", "--steps", "--delta")),
+        (["privacy", "calibrate"], ("--target-epsilon",)),
+        (["scaling"], ("CONFIG", "--nodes", "--arms", "sgd-sync-every-batch", "--collect", "--to", "75 interrupted")),
+        (["bench"], ("step",)),
+        (["bench", "step"], ("CONFIG", "--steps", "--to")),
+    ],
+)
+def test_help_tells_what_there_is(capsys: pytest.CaptureFixture[str], argv: list[str], words: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*argv, "--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for word in words:
+        assert word in printed
+
+
+def test_questions_are_answered_without_starting_jax() -> None:
+    """`python -m launch` is the same command; help must not wait for an import of seconds."""
+    code = "import sys, launch.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: print('jax' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.splitlines()[-1] == "False"
+    result = subprocess.run(
+        [sys.executable, "-m", "launch", "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "usage: dpdist" in result.stdout
