@@ -82,7 +82,10 @@ def _digits(data: Data) -> Dataset:
     assert package is not None
     assert package.origin is not None
     table = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=",", dtype=np.int32)
-    arrays = {"image": table[:, :64].reshape(-1, 8, 8, 1).astype(np.uint8), "label": table[:, 64]}
+    arrays: dict[str, np.ndarray] = {
+        "image": table[:, :64].reshape(-1, 8, 8, 1).astype(np.uint8),
+        "label": table[:, 64],
+    }
     return _from_arrays(data, arrays, {}, name="digits", classes=10)
 
 
