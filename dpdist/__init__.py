@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,10 +31,18 @@ _HOME = {
 }
 
 
+class _Facade(types.ModuleType):
+    """This package. Importing the module `dpdist.train` binds it to the name of its function: the function wins."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.train if name == "train" and isinstance(value, types.ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Facade
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'dpdist' has no attribute {name!r}")
     module, attribute = _HOME[name]
-    value = getattr(importlib.import_module(module), attribute)
-    globals()[name] = value  # importing dpdist.train binds the module to the same name: the function wins
-    return value
+    return getattr(importlib.import_module(module), attribute)

@@ -133,3 +133,9 @@ def test_questions_are_answered_without_starting_jax() -> None:
         [sys.executable, "-m", "launch", "--help"], capture_output=True, text=True, timeout=60, check=True
     )
     assert "usage: dpdist" in result.stdout
+
+
+def test_dpdist_train_is_the_function_whatever_was_imported_before() -> None:
+    code = "import dpdist.train, launch.training, dpdist; print(dpdist.train.__name__, callable(dpdist.train))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "train True\n"

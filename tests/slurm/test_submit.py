@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from batch import start_requeued
 from jobs import STEPS, Jobs, Run, wait_for
 
 from dpdist.errors import InputError
@@ -93,7 +94,7 @@ def test_a_preempted_job_comes_back_by_itself_and_result_waits_for_it(cluster: J
     assert run.summary["status"] == "preempted"
     assert not job.ended()
     file.unlink()
-    subprocess.run(["scontrol", "update", f"JobId={job.id}", "StartTime=now"], check=True)
+    start_requeued(job.id, os.environ)
     summary = job.result(poll_seconds=0.5)
     assert (summary["status"], summary["step"]) == ("finished", STEPS)
     assert "dpdist job: preempted; requeued (start 1" in job.log().read_text()

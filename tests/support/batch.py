@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,11 +82,8 @@ class Batch:
         wait_for(lambda: self.state() == "PENDING", LIMIT, every=0.1)
 
     def start_again(self) -> None:
-        """Spare a requeued job the two minutes that SLURM holds it, so that its former start is gone from the nodes."""
-        wait_for(
-            lambda: subprocess.run(["pgrep", "-f", rf"slurmstepd: \[{self.id}\."]).returncode == 1, LIMIT, every=0.1
-        )
-        self.ask("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+        """`start_requeued`, for this job."""
+        start_requeued(self.id, self.slurm)
 
     def tasks(self) -> dict[int, int]:
         """Process ids of the ranks that run now, by rank."""
@@ -103,6 +101,16 @@ class Batch:
             if variables.get("SLURM_JOB_ID") == self.id and "SLURM_PROCID" in variables and "dpdist" in command:
                 found[int(variables["SLURM_PROCID"])] = int(directory.name)
         return found
+
+
+def start_requeued(job_id: str, environ: Mapping[str, str]) -> None:
+    """Spare a requeued job the two minutes that SLURM holds it, once its former start is gone from the nodes.
+
+    Started while that is still leaving one, it fails without a word.
+    """
+    former = rf"slurmstepd: \[{job_id}\."
+    wait_for(lambda: subprocess.run(["pgrep", "-f", former], check=False).returncode == 1, LIMIT, every=0.1)
+    subprocess.run(["scontrol", "update", f"JobId={job_id}", "StartTime=now"], env=environ, check=True)
 
 
 def sbatch(
