@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from dpdist.mechanism.clipping.paths import trainable, with_frozen
+
 
 def plain_grad_sum(
-    loss_fn: Callable[[Any, Any], Any],
+    loss_fn: Callable[[Any, Any], Any], *, frozen: Collection[str] = frozenset()
 ) -> Callable[[Any, Any, Any], tuple[Any, Float32[Array, " p"]]]:
     """`f(params, batch, mask) -> (sums, norms)` without any bound: no privacy, and norms all 0.
 
@@ -24,11 +26,12 @@ def plain_grad_sum(
         rows = jnp.where(used, jnp.arange(mask.shape[0]), jnp.argmax(used))
         real = jax.tree.map(lambda column: column[rows], batch)
 
-        def total(params: Any) -> Array:
-            losses = jax.vmap(loss_fn, in_axes=(None, 0))(params, real)
+        def total(moving: Any) -> Array:
+            losses = jax.vmap(loss_fn, in_axes=(None, 0))(with_frozen(moving, params), real)
             return jnp.sum(jnp.where(used, losses, 0.0))
 
-        sums = jax.tree.map(lambda g: jnp.where(used.any(), g, 0).astype(jnp.float32), jax.grad(total)(params))
+        gradient = jax.grad(total)(trainable(params, frozen))
+        sums = jax.tree.map(lambda g: jnp.where(used.any(), g, 0).astype(jnp.float32), gradient)
         return sums, jnp.zeros(mask.shape, jnp.float32)
 
     return grad_sum

@@ -1,0 +1,246 @@
+"""Clipped gradient sums in one forward and one backward pass, for any loss (Bu et al. 2023, arXiv 2210.00038).
+
+The backward pass goes through the data alone: its gradients with respect to a shift of zero at every use of a
+parameter are all that norms and weighted sums need, and no weight gradient of a single example is computed unless
+it is the cheaper way to its norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32
+
+from dpdist.mechanism.clipping.factors import Factors
+from dpdist.mechanism.clipping.graph import Graph, UnsupportedLossError, Use, trace
+from dpdist.mechanism.clipping.norms import Side, squared_norm
+from dpdist.mechanism.clipping.paths import trainable
+from dpdist.mechanism.clipping.strategy import LeafPlan, sides_swapped
+from dpdist.mechanism.clipping.weights import weigh, weighted_sum
+
+#: params, graph -> (a plan for every leaf, the factors of every use); see `strategy.plan_leaves`.
+Planner = Callable[[Graph, Any], tuple[list[LeafPlan], list[Factors | None]]]
+
+
+def bookkeeping_grad_sum(
+    loss_fn: Callable[[Any, Any], Any],
+    *,
+    clip_norm: float,
+    planner: Planner,
+    twice: bool,
+    frozen: Collection[str] = frozenset(),
+) -> Callable[[Any, Any, Any], tuple[Any, Float32[Array, " p"]]]:
+    """See `clipped_grad_sum`.
+
+    Args:
+        twice: make the passes once for the norms and again for the sum, which costs their time and keeps no gradient
+            at the outputs in between: ghost clipping (Li et al. 2022, arXiv 2110.05679).
+    """
+
+    def clipped_sum(params: Any, batch: Any, mask: Float[Array, " p"]) -> tuple[Any, Float32[Array, " p"]]:
+        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+        graph = trace(loss_fn, params, example, frozen)
+        plans, factors = planner(graph, params)
+        leaves, structure = jax.tree.flatten(params)
+        first = _Pass(graph, plans, factors, leaves, jax.tree.leaves(batch), mask.shape[0])
+        norms, bounds = first.norms()
+        scale, used = weigh(bounds, mask, clip_norm)
+        second = first
+        if twice:
+            # The barrier keeps XLA from taking both passes for one.
+            again, columns, scale = lax.optimization_barrier((leaves, jax.tree.leaves(batch), scale))
+            second = _Pass(graph, plans, factors, again, columns, mask.shape[0])
+        return trainable(jax.tree.unflatten(structure, second.weighted(scale, used)), frozen), norms
+
+    return clipped_sum
+
+
+class _Pass:
+    """One forward and one backward pass over a batch of p examples, and what follows from it."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        plans: Sequence[LeafPlan],
+        factors: Sequence[Factors | None],
+        leaves: Sequence[Array],
+        batch: Sequence[Array],
+        examples: int,
+    ) -> None:
+        self._graph, self._plans, self._factors, self._leaves = graph, plans, factors, leaves
+        self._examples = examples
+        self._shared = graph.compute_params(leaves)
+        zero = jnp.zeros((), graph.aval(graph.loss).dtype)
+        shifts = [
+            [
+                jnp.zeros(graph.aval(use.node.outputs[j]).shape, graph.aval(use.node.outputs[j]).dtype)
+                for j in use.outputs
+            ]
+            for use in graph.uses
+        ]
+
+        def one_example(shifts: Any, *columns: Array) -> tuple[Array, Any]:
+            return graph.compute_loss(self._shared, (*columns, zero), shifts)
+
+        backward = jax.vmap(
+            jax.grad(one_example, has_aux=True), in_axes=(None, *(0 for _ in batch)), axis_size=examples
+        )
+        #: For every use, the gradients at its outputs, and its data operands by number, each with leading axis p.
+        self._at_outputs, self._operands = backward(shifts, *batch)
+        self._instantiated = self._instantiate()
+
+    def norms(self) -> tuple[Float32[Array, " p"], Float32[Array, " p"]]:
+        """(|g_i|, what bounds it and the rounding of its weighted sum), over all leaves."""
+        exact = bound = jnp.zeros((self._examples,), jnp.float32)
+        for gradient in self._instantiated.values():
+            flat = gradient.reshape(self._examples, -1)
+            square = jnp.sum(flat * flat, axis=1)
+            exact, bound = exact + square, bound + square
+        for plan in self._plans:
+            for group in plan.groups if plan.strategy == "ghost" else ():
+                square, terms = self._group_norm(group)
+                length = sum(factors.length for u in group if (factors := self._factors[u]) is not None)
+                # The weighted sum is a float32 product of other rounding than the norm: for n terms
+                # at most n 2^-24 of their magnitudes (Higham 2002, section 3.5).
+                rounding = (length + 2) * 2.0**-24 * terms
+                exact, bound = exact + square, bound + jnp.square(jnp.sqrt(square) + rounding)
+        return jnp.sqrt(exact), jnp.sqrt(bound)
+
+    def weighted(self, scale: Float32[Array, " p"], used: Bool[Array, " p"]) -> list[Float32[Array, "..."]]:
+        """For every leaf, sum_i scale[i] g_i over the examples that are used."""
+        sums = []
+        for number, plan in enumerate(self._plans):
+            if number in self._instantiated:
+                sums.append(weighted_sum(scale, used, self._instantiated[number]))
+                continue
+            total = jnp.zeros(plan.shape, jnp.float32)
+            for u in (u for group in plan.groups for u in group):
+                total = total + self._weighted_use(u, scale, used)
+            sums.append(total)
+        return sums
+
+    def _weighted_use(self, u: int, scale: Float32[Array, " p"], used: Bool[Array, " p"]) -> Float32[Array, "..."]:
+        factors = self._factors[u]
+        assert factors is not None
+        left, right = self._rows(u)
+        here = used[:, None, None, None]
+        weights = jnp.where(here, right.astype(jnp.float32) * scale[:, None, None, None], 0.0)
+        if factors.one_hot:
+            # The row -1, which stands for none, is dropped: out of range once negative numbers no longer count back.
+            rows = jnp.where(used[:, None] & (left >= 0), left, factors.m).reshape(-1)
+            product = jnp.zeros((1, factors.m, factors.n), jnp.float32)
+            product = product.at[0, rows].add(weights.reshape(-1, factors.n), mode="drop")
+        else:
+            kept = jnp.where(here, left.astype(jnp.float32), 0.0)
+            product = jnp.einsum("pgtm,pgtn->gmn", kept, weights, precision=lax.Precision.HIGHEST)
+        return factors.view.back(factors.arrange(product))
+
+    def _rows(self, u: int) -> tuple[Array, Array]:
+        """Both factors of a use, with leading axis p."""
+        factors = self._factors[u]
+        assert factors is not None
+        left = jax.vmap(factors.left)(self._operands[u][factors.operand])
+        return left, jax.vmap(factors.right)(self._at_outputs[u][0])
+
+    def _group_norm(self, group: Sequence[int]) -> tuple[Float32[Array, " p"], Float32[Array, " p"]]:
+        """`squared_norm` of the sum of the gradients of all uses in a group."""
+        used = [factors for u in group if (factors := self._factors[u]) is not None]
+
+        def one_example(rows: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+            products = []
+            for factors, (left, right) in zip(used, rows, strict=True):
+                sides = Side(left, factors.one_hot), Side(right, False)
+                swapped = len(used) > 1 and sides_swapped(used[0], factors)
+                products.append(sides[::-1] if swapped else sides)
+            return squared_norm(products)
+
+        return jax.vmap(one_example)([self._rows(u) for u in group])
+
+    def _instantiate(self) -> dict[int, Float32[Array, "p ..."]]:
+        """The gradient of every example, by leaf, for the leaves whose strategy asks for it."""
+        wanted = [n for n, plan in enumerate(self._plans) if plan.strategy == "instantiate"]
+        gradients: dict[int, Array] = {}
+        pending: dict[int, Array] = {}
+        for u, use in enumerate(self._graph.uses):
+            reached = {leaf for i in use.operands for leaf in self._graph.values[use.node.inputs[i]].leaves}
+            if not reached & set(wanted):
+                continue
+            if (factors := self._factors[u]) is not None:
+                gradient = jax.vmap(lambda left, right, f=factors: f.view.back(f.arrange(_product(f, left, right))))(
+                    *self._rows(u)
+                )
+                leaf = factors.view.leaf
+                gradients[leaf] = gradients[leaf] + gradient if leaf in gradients else gradient
+                continue
+            for number, gradient in self._through(use, u).items():
+                pending[number] = pending[number] + gradient if number in pending else gradient
+        for leaf, gradient in self._back_to_leaves(pending, wanted).items():
+            gradients[leaf] = gradients[leaf] + gradient if leaf in gradients else gradient
+        return {
+            n: gradients.get(n, jnp.zeros((self._examples, *self._plans[n].shape), jnp.float32))
+            for n in wanted
+            if n in gradients or not self._plans[n].groups
+        }
+
+    def _through(self, use: Use, u: int) -> dict[int, Array]:
+        """Every example's gradient at the parameter operands of a use, by the primitive's own derivative."""
+        node = use.node
+
+        def one_example(operands: dict[int, Array], at_outputs: Sequence[Array]) -> list[Array]:
+            def outputs(*mine: Array) -> list[Array]:
+                known = self._shared | operands
+                inputs = [known[i] for i in node.inputs]
+                for position, value in zip(use.operands, mine, strict=True):
+                    inputs[position] = value
+                results = node.call(*inputs)
+                return [results[j] for j in use.outputs]
+
+            mine = [self._shared[node.inputs[position]] for position in use.operands]
+            return list(jax.vjp(outputs, *mine)[1](list(at_outputs)))
+
+        try:
+            found = jax.vmap(one_example, axis_size=self._examples)(self._operands[u], self._at_outputs[u])
+        except (NotImplementedError, TypeError, ValueError) as error:
+            names = {self._plans[n].path for i in use.operands for n in self._graph.values[node.inputs[i]].leaves}
+            raise UnsupportedLossError(
+                f"{node.name} at {node.source}, which uses {', '.join(sorted(names))}, has no derivative here: {error}"
+            ) from error
+        gradients: dict[int, Array] = {}
+        for position, gradient in zip(use.operands, found, strict=True):
+            number = node.inputs[position]  # the same value may be an operand twice
+            gradients[number] = gradients[number] + gradient if number in gradients else gradient
+        return gradients
+
+    def _back_to_leaves(self, pending: dict[int, Array], wanted: Sequence[int]) -> dict[int, Array]:
+        """From gradients at parameter-derived values to those at the leaves."""
+        numbers = list(pending)
+        reached = [n for n in wanted if any(n in self._graph.values[number].leaves for number in numbers)]
+        if not reached:
+            return {}
+
+        def derived(*chosen: Array) -> list[Array]:
+            leaves = list(self._leaves)
+            for n, leaf in zip(reached, chosen, strict=True):
+                leaves[n] = leaf
+            known = self._graph.compute_params(leaves)
+            return [known[number] for number in numbers]
+
+        _, back = jax.vjp(derived, *(self._leaves[n] for n in reached))
+        found = jax.vmap(back)([pending[number] for number in numbers])
+        return {n: gradient.astype(jnp.float32) for n, gradient in zip(reached, found, strict=True)}
+
+
+def _product(factors: Factors, left: Array, right: Array) -> Float32[Array, "groups m n"]:
+    """sum_t left^T right of one example."""
+    right = right.astype(jnp.float32)
+    if factors.one_hot:
+        rows = jnp.where(left >= 0, left, factors.m)
+        return jnp.zeros((1, factors.m, factors.n), jnp.float32).at[0, rows].add(right[0], mode="drop")
+    # CPUs multiply small matrices faster into long rows.
+    order = "gtm,gtn->gmn" if factors.m <= factors.n else "gtm,gtn->gnm"
+    product = jnp.einsum(order, left.astype(jnp.float32), right, precision=lax.Precision.HIGHEST)
+    return product if factors.m <= factors.n else jnp.swapaxes(product, 1, 2)

@@ -1,0 +1,248 @@
+"""Gradients as products: for a matrix product, a convolution or a table lookup the gradient is a sum of outer products.
+
+For one example, the gradient with respect to the parameter operand is sum over t of left[t]^T right[t], where `left`
+comes from the data operand and `right` is the gradient at the output (Goodfellow 2015, arXiv 1510.01799; Li et al.
+2022, arXiv 2110.05679; Bu et al. 2022, arXiv 2205.10683, for convolutions). From the factors its norm can be had
+without the gradient itself, and a weighted sum over examples is one product over examples and t together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from dpdist.mechanism.clipping.graph import Graph, Use
+from dpdist.mechanism.clipping.view import View
+
+
+@dataclass(frozen=True)
+class Factors:
+    """How the gradient of one use, with respect to the view of its parameter, is made of two factors.
+
+    left is [groups, t, m], or the integers [t] of rows where it is one-hot (then groups = 1); right is [groups, t, n].
+    The gradient is `arrange(sum_t left^T right)`, of an array [groups, m, n].
+    """
+
+    view: View
+    groups: int
+    length: int
+    m: int
+    n: int
+    one_hot: bool
+    #: Axes of the view that the columns of left and right and the groups run over, in order.
+    left_axes: tuple[int, ...]
+    right_axes: tuple[int, ...]
+    group_axes: tuple[int, ...]
+    #: Left factor from the data operand, right factor from the gradient at the output, of one example.
+    left: Callable[[Any], Array]
+    right: Callable[[Any], Array]
+    #: [groups, m, n] to the shape of the view.
+    arrange: Callable[[Array], Array]
+    #: The number of the data operand among the graph's values.
+    operand: int
+
+
+def factors_of(graph: Graph, use: Use) -> Factors | None:
+    """The factors of a use, or None where its gradient is not such a product of a view of one parameter."""
+    node = use.node
+    if len(use.operands) != 1 or len(use.outputs) != 1 or node.name not in _RULES:
+        return None
+    position = use.operands[0]
+    view = graph.values[node.inputs[position]].view
+    if view is None:
+        return None
+    avals = [graph.aval(i) for i in node.inputs]
+    return _RULES[node.name](node.params, position, avals, graph.aval(node.outputs[0]), view, node.inputs)
+
+
+def _dot_general(
+    params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View, inputs: Sequence[int]
+) -> Factors:
+    (contract, batch) = params["dimension_numbers"]
+    mine, other = position, 1 - position
+    data, parameter = avals[other], avals[mine]
+    contract_data, contract_param = contract[other], contract[mine]
+    batch_data, batch_param = batch[other], batch[mine]
+    free_data = [i for i in range(data.ndim) if i not in (*contract_data, *batch_data)]
+    free_param = [i for i in range(parameter.ndim) if i not in (*contract_param, *batch_param)]
+    groups = math.prod(data.shape[i] for i in batch_data)
+    length = math.prod(data.shape[i] for i in free_data)
+    m = math.prod(parameter.shape[i] for i in contract_param)
+    n = math.prod(parameter.shape[i] for i in free_param)
+    # The output has the batch axes, then the free axes of the left-hand operand, then those of the right-hand one.
+    first, second = (len(free_data), len(free_param)) if other == 0 else (len(free_param), len(free_data))
+    heads = list(range(len(batch_data)))
+    former = list(range(len(heads), len(heads) + first))
+    latter = list(range(len(heads) + first, len(heads) + first + second))
+    rows, columns = (former, latter) if other == 0 else (latter, former)
+    order = [*batch_param, *contract_param, *free_param]
+
+    def arrange(product: Array) -> Array:
+        return jnp.transpose(product.reshape([parameter.shape[i] for i in order]), np.argsort(order).tolist())
+
+    return Factors(
+        view=view,
+        groups=groups,
+        length=length,
+        m=m,
+        n=n,
+        one_hot=False,
+        left_axes=tuple(contract_param),
+        right_axes=tuple(free_param),
+        group_axes=tuple(batch_param),
+        left=lambda x: jnp.transpose(x, (*batch_data, *free_data, *contract_data)).reshape(groups, length, m),
+        right=lambda g: jnp.transpose(g, (*heads, *rows, *columns)).reshape(groups, length, n),
+        arrange=arrange,
+        operand=inputs[other],
+    )
+
+
+def _gather(
+    params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View, inputs: Sequence[int]
+) -> Factors | None:
+    """A lookup of whole rows, as of an embedding."""
+    table, indices, numbers = avals[0], avals[1], params["dimension_numbers"]
+    row = table.shape[1:]
+    plain = (
+        position == 0
+        and numbers.collapsed_slice_dims == (0,)
+        and numbers.start_index_map == (0,)
+        and not numbers.operand_batching_dims
+        and tuple(params["slice_sizes"]) == (1, *row)
+        and numbers.offset_dims == tuple(range(indices.ndim - 1, indices.ndim - 1 + len(row)))
+    )
+    if not plain:
+        return None
+    drop = params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    length, n = math.prod(indices.shape[:-1]), math.prod(row)
+
+    def left(x: Array) -> Array:
+        rows = x.reshape(length)
+        # A row out of range is filled with a constant, which no gradient reaches, or taken from the nearest end.
+        outside = (rows < 0) | (rows >= table.shape[0])
+        return jnp.where(outside, -1, rows) if drop else jnp.clip(rows, 0, table.shape[0] - 1)
+
+    return Factors(
+        view=view,
+        groups=1,
+        length=length,
+        m=table.shape[0],
+        n=n,
+        one_hot=True,
+        left_axes=(0,),
+        right_axes=tuple(range(1, table.ndim)),
+        group_axes=(),
+        left=left,
+        right=lambda g: g.reshape(1, length, n),
+        arrange=lambda product: product.reshape(table.shape),
+        operand=inputs[1],
+    )
+
+
+def _convolution(
+    params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View, inputs: Sequence[int]
+) -> Factors | None:
+    """A convolution is a matrix product over the patches that its kernel sees."""
+    if position != 1 or params["batch_group_count"] != 1:
+        return None
+    numbers = params["dimension_numbers"]
+    image, kernel = avals[0], avals[1]
+    lhs, rhs, result = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
+    groups = params["feature_group_count"]
+    size = [kernel.shape[i] for i in rhs[2:]]
+    spatial = [image.shape[i] for i in lhs[2:]]
+    channels, features = image.shape[lhs[1]], kernel.shape[rhs[0]]
+    out_spatial = [out.shape[i] for i in result[2:]]
+    rows = image.shape[lhs[0]]
+    positions, window = math.prod(out_spatial), math.prod(size)
+    index = _patch_index(params, spatial, size, out_spatial)
+    m, n, length = window * channels // groups, features // groups, rows * positions
+
+    def left(x: Array) -> Array:
+        flat = jnp.transpose(x, (lhs[0], *lhs[2:], lhs[1])).reshape(rows, math.prod(spatial), channels)
+        patches = _patches(flat, index, spatial, size, out_spatial, params)  # [rows, positions, window, channels]
+        grouped = patches.reshape(length, window, groups, channels // groups)
+        return jnp.transpose(grouped, (2, 0, 1, 3)).reshape(groups, length, m)
+
+    def right(g: Array) -> Array:
+        flat = jnp.transpose(g, (result[0], *result[2:], result[1])).reshape(length, groups, n)
+        return jnp.transpose(flat, (1, 0, 2))
+
+    def arrange(product: Array) -> Array:
+        split = product.reshape(groups, *size, channels // groups, n)
+        axes = len(size)
+        # To [output features (group, n), input features, *window], then to where the kernel has them.
+        ordered = jnp.transpose(split, (0, axes + 2, axes + 1, *range(1, axes + 1)))
+        ordered = ordered.reshape(features, channels // groups, *size)
+        return jnp.transpose(ordered, np.argsort(rhs).tolist())
+
+    return Factors(
+        view=view,
+        groups=groups,
+        length=length,
+        m=m,
+        n=n,
+        one_hot=False,
+        left_axes=(*rhs[2:], rhs[1]),
+        right_axes=(rhs[0],),
+        group_axes=(),
+        left=left,
+        right=right,
+        arrange=arrange,
+        operand=inputs[0],
+    )
+
+
+def _patch_index(params: dict[str, Any], spatial: Sequence[int], size: Sequence[int], out: Sequence[int]) -> np.ndarray:
+    """[positions, window]: the pixel that each place of the window sees, -1 where it sees padding or a gap."""
+    index = np.zeros((*out, *size), np.int64)
+    inside = np.ones((*out, *size), bool)
+    axes = len(spatial)
+    for axis in range(axes):
+        places = np.arange(out[axis])[:, None] * params["window_strides"][axis]
+        places = places + np.arange(size[axis]) * params["rhs_dilation"][axis] - params["padding"][axis][0]
+        gap = params["lhs_dilation"][axis]
+        ok = (places % gap == 0) & (places >= 0) & (places // gap < spatial[axis])
+        shape = [1] * (2 * axes)
+        shape[axis], shape[axes + axis] = places.shape
+        index = index * spatial[axis] + np.where(ok, places // gap, 0).reshape(shape)
+        inside &= ok.reshape(shape)
+    return np.where(inside, index, -1).reshape(math.prod(out), math.prod(size))
+
+
+def _patches(
+    flat: Array,
+    index: np.ndarray,
+    spatial: Sequence[int],
+    size: Sequence[int],
+    out: Sequence[int],
+    params: dict[str, Any],
+) -> Array:
+    """[rows, positions, window, channels] from [rows, pixels, channels]: moves entries only, so nothing is rounded."""
+    rows, _, channels = flat.shape
+    tiles = tuple(params["window_strides"]) == tuple(size) and tuple(spatial) == tuple(
+        a * b for a, b in zip(size, out, strict=True)
+    )
+    if tiles and set(params["lhs_dilation"]) | set(params["rhs_dilation"]) == {1} and not np.any(params["padding"]):
+        # Windows that do not overlap, as of a patch embedding: a transpose is enough.
+        split = flat.reshape(rows, *(side for pair in zip(out, size, strict=True) for side in pair), channels)
+        axes = len(size)
+        order = (0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
+        return jnp.transpose(split, order).reshape(rows, *index.shape, channels)
+    if np.any(index < 0):
+        flat = jnp.concatenate([flat, jnp.zeros((rows, 1, channels), flat.dtype)], axis=1)
+    return jnp.take(flat, np.where(index < 0, flat.shape[1] - 1, index), axis=1, mode="clip")
+
+
+_RULES: dict[str, Callable[..., Factors | None]] = {
+    "dot_general": _dot_general,
+    "gather": _gather,
+    "conv_general_dilated": _convolution,
+}

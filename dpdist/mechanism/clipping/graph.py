@@ -1,0 +1,280 @@
+"""A one-example loss as a flat graph, in which every place where a parameter meets data is marked.
+
+Values are of two kinds: parameter-derived (or constant), the same for every example, and data-derived. An equation
+that mixes the two is a *use* of the parameters behind it. Calls that hold parameters are inlined and short scans
+unrolled, so that uses come to light; whatever has a derivative rule of its own (`custom_jvp`, `custom_vjp`) or branches
+(`cond`, `while`) stays one equation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src import source_info_util  # where in the user's code an equation comes from has no public name
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
+
+from dpdist.mechanism.clipping.paths import paths_of
+from dpdist.mechanism.clipping.view import View, whole
+
+#: Equations that only call another jaxpr, by the name of the parameter that holds it.
+_CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "call": "call_jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}
+#: Longest scan over a parameter that is unrolled; a longer one is one equation, whose gradients are instantiated.
+LONGEST_UNROLLED = 48
+
+
+class UnsupportedLossError(ValueError):
+    """Per-example gradients of this loss cannot be had: the message names equation, parameters and source line."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of a value before anything is computed."""
+
+    aval: Any
+    #: Data-derived: one for each example.
+    data: bool
+    #: Numbers of the parameter leaves a gradient flows to from here; for data-derived values of no interest.
+    leaves: frozenset[int] = frozenset()
+    #: How a parameter-derived value shows its one leaf, if it does.
+    view: View | None = None
+
+    @property
+    def differentiable(self) -> bool:
+        return bool(jnp.issubdtype(self.aval.dtype, jnp.inexact))
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation: `outputs = call(*inputs)`, by the numbers of the values."""
+
+    name: str
+    call: Callable[..., Sequence[Any]]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    #: The equation's parameters, for the rules that look at them.
+    params: dict[str, Any]
+    source: str
+
+
+@dataclass(frozen=True)
+class Use:
+    """A node that mixes parameters with data."""
+
+    node: Node
+    #: Positions of the inputs that gradients to parameters flow through.
+    operands: tuple[int, ...]
+    #: Positions of the outputs that are differentiable.
+    outputs: tuple[int, ...]
+
+
+@dataclass
+class Graph:
+    """The loss, in two lists of nodes in the order in which they can be computed."""
+
+    values: list[Value] = field(default_factory=list)
+    constants: dict[int, Any] = field(default_factory=dict)
+    params: tuple[int, ...] = ()
+    example: tuple[int, ...] = ()
+    #: Data-derived values come from these nodes, parameter-derived ones from the others.
+    data_nodes: list[Node] = field(default_factory=list)
+    param_nodes: list[Node] = field(default_factory=list)
+    uses: list[Use] = field(default_factory=list)
+    loss: int = -1
+
+    def aval(self, number: int) -> Any:
+        return self.values[number].aval
+
+    def compute_params(self, leaves: Sequence[Any]) -> dict[int, Any]:
+        """Every parameter-derived value and constant, by number."""
+        known = dict(self.constants) | dict(zip(self.params, leaves, strict=True))
+        for node in self.param_nodes:
+            known.update(zip(node.outputs, node.call(*(known[i] for i in node.inputs)), strict=True))
+        return known
+
+    def compute_loss(
+        self, shared: dict[int, Any], example: Sequence[Any], shifts: Sequence[Sequence[Any]]
+    ) -> tuple[Any, list[dict[int, Any]]]:
+        """(loss, the data operands of every use), with `shifts[u][j]` added to the j-th differentiable output of use u.
+
+        The derivative with respect to a shift of zero is the gradient at that output.
+        """
+        known = shared | dict(zip(self.example, example, strict=True))
+        kept: list[dict[int, Any]] = []
+        uses = {id(use.node): (use, shift) for use, shift in zip(self.uses, shifts, strict=True)}
+        for node in self.data_nodes:
+            results = list(node.call(*(known[i] for i in node.inputs)))
+            if id(node) in uses:
+                use, shift = uses[id(node)]
+                for position, addend in zip(use.outputs, shift, strict=True):
+                    results[position] = results[position] + addend
+                kept.append({i: known[i] for i in node.inputs if self.values[i].data})
+            known.update(zip(node.outputs, results, strict=True))
+        return known[self.loss], kept
+
+
+def trace(
+    loss_fn: Callable[[Any, Any], Any], params: Any, example: Any, frozen: Collection[str] = frozenset()
+) -> Graph:
+    """The graph of `loss_fn(params, example)`.
+
+    Args:
+        loss_fn: of one example, to a floating-point scalar.
+        params: pytree of arrays or shapes.
+        example: pytree of shapes of one example.
+        frozen: paths of parameters that no gradient is asked of: they count as constants.
+
+    Raises:
+        UnsupportedLossError: the loss is not a floating-point scalar.
+    """
+    found = jax.tree.leaves(jax.eval_shape(loss_fn, params, example))
+    if len(found) != 1 or found[0].shape != () or not jnp.issubdtype(found[0].dtype, jnp.floating):
+        raise UnsupportedLossError(f"the loss of one example must be a floating-point scalar, not {found}")
+    zero = jax.ShapeDtypeStruct((), found[0].dtype)
+    # A zero that counts as data: a loss, or a part of it, that depends on the parameters alone gets a use too.
+    closed = jax.make_jaxpr(lambda params, example, zero: loss_fn(params, example) + zero)(params, example, zero)
+    return _Tracer(Graph()).run(closed, [path not in frozen for path in paths_of(params)])
+
+
+class _Tracer:
+    """Copies a jaxpr into a graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    def run(self, closed: Any, trains: Sequence[bool]) -> Graph:
+        graph, jaxpr = self.graph, closed.jaxpr
+        numbers = []
+        for position, variable in enumerate(jaxpr.invars):
+            value = Value(variable.aval, position >= len(trains))
+            if not value.data and trains[position] and value.differentiable:
+                value = replace(value, leaves=frozenset({position}), view=whole(position, variable.aval.shape))
+            numbers.append(self.new(value))
+        graph.params, graph.example = tuple(numbers[: len(trains)]), tuple(numbers[len(trains) :])
+        (graph.loss,) = self.copy(jaxpr, [self.constant(c) for c in closed.consts], numbers)
+        return graph
+
+    def new(self, value: Value) -> int:
+        self.graph.values.append(value)
+        return len(self.graph.values) - 1
+
+    def constant(self, array: Any) -> int:
+        number = self.new(Value(jax.typeof(array), False))
+        self.graph.constants[number] = array
+        return number
+
+    def copy(self, jaxpr: Jaxpr, constants: Sequence[int], inputs: Sequence[int]) -> list[int]:
+        """Add the equations of `jaxpr`, whose variables stand for known values; returns those of its outputs."""
+        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
+
+        def read(atom: Any) -> int:
+            return self.constant(atom.val) if isinstance(atom, Literal) else known[atom]
+
+        for equation in jaxpr.eqns:
+            outputs = self.equation(equation, [read(atom) for atom in equation.invars])
+            known.update(zip(equation.outvars, outputs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def equation(self, equation: JaxprEqn, inputs: list[int]) -> list[int]:
+        values = [self.graph.values[i] for i in inputs]
+        name = equation.primitive.name
+        if any(value.leaves for value in values):
+            if name in _CALLS:
+                inner = equation.params[_CALLS[name]]
+                jaxpr, constants = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+                return self.copy(jaxpr, [self.constant(c) for c in constants], inputs)
+            if name == "scan" and any(v.data for v in values) and equation.params["length"] <= LONGEST_UNROLLED:
+                return self.unroll(equation, inputs)
+        return self.node(
+            name, _bind(equation), inputs, [v.aval for v in equation.outvars], equation.params, _source(equation)
+        )
+
+    def node(
+        self,
+        name: str,
+        call: Callable[..., Sequence[Any]],
+        inputs: Sequence[int],
+        avals: Iterable[Any],
+        params: dict[str, Any],
+        source: str,
+    ) -> list[int]:
+        values = [self.graph.values[i] for i in inputs]
+        data = any(value.data for value in values)
+        leaves = frozenset().union(*(value.leaves for value in values if not value.data))
+        operands = [value for value in values if value.leaves]
+        outputs = []
+        for aval in avals:
+            value = Value(aval, data, frozenset() if data else leaves)
+            if not data and not value.differentiable:
+                value = Value(aval, False)  # no gradient flows through an integer
+            elif not data and len(operands) == 1 and operands[0].view is not None:
+                literals = [self.graph.constants.get(i) for i in inputs]
+                value = Value(aval, False, leaves, operands[0].view.through(name, params, aval, literals))
+            outputs.append(self.new(value))
+        node = Node(name, call, tuple(inputs), tuple(outputs), params, source)
+        if not data:
+            self.graph.param_nodes.append(node)
+            return outputs
+        self.graph.data_nodes.append(node)
+        through = tuple(i for i, value in enumerate(values) if not value.data and value.leaves)
+        real = tuple(i for i, number in enumerate(outputs) if self.graph.values[number].differentiable)
+        if through and real:
+            self.graph.uses.append(Use(node, through, real))
+        return outputs
+
+    def unroll(self, equation: JaxprEqn, inputs: list[int]) -> list[int]:
+        """A scan, step by step: each step's slice of a stacked parameter is a view of it."""
+        p, source = equation.params, _source(equation)
+        constants, carry = inputs[: p["num_consts"]], inputs[p["num_consts"] : p["num_consts"] + p["num_carry"]]
+        columns = inputs[p["num_consts"] + p["num_carry"] :]
+        inner = p["jaxpr"]
+        held = [self.constant(c) for c in inner.consts]
+        rows: dict[int, list[int]] = {}
+        for step in reversed(range(p["length"])) if p["reverse"] else range(p["length"]):
+            results = self.copy(inner.jaxpr, held, [*constants, *carry, *(self.row(i, step, source) for i in columns)])
+            carry, rows[step] = results[: p["num_carry"]], results[p["num_carry"] :]
+        stacks = []
+        for position, variable in enumerate(equation.outvars[p["num_carry"] :]):
+            parts = [rows[step][position] for step in range(p["length"])]
+            stacks += self.node("stack", lambda *xs: [jnp.stack(xs)], parts, [variable.aval], {}, source)
+        return [*carry, *stacks]
+
+    def row(self, number: int, index: int, source: str) -> int:
+        """`value[index]`, by the operations that views understand."""
+        shape, dtype = self.graph.aval(number).shape, self.graph.aval(number).dtype
+        starts, limits = (index, *(0 for _ in shape[1:])), (index + 1, *shape[1:])
+        (cut,) = self.node(
+            "slice",
+            lambda x: [jax.lax.slice(x, starts, limits)],
+            [number],
+            [jax.ShapeDtypeStruct((1, *shape[1:]), dtype)],
+            {"start_indices": starts, "limit_indices": limits, "strides": None},
+            source,
+        )
+        (row,) = self.node(
+            "squeeze",
+            lambda x: [jax.lax.squeeze(x, (0,))],
+            [cut],
+            [jax.ShapeDtypeStruct(shape[1:], dtype)],
+            {"dimensions": (0,)},
+            source,
+        )
+        return row
+
+
+def _bind(equation: JaxprEqn) -> Callable[..., Sequence[Any]]:
+    def call(*inputs: Any) -> Sequence[Any]:
+        bound = equation.primitive.get_bind_params(equation.params)
+        functions, params = bound if isinstance(bound, tuple) else ((), bound)  # releases of JAX differ
+        with source_info_util.user_context(equation.source_info.traceback), equation.ctx.manager:
+            results = equation.primitive.bind(*functions, *inputs, **params)
+        return results if equation.primitive.multiple_results else [results]
+
+    return call
+
+
+def _source(equation: JaxprEqn) -> str:
+    return source_info_util.summarize(equation.source_info)
