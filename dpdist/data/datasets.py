@@ -6,12 +6,13 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from dpdist.config import Data
+from dpdist.data.cifar import CIFAR10, CIFAR100, Format, read_cifar
 from dpdist.data.idx import read_mnist
 from dpdist.data.npy import read_npy
 from dpdist.data.sources import ArraySource, Source, Subset, schema
@@ -29,6 +30,8 @@ class Dataset:
     test: Source | None = None
     #: Number of classes, a public constant never read from the labels; None leaves it to `model.classes`.
     classes: int | None = None
+    #: What the classes are called, in the order of their numbers; public constants too, None where there are none.
+    label_names: tuple[str, ...] | None = None
     #: What the data is called in summaries.
     name: str
 
@@ -49,20 +52,24 @@ class Dataset:
 def open_dataset(data: Data) -> Dataset:
     """The dataset that the config's `data` section describes.
 
-    `digits` (bundled with scikit-learn), `idx` and `npy` are built in; `module:function` is called with
-    `data.options` and returns a `Dataset` or `(train, test)`, taken as they are. A built-in source without
-    a test set of its own has `data.test_fraction` of its examples held out, by index.
+    `digits` (bundled with scikit-learn), `idx`, `npy`, `cifar10` and `cifar100` are built in; `module:function` is
+    called with `data.options` and returns a `Dataset` or `(train, test)`, taken as they are. A built-in source
+    without a test set of its own has `data.test_fraction` of its examples held out, by index.
 
     Raises:
         InputError: the source, a file, a module or a function is missing or cannot be used.
     """
     if data.source not in BUILT_IN:
         return _from_function(data)
-    if data.options:
+    open_source = BUILT_IN[data.source]
+    known = list(inspect.signature(open_source).parameters)[1:]
+    if data.options.keys() - set(known):
         raise InputError(
-            "data.options", data.options, f"only a module:function source takes options; {data.source} has none."
+            "data.options",
+            data.options,
+            f"{data.source} takes {', '.join(known) or 'none'}; only a module:function source has options of its own.",
         )
-    return BUILT_IN[data.source](data)
+    return open_source(data, **data.options)
 
 
 def split_indices(length: int, data: Data) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +106,29 @@ def _npy(data: Data) -> Dataset:
     return _from_arrays(data, *read_npy(path), name=str(path), classes=None)
 
 
-BUILT_IN: dict[str, Callable[[Data], Dataset]] = {"digits": _digits, "idx": _idx, "npy": _npy}
+def _cifar10(data: Data, checksum: str | None = "official") -> Dataset:
+    return _cifar(data, CIFAR10, checksum)
+
+
+def _cifar100(data: Data, checksum: str | None = "official") -> Dataset:
+    return _cifar(data, CIFAR100, checksum)
+
+
+def _cifar(data: Data, kind: Format, checksum: str | None) -> Dataset:
+    path = _path(data)
+    train, test, names = read_cifar(path, kind, checksum)
+    dataset = _from_arrays(data, train, test, name=str(path), classes=kind.classes)
+    return replace(dataset, label_names=names)
+
+
+#: A source takes the `data` section and, by name, the options it declares.
+BUILT_IN: dict[str, Callable[..., Dataset]] = {
+    "digits": _digits,
+    "idx": _idx,
+    "npy": _npy,
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+}
 
 
 def _path(data: Data) -> Path:

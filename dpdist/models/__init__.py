@@ -57,9 +57,18 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
     Raises:
         InputError: no such model, options it does not take, or a model that is not a `Model`.
     """
+    from dpdist.models.bert import bert
+    from dpdist.models.resnet import bit_resnet
     from dpdist.models.small import cnn, mlp
+    from dpdist.models.vit import vit
 
-    builtin: dict[str, Callable[..., Model]] = {"mlp": mlp, "cnn": cnn}
+    builtin: dict[str, Callable[..., Model]] = {
+        "mlp": mlp,
+        "cnn": cnn,
+        "vit": vit,
+        "bit_resnet": bit_resnet,
+        "bert": bert,
+    }
     build_fn = builtin.get(config.name) or load_function(config.name, "model.name", list(builtin))
     options = dict(config.options)
     parameters = inspect.signature(build_fn).parameters

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,8 @@ from flax import nnx
 from jaxtyping import Array
 
 from dpdist.models import Model
+from dpdist.models.images import prepare_image
+from dpdist.models.nnx_model import from_nnx
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
@@ -26,43 +27,6 @@ def _activation(name: str) -> Callable[[Array], Array]:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation {name!r} is unknown; there are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
-
-
-def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], prepare: Callable[[dict[str, Array]], Array]) -> Model:
-    """A `Model` from an NNX module of one example.
-
-    Args:
-        build: makes the module from an `nnx.Rngs`. All its state must be `nnx.Param`: anything else, such as
-            batch statistics, would mix examples.
-        prepare: one example to the module's input.
-    """
-    graph, template = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    strangers = {
-        type(leaf).__name__
-        for leaf in jax.tree.leaves(template, is_leaf=lambda x: isinstance(x, nnx.Variable))
-        if isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.Param)
-    }
-    if strangers:
-        raise ValueError(
-            f"the module holds {', '.join(sorted(strangers))}; DP-SGD needs nnx.Param alone "
-            "(batch statistics mix examples)"
-        )
-
-    def init(key: Array) -> Any:
-        return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
-
-    def apply(params: Any, example: dict[str, Array]) -> Array:
-        state = jax.tree.map(lambda leaf: leaf, template)
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graph, state)(prepare(example))
-
-    # Compiled as a whole, it starts in half the time of one small program after the other.
-    return Model(init=jax.jit(init), apply=apply)
-
-
-def _image(example: dict[str, Array], offset: float, scale: float) -> Array:
-    """`(image - offset) / scale` in float32. Both are public constants: statistics of private data are not."""
-    return (example["image"].astype(jnp.float32) - offset) / scale
 
 
 class _Mlp(nnx.Module):
@@ -92,7 +56,7 @@ def mlp(
     """
     widths = [math.prod(example["image"].shape), *hidden, classes]
     act = _activation(activation)
-    return from_nnx(lambda rngs: _Mlp(widths, act, rngs), lambda e: _image(e, offset, scale))
+    return from_nnx(lambda rngs: _Mlp(widths, act, rngs), lambda e: prepare_image(e, offset=offset, scale=scale))
 
 
 class _Cnn(nnx.Module):
@@ -133,4 +97,6 @@ def cnn(
     if len(shape) != 3 or min(shape[:2]) < 14:
         raise ValueError(f"the CNN needs images of at least 14x14 with a channel axis, not shape {shape}")
     act = _activation(activation)
-    return from_nnx(lambda rngs: _Cnn(shape, classes, act, rngs), lambda e: _image(e, offset, scale))
+    return from_nnx(
+        lambda rngs: _Cnn(shape, classes, act, rngs), lambda e: prepare_image(e, offset=offset, scale=scale)
+    )

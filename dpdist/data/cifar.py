@@ -1,0 +1,202 @@
+"""CIFAR-10 and CIFAR-100 from their official Python archives (https://www.cs.toronto.edu/~kriz/cifar.html).
+
+The files inside are pickles, and opening a pickle runs what it names: only NumPy arrays and plain containers
+are let through.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import pickle
+import tarfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpdist.errors import InputError
+
+SIDE, CHANNELS = 32, 3
+#: Read from an array instead of NumPy's private modules, whose names differ between versions.
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+#: All that the official files name.
+ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How one of the two is laid out."""
+
+    #: The official archive, and the MD5 its authors publish.
+    archive: str
+    md5: str
+    #: The directory it unpacks to.
+    directory: str
+    train: tuple[str, ...]
+    test: str
+    meta: str
+    #: Keys of the labels in a batch, and of their names in `meta`.
+    labels: str
+    names: str
+    classes: int
+
+
+CIFAR10 = Format(
+    archive="cifar-10-python.tar.gz",
+    md5="c58f30108f718f92721af3b95e74349a",
+    directory="cifar-10-batches-py",
+    train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+    test="test_batch",
+    meta="batches.meta",
+    labels="labels",
+    names="label_names",
+    classes=10,
+)
+CIFAR100 = Format(
+    archive="cifar-100-python.tar.gz",
+    md5="eb9058c3a382ffc7106e4002c42a8d85",
+    directory="cifar-100-python",
+    train=("train",),
+    test="test",
+    meta="meta",
+    labels="fine_labels",
+    names="fine_label_names",
+    classes=100,
+)
+
+Columns = dict[str, np.ndarray]
+
+
+def read_cifar(path: Path, kind: Format, checksum: str | None) -> tuple[Columns, Columns, tuple[str, ...]]:
+    """Train and test columns, and the names of the classes.
+
+    Args:
+        path: the archive, or the directory that it unpacks to.
+        kind: `CIFAR10`, or `CIFAR100` with its fine labels.
+        checksum: MD5 that an archive has to have; `official` is the published one, asked of an archive that goes
+            by the official name; None asks for none.
+
+    Returns:
+        Two dicts of `image`, uint8[n, 32, 32, 3], and `label`, int32[n]; and a name for each class.
+
+    Raises:
+        InputError: a file is missing, damaged, or not what its name says.
+    """
+    if path.is_dir():
+        read = _directory_reader(path, kind)
+    elif path.is_file():
+        if checksum == "official":
+            checksum = kind.md5 if path.name == kind.archive else None
+        read = _archive_reader(path, kind, checksum)
+    else:
+        raise InputError(
+            "data.path",
+            str(path),
+            f"no such file or directory; name {kind.archive} or the {kind.directory} it unpacks to.",
+        )
+    train, test = (_columns([(name, read(name)) for name in files], path, kind) for files in (kind.train, [kind.test]))
+    names = _unpickle(read(kind.meta), path, kind.meta).get(kind.names)
+    if not isinstance(names, list) or len(names) != kind.classes:
+        raise _wrong(path, kind.meta, f"no list {kind.names!r} of {kind.classes} names")
+    return train, test, tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+
+
+def _directory_reader(path: Path, kind: Format) -> Callable[[str], bytes]:
+    def read(name: str) -> bytes:
+        try:
+            return (path / name).read_bytes()
+        except FileNotFoundError:
+            raise InputError(
+                "data.path",
+                str(path),
+                f"has no file {name}; name {kind.archive} or the {kind.directory} it unpacks to.",
+            ) from None
+        except OSError as error:
+            raise InputError("data.path", str(path / name), f"cannot be read: {error.strerror}.") from None
+
+    return read
+
+
+def _archive_reader(path: Path, kind: Format, checksum: str | None) -> Callable[[str], bytes]:
+    wanted = {f"{kind.directory}/{name}": name for name in (*kind.train, kind.test, kind.meta)}
+    found: dict[str, bytes] = {}
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError("data.path", str(path), f"cannot be read: {error.strerror}.") from None
+    md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if checksum is not None and md5 != str(checksum).lower():
+        raise InputError(
+            "data.path",
+            str(path),
+            f"has the MD5 {md5}, but {checksum} is expected: the download is damaged or another file; "
+            "fetch it again (data.options.checksum: null takes it as it is).",
+        )
+    try:
+        # Unpacked whole, since gzip's own checksum lies behind the last byte that tarfile reads.
+        with tarfile.open(fileobj=io.BytesIO(gzip.decompress(content)), mode="r:") as archive:
+            for member in archive:
+                if member.name in wanted and (file := archive.extractfile(member)) is not None:
+                    found[wanted[member.name]] = file.read()
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError("data.path", str(path), f"is no complete .tar.gz archive ({error}); fetch it again.") from None
+
+    def read(name: str) -> bytes:
+        if name not in found:
+            raise InputError(
+                "data.path", str(path), f"has no {kind.directory}/{name}; is it {kind.archive}, and complete?"
+            )
+        return found[name]
+
+    return read
+
+
+class _Unpickler(pickle.Unpickler):
+    """Refuses every name but those in `ALLOWED`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no file of CIFAR does")
+        return ALLOWED[module, name]
+
+
+def _unpickle(content: bytes, path: Path, name: str) -> dict[str, Any]:
+    try:
+        loaded = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+    except Exception as error:  # a damaged pickle may raise anything
+        raise _wrong(path, name, f"no complete pickle ({error})") from None
+    if not isinstance(loaded, dict):
+        raise _wrong(path, name, f"a {type(loaded).__name__}, not a dict")
+    return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in loaded.items()}
+
+
+def _columns(batches: list[tuple[str, bytes]], path: Path, kind: Format) -> Columns:
+    images, labels = [], []
+    for name, content in batches:
+        batch = _unpickle(content, path, name)
+        rows, numbers = batch.get("data"), batch.get(kind.labels)
+        width = CHANNELS * SIDE * SIDE
+        if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.shape[1:] != (width,):
+            found = f"{rows.dtype}{rows.shape}" if isinstance(rows, np.ndarray) else type(rows).__name__
+            raise _wrong(path, name, f"no uint8 images of {width:,} values in 'data', but {found}")
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < kind.classes for n in numbers):
+            raise _wrong(path, name, f"no list {kind.labels!r} of whole numbers below {kind.classes}")
+        if len(numbers) != len(rows):
+            raise _wrong(path, name, f"{len(rows):,} images but {len(numbers):,} labels")
+        images.append(rows.reshape(-1, CHANNELS, SIDE, SIDE).transpose(0, 2, 3, 1))
+        labels.append(np.array(numbers, np.int32))
+    # Contiguous by example: `take` would otherwise copy all of them at every step.
+    return {"image": np.ascontiguousarray(np.concatenate(images)), "label": np.concatenate(labels)}
+
+
+def _wrong(path: Path, name: str, what: str) -> InputError:
+    return InputError("data.path", str(path), f"its {name} holds {what}; fetch the archive again.")

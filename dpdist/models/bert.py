@@ -1,0 +1,135 @@
+"""BERT-shaped encoders (Devlin et al. 2018) as classifiers of a sequence of tokens, in Flax NNX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from dpdist.models import Model
+from dpdist.models.nnx_model import compute_dtype, from_nnx
+from dpdist.models.pretrained import SAME, Naming, Tensors, dense, norm, with_weights
+from dpdist.models.transformer import Attention, Mlp, layer_norm
+
+#: Width, depth, heads and the MLP's width; mini and small are of Turc et al. 2019.
+VARIANTS = {
+    "mini": (256, 4, 4, 1024),
+    "small": (512, 4, 8, 2048),
+    "base": (768, 12, 12, 3072),
+}
+#: Segments that a token may belong to: the first and the second sentence.
+SEGMENTS = 2
+INIT = nnx.initializers.normal(0.02)
+
+
+class _Layer(nnx.Module):
+    def __init__(self, width: int, heads: int, mlp: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.attention = Attention(width, heads, dtype, rngs, init=INIT)
+        self.mlp = Mlp(width, mlp, dtype, rngs, init=INIT)
+        self.norm1, self.norm2 = layer_norm(width, dtype, rngs), layer_norm(width, dtype, rngs)
+
+    def __call__(self, x: Array, mask: Array | None) -> Array:
+        x = self.norm1(x + self.attention(x, mask))
+        return self.norm2(x + self.mlp(x))
+
+
+class _Bert(nnx.Module):
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        vocabulary: int,
+        positions: int,
+        classes: int,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        width, depth, heads, mlp = sizes
+        self.words = nnx.Param(INIT(rngs.params(), (vocabulary, width)))
+        self.positions = nnx.Param(INIT(rngs.params(), (positions, width)))
+        self.segments = nnx.Param(INIT(rngs.params(), (SEGMENTS, width)))
+        self.norm = layer_norm(width, dtype, rngs)
+        self.layers = nnx.List([_Layer(width, heads, mlp, dtype, rngs) for _ in range(depth)])
+        # In float32 whatever `dtype` is: the loss is taken of these logits.
+        self.pooler = nnx.Linear(width, width, kernel_init=INIT, dtype=jnp.float32, rngs=rngs)
+        self.head = nnx.Linear(width, classes, kernel_init=INIT, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, example: dict[str, Array]) -> Array:
+        tokens = example["input_ids"]
+        segments = example.get("token_type_ids", jnp.zeros_like(tokens))
+        mask = example["attention_mask"] != 0 if "attention_mask" in example else None
+        # `take` makes NaN of an id outside the vocabulary, and an example with NaN adds nothing to a step.
+        x = jnp.take(self.words[...], tokens, axis=0) + jnp.take(self.segments[...], segments, axis=0)
+        x = self.norm(x + self.positions[: len(tokens)])
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.head(jnp.tanh(self.pooler(x[0])))
+
+
+def bert(
+    *,
+    example: dict[str, jax.ShapeDtypeStruct],
+    classes: int,
+    variant: str = "base",
+    pretrained: str | None = None,
+    vocabulary: int = 30522,
+    positions: int = 512,
+    dtype: str = "float32",
+    width: int | None = None,
+    depth: int | None = None,
+    heads: int | None = None,
+    mlp: int | None = None,
+) -> Model:
+    """A BERT classifier of `example["input_ids"]`, int32[length], by the first token.
+
+    `example["attention_mask"]` and `example["token_type_ids"]`, both int[length], are used where the data have
+    them. There is no dropout. Logits are those of `BertForSequenceClassification` of Hugging Face's
+    `transformers` with the same weights.
+
+    Args:
+        variant: `mini`, `small` or `base`.
+        pretrained: local weights in `transformers`' names; None starts from random ones.
+        vocabulary: number of token ids, a public constant.
+        positions: longest sequence there are embeddings for.
+        dtype: of the products, `float32` or `bfloat16`; parameters, norms and logits are float32.
+        width: of a token, instead of the variant's; and so `depth`, `heads` and `mlp` (its inner width).
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is unknown; there are {', '.join(VARIANTS)}")
+    shape = example["input_ids"].shape if "input_ids" in example else None
+    if shape is None or len(shape) != 1 or not 1 <= shape[0] <= positions:
+        raise ValueError(f"bert needs a column 'input_ids' of shape [length], at most {positions} tokens, not {shape}")
+    given = (width, depth, heads, mlp)
+    sizes = [usual if own is None else own for own, usual in zip(given, VARIANTS[variant], strict=True)]
+    products = compute_dtype(dtype)
+    model = from_nnx(lambda rngs: _Bert(sizes, vocabulary, positions, classes, products, rngs), lambda e: e)
+    return with_weights(model, pretrained, _naming(sizes[1]))
+
+
+def _naming(depth: int) -> Naming:
+    """The names of `transformers`, with or without the prefix of its classifier, older spellings included."""
+    tensors: Tensors = {
+        "words": ("embeddings.word_embeddings.weight", SAME),
+        "positions": ("embeddings.position_embeddings.weight", SAME),
+        "segments": ("embeddings.token_type_embeddings.weight", SAME),
+    }
+    tensors |= norm("norm", "embeddings.LayerNorm")
+    for i in range(depth):
+        ours, theirs = f"layers.{i}", f"encoder.layer.{i}"
+        for name in ("query", "key", "value"):
+            tensors |= dense(f"{ours}.attention.{name}", f"{theirs}.attention.self.{name}")
+        tensors |= dense(f"{ours}.attention.out", f"{theirs}.attention.output.dense")
+        tensors |= norm(f"{ours}.norm1", f"{theirs}.attention.output.LayerNorm")
+        tensors |= dense(f"{ours}.mlp.grow", f"{theirs}.intermediate.dense")
+        tensors |= dense(f"{ours}.mlp.shrink", f"{theirs}.output.dense")
+        tensors |= norm(f"{ours}.norm2", f"{theirs}.output.LayerNorm")
+    tensors |= dense("pooler", "pooler.dense") | dense("head", "classifier")
+    return Naming(tensors=tensors, rename=_rename, ignored=("cls.", "embeddings.position_ids"))
+
+
+def _rename(name: str) -> str:
+    name = name.removeprefix("bert.")
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

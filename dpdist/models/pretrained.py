@@ -1,0 +1,220 @@
+"""Weights from local `.safetensors` files as a model's parameters, with every tensor accounted for.
+
+Nothing is downloaded, and no pickle is opened: loading one runs code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from dpdist.errors import InputError
+from dpdist.models import Model
+
+FIELD = "model.options.pretrained"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor lies in a file, against how it lies in the model."""
+
+    #: Shape in the file of a parameter of the given shape.
+    shape: Callable[[Shape], Shape]
+    #: From the file's array to the parameter.
+    convert: Callable[[np.ndarray], np.ndarray]
+    #: An array of another size to the given shape of the file, or the array as it was where that cannot be.
+    fit: Callable[[np.ndarray, Shape], np.ndarray] = lambda array, shape: array
+
+
+def interpolate_positions(positions: np.ndarray, shape: Shape) -> np.ndarray:
+    """Position embeddings [1, 1 + n^2, width] for another square grid; the class token's is kept.
+
+    Bilinear, as in Dosovitskiy et al. 2020 (section 3.2), when an image is larger than those of pretraining.
+    """
+    here, there = (math.isqrt(s[1] - 1) if len(s) == 3 and s[1] > 1 else 0 for s in (positions.shape, shape))
+    if positions.shape != (1, here**2 + 1, shape[-1]) or shape[:2] != (1, there**2 + 1):
+        return positions
+    grid = positions[0, 1:].reshape(here, here, -1).astype(np.float32)
+    resized = jax.image.resize(grid, (there, there, grid.shape[-1]), "bilinear")
+    return np.concatenate([positions[:, :1], np.asarray(resized).reshape(1, there**2, -1)], axis=1)
+
+
+SAME = Layout(lambda s: s, lambda a: a)
+#: PyTorch's linear layers are [out, in], and its convolutions [out, in, height, width].
+LINEAR = Layout(lambda s: s[::-1], lambda a: a.T)
+CONVOLUTION = Layout(lambda s: (s[3], s[2], s[0], s[1]), lambda a: a.transpose(2, 3, 1, 0))
+#: A linear layer written as a 1x1 convolution.
+POINTWISE = Layout(lambda s: (s[1], s[0], 1, 1), lambda a: a[:, :, 0, 0].T)
+#: One more axis of length 1 in front.
+LEADING = Layout(lambda s: (1, *s), lambda a: a[0])
+POSITIONS = Layout(LEADING.shape, LEADING.convert, interpolate_positions)
+
+
+def patches(patch: int, channels: int) -> Layout:
+    """A convolution of patches that do not overlap, as the matrix [patch * patch * channels, width]."""
+    return Layout(lambda s: (s[1], channels, patch, patch), lambda a: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]))
+
+
+Tensors = dict[str, tuple[str, Layout]]
+
+
+def dense(ours: str, theirs: str, layout: Layout = LINEAR) -> Tensors:
+    """Names and layouts of a layer with kernel and bias."""
+    return {f"{ours}.kernel": (f"{theirs}.weight", layout), f"{ours}.bias": (f"{theirs}.bias", SAME)}
+
+
+def norm(ours: str, theirs: str) -> Tensors:
+    """Names and layouts of a layer or group norm."""
+    return {f"{ours}.scale": (f"{theirs}.weight", SAME), f"{ours}.bias": (f"{theirs}.bias", SAME)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Naming:
+    """What a family of checkpoints calls the parameters of a model; the classifier is `head.kernel`, `head.bias`."""
+
+    #: A parameter by its dotted path in the model: the tensor's name in the file, and its layout.
+    tensors: Tensors
+    #: From the names as found to those in `tensors`: prefixes and spellings that not all checkpoints share.
+    rename: Callable[[str], str] = lambda name: name
+    #: How the names begin that belong to other tasks than classification.
+    ignored: tuple[str, ...] = ()
+
+
+def with_weights(model: Model, path: str | None, naming: Naming) -> Model:
+    """`model` with an `init` that reads the weights at `path`; as it was where `path` is None."""
+    if path is None:
+        return model
+    weights = Path(path).expanduser()
+
+    def init(key: Array) -> Any:
+        if isinstance(key, jax.core.Tracer):
+            # Traced for its shapes, as when a finished run is loaded, which needs no file; NaN to anyone else.
+            return jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), model.init(key))
+        return load(weights, jax.eval_shape(model.init, key), naming)
+
+    return dataclasses.replace(model, init=init)
+
+
+def load(path: Path, like: Any, naming: Naming) -> Any:
+    """Parameters in float32 from the weights at `path`.
+
+    The classifier is taken from the file where it has one for as many classes. Otherwise it is new and all
+    zeros, as in the fine-tuning of Dosovitskiy et al. 2020: pretrained features begin without the noise of
+    a random map, every class as likely, and the result does not depend on a seed.
+
+    Args:
+        path: a `.safetensors` file, or a directory as `transformers` saves it, sharded or not.
+        like: shapes of the parameters, nested dicts.
+        naming: what the file calls them.
+
+    Raises:
+        InputError: no such file, damaged, or a tensor is missing, too many or of another shape.
+    """
+    found = {naming.rename(name): array for name, array in read(path).items()}
+    found = {name: array for name, array in found.items() if not name.startswith(naming.ignored)}
+    head, classes = naming.tensors["head.kernel"][0], like["head"]["bias"].size
+    new_head = head not in found or found[head].shape[:1] != (classes,)
+
+    def parameter(keys: Any, leaf: jax.ShapeDtypeStruct) -> Array:
+        ours = ".".join(str(key.key) for key in keys)
+        theirs, layout = naming.tensors[ours]
+        array = found.pop(theirs, None)
+        if new_head and ours.startswith("head."):
+            return jnp.zeros(leaf.shape, jnp.float32)
+        shape = layout.shape(leaf.shape)
+        if array is None:
+            raise InputError(
+                FIELD,
+                str(path),
+                f"has no tensor {theirs!r}, which must be {shape}; are these weights of another "
+                "architecture, or of a smaller variant than model.options say?",
+            )
+        if array.shape != shape:
+            array = layout.fit(array, shape)
+        if array.shape != shape:
+            raise InputError(
+                FIELD,
+                str(path),
+                f"tensor {theirs!r} is {array.shape}, but must be {shape}; "
+                "choose the variant in model.options that the weights belong to.",
+            )
+        return jnp.asarray(layout.convert(array), jnp.float32)
+
+    params = jax.tree_util.tree_map_with_path(parameter, like)
+    if found:
+        name = min(found)
+        raise InputError(
+            FIELD,
+            str(path),
+            f"has {name!r} {found[name].shape}, which has no place in the model, and {len(found) - 1} more such; "
+            "choose the variant in model.options that the weights belong to.",
+        )
+    return params
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """All tensors at `path` by name: a `.safetensors` file, or a directory of one, sharded or not.
+
+    Raises:
+        InputError: nothing there, or a file is missing or damaged.
+    """
+    if path.is_dir():
+        return _read_directory(path)
+    if not path.is_file():
+        raise InputError(
+            FIELD, str(path), "no such file or directory; nothing is downloaded, so put the weights there first."
+        )
+    return _read_file(path)
+
+
+def _read_directory(path: Path) -> dict[str, np.ndarray]:
+    if (path / SINGLE).is_file():
+        return _read_file(path / SINGLE)
+    if not (path / INDEX).is_file():
+        names = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+        raise InputError(
+            FIELD,
+            str(path),
+            f"holds neither {SINGLE} nor {INDEX}, but {names}; other formats are not read, so save it as safetensors.",
+        )
+    try:
+        index = json.loads((path / INDEX).read_text())
+        shard_of = {str(name): str(shard) for name, shard in index["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(FIELD, str(path / INDEX), "is damaged: it maps no tensors to files; fetch it again.") from None
+    tensors: dict[str, np.ndarray] = {}
+    for shard in sorted(set(shard_of.values())):
+        if not (path / shard).is_file():
+            raise InputError(FIELD, str(path), f"lacks {shard}, which {INDEX} names; fetch it too.")
+        tensors |= _read_file(path / shard)
+    if lost := sorted(shard_of.keys() - tensors.keys()):
+        raise InputError(
+            FIELD,
+            str(path),
+            f"{INDEX} names {lost[0]!r}, but {shard_of[lost[0]]} has no such tensor; fetch both again.",
+        )
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            FIELD, str(path), f"is no complete safetensors file ({error}); fetch or save it again."
+        ) from None

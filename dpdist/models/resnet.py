@@ -1,0 +1,178 @@
+"""BiT ResNets (Kolesnikov et al., "Big Transfer (BiT): General Visual Representation Learning", 2020), in Flax NNX.
+
+A ResNet-v2 whose batch normalisation gave way to group normalisation and standardised weights: neither mixes examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from dpdist.models import Model
+from dpdist.models.images import check_image, prepare_image
+from dpdist.models.nnx_model import compute_dtype, from_nnx
+from dpdist.models.pretrained import CONVOLUTION, POINTWISE, Naming, Tensors, dense, norm, with_weights
+
+#: Blocks in each stage, and the factor that widens all of them.
+VARIANTS = {
+    "50x1": ((3, 4, 6, 3), 1),
+    "50x3": ((3, 4, 6, 3), 3),
+    "101x1": ((3, 4, 23, 3), 1),
+    "101x3": ((3, 4, 23, 3), 3),
+    "152x4": ((3, 8, 36, 3), 4),
+}
+#: Channels that the stages put out at width 1.
+CHANNELS = (256, 512, 1024, 2048)
+GROUPS = 32
+#: That of `timm`, whose weights are read; the paper's code adds 1e-10.
+WEIGHT_EPSILON = 1e-8
+
+
+class _Convolution(nnx.Module):
+    """A convolution whose kernel has mean 0 and variance 1 over each output channel's inputs (Qiao et al. 2019)."""
+
+    def __init__(
+        self, size: int, channels: int, out: int, dtype: DTypeLike, rngs: nnx.Rngs, *, stride: int = 1
+    ) -> None:
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (size, size, channels, out)))
+        self.stride, self.dtype = stride, dtype
+
+    def __call__(self, x: Array) -> Array:
+        kernel = self.kernel[...]
+        mean, variance = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
+        kernel = (kernel - mean) * jax.lax.rsqrt(variance + WEIGHT_EPSILON)
+        pad = (kernel.shape[0] // 2,) * 2
+        return jax.lax.conv_general_dilated(
+            x.astype(self.dtype)[None],
+            kernel.astype(self.dtype),
+            (self.stride, self.stride),
+            (pad, pad),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )[0]
+
+
+class _Norm(nnx.Module):
+    """Group normalisation of one image [height, width, channels], then ReLU."""
+
+    def __init__(self, channels: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.group = nnx.GroupNorm(channels, GROUPS, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return jax.nn.relu(self.group(x[None])[0])  # NNX takes the first axis for the batch's
+
+
+class _Block(nnx.Module):
+    """A pre-activation bottleneck (He et al. 2016), with a projected shortcut where it opens a stage."""
+
+    def __init__(self, channels: int, out: int, stride: int, opens: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        inner = out // 4
+        self.norm1 = _Norm(channels, dtype, rngs)
+        self.conv1 = _Convolution(1, channels, inner, dtype, rngs)
+        self.norm2 = _Norm(inner, dtype, rngs)
+        self.conv2 = _Convolution(3, inner, inner, dtype, rngs, stride=stride)
+        self.norm3 = _Norm(inner, dtype, rngs)
+        self.conv3 = _Convolution(1, inner, out, dtype, rngs)
+        self.project = _Convolution(1, channels, out, dtype, rngs, stride=stride) if opens else None
+
+    def __call__(self, x: Array) -> Array:
+        y = self.norm1(x)
+        shortcut = x if self.project is None else self.project(y)
+        y = self.conv2(self.norm2(self.conv1(y)))
+        return shortcut + self.conv3(self.norm3(y))
+
+
+class _BitResNet(nnx.Module):
+    def __init__(
+        self,
+        layers: Sequence[int],
+        channels: Sequence[int],
+        colours: int,
+        classes: int,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        width = channels[0] // 4
+        self.stem = _Convolution(7, colours, width, dtype, rngs, stride=2)
+        stages = []
+        for stage, (depth, out) in enumerate(zip(layers, channels, strict=True)):
+            blocks = []
+            for i in range(depth):
+                blocks.append(_Block(width, out, 2 if i == 0 < stage else 1, i == 0, dtype, rngs))
+                width = out
+            stages.append(nnx.List(blocks))
+        self.stages = nnx.List(stages)
+        # In float32 whatever `dtype` is: the loss is taken of these logits.
+        self.norm = _Norm(width, jnp.float32, rngs)
+        self.head = nnx.Linear(width, classes, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, image: Array) -> Array:
+        # The zeros around it are part of the trained network, unlike the usual padding by minus infinity.
+        x = jnp.pad(self.stem(image), ((1, 1), (1, 1), (0, 0)))
+        x = nnx.max_pool(x, (3, 3), strides=(2, 2))
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+        return self.head(self.norm(x).mean((0, 1)))
+
+
+def bit_resnet(
+    *,
+    example: dict[str, jax.ShapeDtypeStruct],
+    classes: int,
+    variant: str = "50x1",
+    image_size: int = 224,
+    pretrained: str | None = None,
+    offset: float = 127.5,
+    scale: float = 127.5,
+    dtype: str = "float32",
+    layers: Sequence[int] | None = None,
+    channels: Sequence[int] | None = None,
+) -> Model:
+    """A BiT ResNet-v2 classifier of `example["image"]`.
+
+    The device resizes the image to `image_size` and computes `(image - offset) / scale`, both public
+    constants. Logits are those of the `resnetv2_*_bit` of `timm` with the same weights.
+
+    Args:
+        variant: depth and width factor: 50x1, 50x3, 101x1, 101x3 or 152x4.
+        image_size: height and width that the network sees; any will do.
+        pretrained: local weights in `timm`'s names, e.g. of resnetv2_50x1_bit.goog_in21k; None starts from
+            random ones.
+        dtype: of the convolutions, `float32` or `bfloat16`; parameters, standardisation and logits are float32.
+        layers: blocks in each stage, instead of the variant's.
+        channels: put out by each stage, multiples of 128; a quarter of the first comes out of the stem.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is unknown; there are {', '.join(VARIANTS)}")
+    usual, factor = VARIANTS[variant]
+    depths = usual if layers is None else layers
+    widths = [factor * width for width in CHANNELS] if channels is None else channels
+    if len(depths) != len(widths) or min(depths, default=0) < 1:
+        raise ValueError(f"layers {list(depths)} and channels {list(widths)} have to name the same stages")
+    if any(width < 1 or width % (4 * GROUPS) for width in widths):
+        raise ValueError(f"channels {list(widths)} have to be multiples of {4 * GROUPS}")
+    colours, products = check_image(example, "bit_resnet"), compute_dtype(dtype)
+    model = from_nnx(
+        lambda rngs: _BitResNet(depths, widths, colours, classes, products, rngs),
+        lambda e: prepare_image(e, offset=offset, scale=scale, size=image_size),
+    )
+    return with_weights(model, pretrained, _naming(depths))
+
+
+def _naming(layers: Sequence[int]) -> Naming:
+    """The names of `timm`, whose classifier is a 1x1 convolution."""
+    tensors: Tensors = {"stem.kernel": ("stem.conv.weight", CONVOLUTION)}
+    for stage, depth in enumerate(layers):
+        for i in range(depth):
+            ours, theirs = f"stages.{stage}.{i}", f"stages.{stage}.blocks.{i}"
+            for j in (1, 2, 3):
+                tensors |= norm(f"{ours}.norm{j}.group", f"{theirs}.norm{j}")
+                tensors[f"{ours}.conv{j}.kernel"] = (f"{theirs}.conv{j}.weight", CONVOLUTION)
+            tensors[f"{ours}.project.kernel"] = (f"{theirs}.downsample.conv.weight", CONVOLUTION)
+    tensors |= norm("norm.group", "norm") | dense("head", "head.fc", POINTWISE)
+    return Naming(tensors=tensors)

@@ -1,0 +1,65 @@
+"""What the transformers share: attention over one sequence, the MLP, and the layer norm."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+LECUN = nnx.initializers.lecun_normal()
+
+
+def layer_norm(width: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Layer normalisation with the epsilon of ViT and BERT, and the variance from centred values."""
+    return nnx.LayerNorm(width, epsilon=1e-12, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+class Attention(nnx.Module):
+    """softmax(q k^T / sqrt(d)) v for each head of width d, and an output projection (Vaswani et al. 2017).
+
+    Query, key and value are separate matrices, so that the weights of published models map one to one.
+
+    Args:
+        width: of a token, in and out.
+        heads: number of heads, which divides `width`.
+        dtype: of the matrix products; the softmax is in float32.
+        init: initialiser of the four matrices.
+    """
+
+    def __init__(
+        self, width: int, heads: int, dtype: DTypeLike, rngs: nnx.Rngs, *, init: nnx.Initializer = LECUN
+    ) -> None:
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of {heads} heads")
+
+        def square() -> nnx.Linear:
+            return nnx.Linear(width, width, kernel_init=init, dtype=dtype, rngs=rngs)
+
+        self.query, self.key, self.value, self.out = square(), square(), square(), square()
+        self.heads = heads
+
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Tokens [length, width] to the same shape; `mask` bool[length] is False where a token is not to be seen."""
+        length, width = x.shape
+        q, k, v = (p(x).reshape(length, self.heads, -1) for p in (self.query, self.key, self.value))
+        scores = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=jnp.float32) * (width // self.heads) ** -0.5
+        if mask is not None:
+            # Finite, so that an example without any token (the padding of a batch) has no NaN.
+            scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores).astype(v.dtype)
+        return self.out(jnp.einsum("hqk,khd->qhd", weights, v).reshape(length, width))
+
+
+class Mlp(nnx.Module):
+    """Two dense layers on each token, `inner` wide between them, with the exact GELU."""
+
+    def __init__(
+        self, width: int, inner: int, dtype: DTypeLike, rngs: nnx.Rngs, *, init: nnx.Initializer = LECUN
+    ) -> None:
+        self.grow = nnx.Linear(width, inner, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.shrink = nnx.Linear(inner, width, kernel_init=init, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.shrink(jax.nn.gelu(self.grow(x), approximate=False))

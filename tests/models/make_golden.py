@@ -1,0 +1,106 @@
+"""Makes the files in `golden/`: random weights of the peers' models, and the logits those give.
+
+Run by hand where the `peers` extra is installed; the tests that read the files need none of it:
+
+    python tests/models/make_golden.py
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from tiny import CLASSES, GOLDEN, OPTIONS, columns
+
+
+def shake(model: Any, by: float) -> Any:
+    """Adds noise to every parameter: biases of 0 and gains of 1 would hide what is left out."""
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            parameter += by * torch.randn(parameter.shape)
+    return model.eval()
+
+
+def pixels(data: dict[str, np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy((data["image"].astype(np.float32) - 127.5) / 127.5).permute(0, 3, 1, 2)
+
+
+def vit(directory: Path, seed: int) -> np.ndarray:
+    """Saves a model of random weights in `directory`; returns its logits of the examples."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(seed)
+    given = OPTIONS["vit"]
+    config = ViTConfig(
+        hidden_size=given["width"],
+        num_hidden_layers=given["depth"],
+        num_attention_heads=given["heads"],
+        intermediate_size=given["mlp"],
+        image_size=given["image_size"],
+        patch_size=given["patch"],
+        num_labels=CLASSES,
+    )
+    model = shake(ViTForImageClassification(config), 0.2)
+    model.save_pretrained(directory)
+    with torch.no_grad():
+        return model(pixels(columns("vit"))).logits.numpy()
+
+
+def bert(directory: Path, seed: int) -> np.ndarray:
+    """Saves a model of random weights in `directory`; returns its logits of the examples."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    given = OPTIONS["bert"]
+    config = BertConfig(
+        vocab_size=given["vocabulary"],
+        hidden_size=given["width"],
+        num_hidden_layers=given["depth"],
+        num_attention_heads=given["heads"],
+        intermediate_size=given["mlp"],
+        max_position_embeddings=given["positions"],
+        num_labels=CLASSES,
+    )
+    model = shake(BertForSequenceClassification(config), 0.2)
+    model.save_pretrained(directory)
+    with torch.no_grad():
+        return model(**{name: torch.from_numpy(rows) for name, rows in columns("bert").items()}).logits.numpy()
+
+
+def bit_resnet(directory: Path, seed: int) -> np.ndarray:
+    """Saves a model of random weights in `directory`, in half precision; returns its logits of the examples."""
+    from safetensors.torch import save_file as save_tensors
+    from timm.layers import StdConv2d
+    from timm.models.resnetv2 import ResNetV2
+
+    torch.manual_seed(seed)
+    given = OPTIONS["bit_resnet"]
+    model = ResNetV2(
+        layers=given["layers"],
+        channels=given["channels"],
+        stem_chs=given["channels"][0] // 4,
+        num_classes=CLASSES,
+        stem_type="fixed",
+        conv_layer=partial(StdConv2d, eps=1e-8),
+    )
+    model = shake(model, 0.1).half()
+    save_tensors(model.state_dict(), directory / "model.safetensors")
+    with torch.no_grad():
+        return model.float()(pixels(columns("bit_resnet"))).numpy()
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for make in (vit, bert, bit_resnet):
+        name = make.__name__
+        with tempfile.TemporaryDirectory() as directory:
+            logits = make(Path(directory), seed=0)
+            shutil.copyfile(Path(directory) / "model.safetensors", GOLDEN / f"{name}.safetensors")
+        save_file(columns(name) | {"logits": logits}, GOLDEN / f"{name}.expected.safetensors")
+        print(name, logits.round(2).tolist())

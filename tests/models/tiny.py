@@ -1,0 +1,71 @@
+"""Models small enough to be kept in the repository: `make_golden.py` builds them with PyTorch, the tests here."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file
+
+from dpdist import config, models
+
+GOLDEN = Path(__file__).parent / "golden"
+CLASSES = 5
+#: Model options by name; `make_golden.py` makes the peers' models of the same numbers.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "vit": {"width": 32, "depth": 2, "heads": 4, "mlp": 48, "patch": 4, "image_size": 16},
+    "bit_resnet": {"layers": [1, 2], "channels": [128, 128], "image_size": 40},
+    "bert": {"width": 32, "depth": 2, "heads": 4, "mlp": 48, "vocabulary": 50, "positions": 12},
+}
+
+
+def columns(name: str) -> dict[str, np.ndarray]:
+    """Four examples for a model, by column."""
+    random = np.random.default_rng(7)
+    if name != "bert":
+        size = OPTIONS[name]["image_size"]
+        return {"image": random.integers(0, 256, (4, size, size, 3), dtype=np.uint8)}
+    return {
+        "input_ids": random.integers(0, 50, (4, 10), dtype=np.int32),
+        "attention_mask": (np.arange(10) < np.array([[10], [7], [1], [9]])).astype(np.int32),
+        "token_type_ids": random.integers(0, 2, (4, 10), dtype=np.int32),
+    }
+
+
+def build(name: str, *, classes: int = CLASSES, data: dict[str, np.ndarray] | None = None, **options: Any) -> Any:
+    """The tiny model of a name, with some options of its own, for examples like those in `data`."""
+    rows = columns(name) if data is None else data
+    example = {column: jax.ShapeDtypeStruct(values.shape[1:], values.dtype) for column, values in rows.items()}
+    return models.build(config.Model(name=name, options=OPTIONS[name] | options), example=example, classes=classes)
+
+
+@cache
+def compiled(apply: Any) -> Any:
+    """`apply` of many examples, compiled once for all the tests that use it."""
+    return jax.jit(jax.vmap(apply, in_axes=(None, 0)))
+
+
+def logits(model: models.Model, params: Any, data: dict[str, np.ndarray]) -> np.ndarray:
+    """Logits [n, classes] of examples given by column."""
+    return np.asarray(compiled(model.apply)(params, data))
+
+
+def golden(name: str) -> tuple[Path, dict[str, np.ndarray], np.ndarray]:
+    """The weights' file, the examples and the logits that `make_golden.py` got from the peer's model."""
+    expected = load_file(GOLDEN / f"{name}.expected.safetensors")
+    return GOLDEN / f"{name}.safetensors", expected, expected.pop("logits")
+
+
+@cache
+def golden_model(name: str) -> tuple[models.Model, Any]:
+    """The model with the golden weights, and those."""
+    model = build(name, pretrained=str(GOLDEN / f"{name}.safetensors"))
+    return model, model.init(jax.random.key(0))
+
+
+def size(params: Any) -> int:
+    """Number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
