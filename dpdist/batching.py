@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 from dpdist.mechanism.sampling import microbatch_sizes
@@ -42,9 +42,9 @@ def expected_rows(
 
 
 def choose_physical_batch(
-    *, dataset_size: int, sampling_probability: float, host_of_device: Sequence[int], balanced: bool, platform: str
+    *, dataset_size: int, sampling_probability: float, host_of_device: Sequence[int], balanced: bool, largest: int
 ) -> int:
-    """The physical batch size, up to the platform's useful largest, that costs least in expectation."""
+    """The physical batch size, up to `largest`, that costs least in expectation."""
     hosts, devices = max(host_of_device) + 1, len(host_of_device)
 
     def cost(physical: int) -> float:
@@ -57,4 +57,29 @@ def choose_physical_batch(
             balanced=balanced,
         )
 
-    return min(range(1, LARGEST.get(platform, LARGEST["gpu"]) + 1), key=lambda p: (cost(p), -p))
+    return min(range(1, largest + 1), key=lambda p: (cost(p), -p))
+
+
+def largest_that_fits(choose: Callable[[int], int], largest: int, needed: Callable[[int], int], limit: float) -> int:
+    """The physical batch size that `choose` prefers among those whose memory is at most `limit`.
+
+    Memory grows about linearly with the batch, so where a size does not fit, the line through what was seen says how
+    far to go down; nothing is tried until it runs out. Ends at 1, fitting or not.
+
+    Args:
+        choose: the preferred size, given the largest that is allowed.
+        largest: allowed to begin with.
+        needed: bytes for a size, as its compiled program says.
+    """
+    seen: list[tuple[int, int]] = []
+    while True:
+        physical = choose(largest)
+        size = needed(physical)
+        if size <= limit or physical == 1:
+            return physical
+        seen.append((physical, size))
+        slope = size / physical
+        if len(seen) > 1:
+            (p0, m0), (p1, m1) = seen[-2:]
+            slope = max((m0 - m1) / (p0 - p1), 0.0) or slope
+        largest = max(1, min(physical - 1, math.floor(physical - (size - limit) / slope)))

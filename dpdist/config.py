@@ -70,8 +70,11 @@ class Model:
     loss: str = "cross_entropy"
     #: Number of classes; None takes it from the data source (a public constant there).
     classes: int | None = None
+    #: Paths of the parameters that train, `*` standing for anything: `["head/*"]`. The others stay as they are.
+    trainable: list[str] = field(default_factory=lambda: ["*"])
 
     def __post_init__(self) -> None:
+        _require(self, "trainable", bool(self.trainable), 'name at least one, or leave it out for ["*"].')
         _require(
             self,
             "classes",
@@ -200,8 +203,10 @@ class Training:
     epochs: float | None = None
     #: Examples a device processes at once, or `auto`.
     physical_batch_size: int | Literal["auto"] = "auto"
-    #: How clipped sums are computed; `auto` is the cheapest built in, today `per_example`.
-    clipping: Literal["auto", "per_example"] = "auto"
+    #: How clipped sums are computed: the same sum in all; `auto` takes what is fastest for each parameter.
+    clipping: Literal["auto", "per_example", "ghost", "bookkeeping"] = "auto"
+    #: `ghost` or `instantiate` by parameter path (`*` is anything), instead of what `clipping` would choose.
+    clipping_strategies: dict[str, str] = field(default_factory=dict)
     #: Steps between evaluations; None evaluates whenever a checkpoint is due.
     evaluate_every: int | None = None
     #: Test examples a device evaluates at once.
@@ -225,6 +230,13 @@ class Training:
             self.epochs is None or _positive(self.epochs),
             "give a positive number.",
         )
+        for pattern, strategy in self.clipping_strategies.items():
+            if strategy not in ("ghost", "instantiate") or self.clipping == "per_example":
+                raise InputError(
+                    f"training.clipping_strategies.{pattern}",
+                    strategy,
+                    "give ghost or instantiate; training.clipping=per_example takes neither.",
+                )
         p = self.physical_batch_size
         _require(self, "physical_batch_size", p == "auto" or p >= 1, "give at least 1, or auto.")
         _require(

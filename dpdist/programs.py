@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 
 from dpdist import models
 from dpdist import optimizer as optimizers
-from dpdist.batching import choose_physical_batch, tail_of
+from dpdist.batching import LARGEST, choose_physical_batch, largest_that_fits, tail_of
 from dpdist.cluster.agreement import gather
 from dpdist.cluster.job import Job
 from dpdist.config import Config
@@ -18,7 +20,8 @@ from dpdist.data import Dataset
 from dpdist.data.sources import Source
 from dpdist.errors import InputError
 from dpdist.evaluate import Evaluator
-from dpdist.mechanism.clipping import clipped_grad_sum, plain_grad_sum
+from dpdist.gradients import build_gradients
+from dpdist.mechanism.clipping import UnsupportedLossError
 from dpdist.mechanism.ledger import Plan
 from dpdist.mechanism.step import Step, TrainState, initial_state
 
@@ -38,6 +41,8 @@ class Programs:
     #: Physical batch sizes: the full microbatch and the small one for the rest.
     physical: int
     tail: int
+    #: How the norm of each parameter's gradient is had, by path; None where every gradient is materialised.
+    strategies: dict[str, str] | None
 
     def decisions(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed run and a loaded one compile the same programs."""
@@ -47,6 +52,7 @@ class Programs:
             "devices": self.step.devices,
             "classes": self.classes,
             "example": example,
+            "clipping": self.strategies,
         }
 
 
@@ -59,6 +65,11 @@ def example_spec(source: Source) -> dict[str, jax.ShapeDtypeStruct]:
     if "key" in source[0]:
         raise InputError("data.source", "column 'key'", "is the name of the random key of an example; rename it.")
     return {name: jax.ShapeDtypeStruct(np.shape(value), np.asarray(value).dtype) for name, value in source[0].items()}
+
+
+def with_key(example: dict[str, jax.ShapeDtypeStruct], model: models.Model) -> dict[str, Any]:
+    """One example as the loss sees it while it trains."""
+    return example | {"key": jax.eval_shape(lambda: jax.random.key(0))} if model.randomised else example
 
 
 def build_programs(config: Config, plan: Plan, dataset: Dataset, job: Job, earlier: dict[str, Any] | None) -> Programs:
@@ -75,61 +86,37 @@ def build_programs(config: Config, plan: Plan, dataset: Dataset, job: Job, earli
     model = models.build(config.model, example=example, classes=classes)
     loss_fn = models.example_loss(model)
     optimizer = optimizers.build(config.optimizer, plan.steps_asked)
-    initial = initial_state(
-        model.init(jax.random.key(config.training.seed)), optimizer, averaged=config.optimizer.average_decay > 0
-    )
-    if plan.clip_norm is None or plan.noise_multiplier is None:
-        grad_sum, clip_norm, noise_scale = plain_grad_sum(loss_fn), float("inf"), None
-    else:
-        grad_sum = clipped_grad_sum(loss_fn, clip_norm=plan.clip_norm, method=config.training.clipping)
-        clip_norm, noise_scale = plan.clip_norm, plan.noise_multiplier * plan.clip_norm
+    params = model.init(jax.random.key(config.training.seed))
+    gradients = build_gradients(config, plan, loss_fn, params, with_key(example, model), job, earlier)
+    initial = initial_state(params, optimizer, averaged=config.optimizer.average_decay > 0, frozen=gradients.frozen)
+    clip_norm, sigma = plan.clip_norm, plan.noise_multiplier
 
+    @cache
     def compiled(physical: int) -> Step:
-        return Step(
-            grad_sum=grad_sum,
-            state=initial,
-            example=example,
-            optimizer=optimizer,
-            mesh=job.mesh,
-            batch_sizes=(physical, tail_of(physical)),
-            normaliser=plan.expected_batch_size,
-            clip_norm=clip_norm,
-            noise_scale=noise_scale,
-            placement=config.privacy.noise_placement,
-            randomised=model.randomised,
-            average_decay=config.optimizer.average_decay,
-        )
+        try:
+            return Step(
+                grad_sum=gradients.grad_sum,
+                state=initial,
+                example=example,
+                optimizer=optimizer,
+                mesh=job.mesh,
+                batch_sizes=(physical, tail_of(physical)),
+                normaliser=plan.expected_batch_size,
+                clip_norm=float("inf") if clip_norm is None else clip_norm,
+                noise_scale=None if clip_norm is None or sigma is None else sigma * clip_norm,
+                placement=config.privacy.noise_placement,
+                randomised=model.randomised,
+                average_decay=config.optimizer.average_decay,
+                frozen=gradients.frozen,
+            )
+        except UnsupportedLossError as error:
+            raise InputError("training.clipping", config.training.clipping, f"{error}.") from None
 
-    decided = None  # an automatic choice is kept while the devices are as many, so that resuming is exact
-    if earlier is not None and earlier["devices"] == job.device_count:
-        decided = int(earlier["physical_batch_size"])
-    asked = config.training.physical_batch_size
-    if asked != "auto":
-        physical = asked
-    elif decided is not None:
-        physical = decided
-    else:
-        physical = choose_physical_batch(
-            dataset_size=plan.dataset_size,
-            sampling_probability=plan.sampling_probability,
-            platform=job.platform,
-            host_of_device=job.host_of_device,
-            balanced=config.sampling.assignment == "balanced",
-        )
-    limit = memory_limit(config, job)
-    while True:
-        step = compiled(physical)
-        needed = max(gather(step.peak_bytes(), job, timeout=config.cluster.initialization_timeout))
-        if needed <= limit or physical == 1 or decided is not None or asked != "auto":
-            break
-        physical //= 2
-    if needed > limit:
-        raise InputError(
-            "training.physical_batch_size",
-            physical,
-            f"needs {needed / 2**30:.2f} GiB of temporary memory "
-            f"a device, of {limit / 2**30:.2f}; give a smaller one (or raise cluster.memory_per_device).",
-        )
+    def needed(physical: int) -> int:
+        own = compiled(physical).peak_bytes()
+        return max(gather(own, job, timeout=config.cluster.initialization_timeout))
+
+    physical = _physical_batch(config, plan, job, earlier, needed)
     evaluator = None
     if dataset.test is not None:
         evaluator = Evaluator(
@@ -142,14 +129,53 @@ def build_programs(config: Config, plan: Plan, dataset: Dataset, job: Job, earli
         )
     return Programs(
         model=model,
-        step=step,
+        step=compiled(physical),
         initial=initial,
         example=example,
         evaluator=evaluator,
         physical=physical,
         tail=tail_of(physical),
         classes=classes,
+        strategies=gradients.strategies,
     )
+
+
+def _physical_batch(
+    config: Config, plan: Plan, job: Job, earlier: dict[str, Any] | None, needed: Callable[[int], int]
+) -> int:
+    """The physical batch size that is asked for, was decided, or pads least among those that fit the memory.
+
+    Args:
+        needed: bytes of temporary memory a device, by physical batch size; each call compiles.
+
+    Raises:
+        InputError: what is asked for, or the smallest there is, does not fit.
+    """
+    limit, asked = memory_limit(config, job), config.training.physical_batch_size
+    if asked != "auto":
+        physical = asked
+    elif earlier is not None and earlier["devices"] == job.device_count:
+        physical = int(earlier["physical_batch_size"])  # kept while the devices are as many, so that resuming is exact
+    else:
+
+        def choose(largest: int) -> int:
+            return choose_physical_batch(
+                dataset_size=plan.dataset_size,
+                sampling_probability=plan.sampling_probability,
+                host_of_device=job.host_of_device,
+                balanced=config.sampling.assignment == "balanced",
+                largest=largest,
+            )
+
+        physical = largest_that_fits(choose, LARGEST[job.platform], needed, limit)
+    if (size := needed(physical)) > limit:
+        raise InputError(
+            "training.physical_batch_size",
+            physical,
+            f"needs {size / 2**30:.2f} GiB of temporary memory "
+            f"a device, of {limit / 2**30:.2f}; give a smaller one (or raise cluster.memory_per_device).",
+        )
+    return physical
 
 
 def memory_limit(config: Config, job: Job) -> float:

@@ -18,6 +18,7 @@ from dpdist import optimizer as optimizers
 from dpdist.checkpoint import Checkpoints
 from dpdist.config import Config
 from dpdist.errors import InputError
+from dpdist.gradients import frozen_paths
 from dpdist.mechanism.step import initial_state
 from dpdist.rundir import RunDirectory
 from dpdist.summary import guarantee
@@ -69,7 +70,9 @@ def load(run_dir: str | Path) -> TrainedRun:
     optimizer = optimizers.build(config.optimizer, meta["plan"]["steps_asked"])
     averaged = config.optimizer.average_decay > 0
     here = SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.eval_shape(lambda: initial_state(model.init(jax.random.key(0)), optimizer, averaged=averaged))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    frozen = frozen_paths(config.model, params)
+    abstract = jax.eval_shape(lambda params: initial_state(params, optimizer, averaged=averaged, frozen=frozen), params)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
     state = checkpoints.restore(step, abstract)
     checkpoints.close()

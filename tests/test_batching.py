@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dpdist import batching
-from dpdist.batching import choose_physical_batch, expected_rows, tail_of
+from dpdist.batching import choose_physical_batch, expected_rows, largest_that_fits, tail_of
 from dpdist.mechanism.keys import Keys, Secret
 from dpdist.mechanism.sampling import StepPlan, microbatch_sizes, plan_step, poisson_sample
 
@@ -93,7 +93,7 @@ def test_the_chosen_batch_costs_least_in_simulated_steps(
     chosen = choose_physical_batch(
         dataset_size=size,
         sampling_probability=q,
-        platform=platform,
+        largest=batching.LARGEST[platform],
         balanced=assignment == "balanced",
         host_of_device=[host for host in range(hosts) for _ in range(per_host)],
     )
@@ -106,7 +106,7 @@ def test_the_chosen_batch_costs_least_in_simulated_steps(
 def test_a_fixed_batch_fits_one_microbatch_exactly() -> None:
     """With q = 1 every device has exactly 50 examples, so nothing is padded."""
     chosen = choose_physical_batch(
-        dataset_size=400, sampling_probability=1.0, host_of_device=[0] * 8, balanced=True, platform="cpu"
+        dataset_size=400, sampling_probability=1.0, host_of_device=[0] * 8, balanced=True, largest=64
     )
     assert chosen == 50
 
@@ -141,3 +141,34 @@ def test_the_small_microbatch_saves_padding() -> None:
 @pytest.mark.parametrize(("physical", "tail"), [(1, 1), (3, 1), (4, 1), (8, 2), (64, 16)])
 def test_the_tail_is_a_quarter(physical: int, tail: int) -> None:
     assert tail_of(physical) == tail
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "limit", "answer", "compiles"),
+    [
+        (0, 10, 10_000, 512, 1),  # everything fits
+        (0, 10, 1_000, 100, 2),
+        (600, 10, 1_000, 40, 3),  # the first line through the origin misses what every size needs
+        (995, 10, 1_000, 1, 4),  # nothing fits, and that is the caller's to say
+        (0, 3_000, 1_000, 1, 2),
+    ],
+)
+def test_the_largest_batch_is_read_from_few_compiled_programs(
+    fixed: int, each: int, limit: int, answer: int, compiles: int
+) -> None:
+    asked: list[int] = []
+
+    def needed(physical: int) -> int:
+        asked.append(physical)
+        return fixed + each * physical
+
+    assert largest_that_fits(lambda largest: largest, 512, needed, limit) == answer
+    assert len(asked) <= compiles
+    assert asked == sorted(asked, reverse=True)
+
+
+def test_a_batch_that_fits_is_the_one_that_pads_least_below_the_limit() -> None:
+    def prefer_multiples_of_ten(largest: int) -> int:
+        return max(1, largest - largest % 10)
+
+    assert largest_that_fits(prefer_multiples_of_ten, 64, lambda p: p * 7, limit=300) == 40

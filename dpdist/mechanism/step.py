@@ -12,7 +12,7 @@ vector of parameter size for the sums, and one more where the noise is shared as
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +24,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Float32
 
-from dpdist.mechanism.clipping import GradSum
+from dpdist.mechanism.clipping import GradSum, trainable, with_frozen
 from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.noise import gaussian_draw
 
@@ -38,13 +38,13 @@ class TrainState(NamedTuple):
     step: Array
     params: Any
     opt_state: Any
-    #: Exponential average of params, or None. Post-processing: it costs no privacy.
+    #: Exponential average of the params that train, or None. Post-processing: it costs no privacy.
     average: Any
 
     @property
     def released(self) -> Any:
         """The parameters to evaluate and to give away: the average where one is kept."""
-        return self.params if self.average is None else self.average
+        return self.params if self.average is None else with_frozen(self.average, self.params)
 
 
 class Microbatch(NamedTuple):
@@ -55,17 +55,21 @@ class Microbatch(NamedTuple):
     index: Any
 
 
-def initial_state(params: Any, optimizer: optax.GradientTransformation, averaged: bool) -> TrainState:
-    """The state before step 0, on the host."""
-    average = jax.tree.map(jnp.copy, params) if averaged else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+def initial_state(
+    params: Any, optimizer: optax.GradientTransformation, averaged: bool, frozen: Collection[str] = frozenset()
+) -> TrainState:
+    """The state before step 0, on the host; `frozen` names the paths of parameters that do not train."""
+    moving = trainable(params, frozen)
+    average = jax.tree.map(jnp.copy, moving) if averaged else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(moving), average)
 
 
 class Step:
     """The programs of a run, compiled for one mesh.
 
     Args:
-        grad_sum: `f(params, batch, mask) -> (sums, norms)`, clipped, or plain for the non-private arm.
+        grad_sum: `f(params, batch, mask) -> (sums, norms)`, clipped, or plain for the non-private arm; with the same
+            `frozen`.
         state: a `TrainState` of shapes (or arrays).
         example: one example as a pytree of shapes and dtypes, without the leading axis.
         optimizer: an optax transformation of the mean gradient.
@@ -77,6 +81,7 @@ class Step:
         placement: `designated` or `fused`.
         average_decay: decay of the parameter average; 0 keeps none.
         randomised: give each example a `key` of its own, derived from the step's loss key and its index.
+        frozen: paths of parameters that do not train: they get no sum, no noise and no update.
     """
 
     def __init__(
@@ -94,13 +99,14 @@ class Step:
         placement: Literal["designated", "fused"],
         average_decay: float,
         randomised: bool,
+        frozen: Collection[str] = frozenset(),
     ) -> None:
         self.devices = mesh.devices.size
         axis = mesh.axis_names[0]
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.sharded = NamedSharding(mesh, PartitionSpec(axis))
         self.designated = mesh.devices.flat[0]
-        self.sizes: list[int] = [math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)]
+        self.sizes: list[int] = [math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable(state.params, frozen))]
         self.parameters = sum(self.sizes)
         width = self.parameters + len(DIAGNOSTICS)
 
@@ -134,18 +140,20 @@ class Step:
                 # vectors in one operation.
                 summed, noise = lax.optimization_barrier((summed, noise))
                 summed = summed + lax.psum(noise, axis)  # every device but the designated holds zeros
-            mean = unflatten(summed / jnp.float32(normaliser), state.params)
-            updates, opt_state = optimizer.update(mean, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            before = trainable(state.params, frozen)
+            mean = unflatten(summed / jnp.float32(normaliser), before)
+            updates, opt_state = optimizer.update(mean, state.opt_state, before)
+            after = optax.apply_updates(before, updates)
             # The gradient is float32 whatever the parameters are; what the optimizer keeps must not change type.
             opt_state = jax.tree.map(lambda new, old: new.astype(old.dtype), opt_state, state.opt_state)
             # The warm-up lets the average forget the initial parameters (De et al. 2022, section 3).
             decay = jnp.minimum(average_decay, (1.0 + state.step) / (10.0 + state.step))
             average = (
-                jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), state.average, params)
+                jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), state.average, after)
                 if average_decay
                 else None
             )
+            params = with_frozen(after, state.params)
             return TrainState(state.step + 1, params, opt_state, average), jnp.zeros_like(acc), diagnostics
 
         # check_vma=False: with it on, the gradient of a replicated parameter gets an all-reduce of its own.

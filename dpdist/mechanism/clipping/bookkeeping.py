@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32
 
@@ -41,7 +42,8 @@ def bookkeeping_grad_sum(
             at the outputs in between: ghost clipping (Li et al. 2022, arXiv 2110.05679).
     """
 
-    def clipped_sum(params: Any, batch: Any, mask: Float[Array, " p"]) -> tuple[Any, Float32[Array, " p"]]:
+    def clipped_sum(params: Any, batch: Any, mask: Float[Array | np.ndarray, " p"]) -> tuple[Any, Float32[Array, " p"]]:
+        params, batch, mask = jax.tree.map(jnp.asarray, (params, batch, mask))
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
         graph = trace(loss_fn, params, example, frozen)
         plans, factors = planner(graph, params)
@@ -51,9 +53,10 @@ def bookkeeping_grad_sum(
         scale, used = weigh(bounds, mask, clip_norm)
         second = first
         if twice:
-            # The barrier keeps XLA from taking both passes for one.
-            again, columns, scale = lax.optimization_barrier((leaves, jax.tree.leaves(batch), scale))
-            second = _Pass(graph, plans, factors, again, columns, mask.shape[0])
+            # No weight is ever NaN, but XLA cannot know, and so cannot take both passes for one. (It drops barriers.)
+            never = jnp.isnan(scale).any()
+            columns = [jnp.where(never, jnp.zeros_like(column), column) for column in jax.tree.leaves(batch)]
+            second = _Pass(graph, plans, factors, leaves, columns, mask.shape[0])
         return trainable(jax.tree.unflatten(structure, second.weighted(scale, used)), frozen), norms
 
     return clipped_sum

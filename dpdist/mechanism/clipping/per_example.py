@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from dpdist.mechanism.clipping.paths import trainable, with_frozen
@@ -18,7 +19,7 @@ def per_example_grad_sum(
 ) -> Callable[[Any, Any, Any], tuple[Any, Float32[Array, " p"]]]:
     """See `clipped_grad_sum`. Costs p times the parameters in memory, 12 bytes a parameter and example."""
 
-    def clipped_sum(params: Any, batch: Any, mask: Float[Array, " p"]) -> tuple[Any, Float32[Array, " p"]]:
+    def clipped_sum(params: Any, batch: Any, mask: Float[Array | np.ndarray, " p"]) -> tuple[Any, Float32[Array, " p"]]:
         def loss(moving: Any, example: Any) -> Array:
             return loss_fn(with_frozen(moving, params), example)
 

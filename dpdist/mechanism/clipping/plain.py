@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from dpdist.mechanism.clipping.paths import trainable, with_frozen
@@ -20,7 +21,7 @@ def plain_grad_sum(
     One backward pass over the masked sum of losses, as an ordinary trainer does it.
     """
 
-    def grad_sum(params: Any, batch: Any, mask: Float[Array, " p"]) -> tuple[Any, Float32[Array, " p"]]:
+    def grad_sum(params: Any, batch: Any, mask: Float[Array | np.ndarray, " p"]) -> tuple[Any, Float32[Array, " p"]]:
         # Padding of zeros may have no gradient (0 * inf is NaN), so a real row stands in for it, with weight 0.
         used = mask > 0
         rows = jnp.where(used, jnp.arange(mask.shape[0]), jnp.argmax(used))

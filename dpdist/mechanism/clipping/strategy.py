@@ -23,10 +23,9 @@ STRATEGIES: tuple[Strategy, ...] = ("ghost", "instantiate")
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a device does in a second; only the ratios matter for a choice."""
+    """What a device does in a second; only the ratio matters for a choice."""
 
-    #: Floating-point operations of a large float32 matrix product, and of one in float64.
-    flops: float
+    #: Floating-point operations of a float64 matrix product.
     flops_float64: float
     #: Bytes read from or written to the device's memory.
     bandwidth: float

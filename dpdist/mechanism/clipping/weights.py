@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32
 
@@ -13,13 +14,13 @@ NORM_MARGIN = 8e-6
 
 
 def weigh(
-    norms: Float32[Array, " p"], mask: Float[Array, " p"], clip_norm: float
+    norms: Float32[Array, " p"], mask: Float[Array | np.ndarray, " p"], clip_norm: float
 ) -> tuple[Float32[Array, " p"], Bool[Array, " p"]]:
     """(min(1, C / norm), 0 where an example counts for nothing; whether it counts).
 
     A gradient so large that its square overflows counts as not finite: it is dropped, never unbounded.
     """
-    used = (mask > 0) & jnp.isfinite(norms)
+    used = jnp.asarray(mask > 0) & jnp.isfinite(norms)
     scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norms * (1 + NORM_MARGIN), clip_norm * 1e-6))
     return jnp.where(used, scale, 0.0), used
 
