@@ -31,7 +31,7 @@ def _positive(value: float) -> bool:
 class Data:
     """Where examples come from."""
 
-    #: `digits`, `idx`, `npy`, or `module:function` that returns train and test sources.
+    #: `digits`, `idx`, `npy`, `cifar10`, `cifar100`, or `module:function` that returns train and test sources.
     source: str = "digits"
     #: Directory or file the source reads; not used by `digits`.
     path: str | None = None
@@ -39,7 +39,7 @@ class Data:
     test_fraction: float = 0.2
     #: Seed of the (public) split by index.
     split_seed: int = 0
-    #: Further keyword arguments for a source given as `module:function`.
+    #: Further keyword arguments for a source given as `module:function`; `checksum` for CIFAR's archives.
     options: dict[str, Any] = field(default_factory=dict)
     #: Threads that call a source's `__getitem__`; array sources need none.
     workers: int = 4
@@ -62,7 +62,7 @@ class Data:
 class Model:
     """What is trained."""
 
-    #: `mlp`, `cnn`, or `module:function` that returns a `dpdist.models.Model`.
+    #: `mlp`, `cnn`, `vit`, `bit_resnet`, `bert`, or `module:function` that returns a `dpdist.models.Model`.
     name: str = "mlp"
     #: Keyword arguments for that function, e.g. `{hidden: [64], activation: relu}`.
     options: dict[str, Any] = field(default_factory=dict)

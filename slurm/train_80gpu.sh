@@ -13,6 +13,7 @@
 # One training run on 20 nodes of 4 GPUs, one process a GPU. What follows the script goes to `dpdist train`; options of
 # sbatch before it override the numbers above, nothing here needs an edit:
 #
+#   sbatch slurm/train_80gpu.sh --run-dir /shared/runs/vit                 ViT-B/16 on CIFAR-100, configs/vit_base_cifar100.yaml
 #   sbatch slurm/train_80gpu.sh configs/fashion_mnist.yaml --run-dir /shared/runs/fashion privacy.target_epsilon=2
 #   sbatch --nodes=2 --time=1:00:00 slurm/train_80gpu.sh configs/digits.yaml --run-dir /shared/runs/digits
 #
@@ -28,8 +29,9 @@ repository=${DPDIST_HOME:-$SLURM_SUBMIT_DIR}
 . "$repository/slurm/job.sh"
 read_site "$repository"
 
-# The default is a config that runs anywhere; it asks for CPUs, so that is undone.
-[ $# -gt 0 ] || set -- "$repository/configs/digits.yaml" cluster.platform=auto cluster.devices_per_process=null
+case ${1-} in
+    "" | --* | *=*) set -- "$repository/configs/vit_base_cifar100.yaml" "$@" ;; # no config is named
+esac
 run_dir=""
 for ((i = 1; i <= $#; i++)); do
     case ${!i} in

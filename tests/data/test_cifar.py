@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import pickle
-import struct
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cifar_archive import dumps, write_archive, write_directory
 
 from dpdist.config import Data
 from dpdist.data import Dataset, gather, open_dataset
@@ -20,32 +18,6 @@ from dpdist.data.cifar import CIFAR10, CIFAR100, Format
 from dpdist.errors import InputError
 
 KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-
-
-class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
-    """Writes what Python 2 wrote for the official files: byte strings, and NumPy's old module names."""
-
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
-
-    def save_string(self, text: bytes | str) -> None:
-        content = text.encode("latin1") if isinstance(text, str) else text
-        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
-        self.memoize(text)
-
-    dispatch[str] = dispatch[bytes] = save_string
-
-    def save_global(self, thing: Any, name: str | None = None) -> None:
-        module = thing.__module__.replace("numpy._core", "numpy.core")
-        self.write(pickle.GLOBAL + f"{module}\n{name or thing.__qualname__}\n".encode())
-        self.memoize(thing)
-
-    dispatch[type] = dispatch[type(pickle.dumps)] = save_global
-
-
-def dumps(value: Any) -> bytes:
-    file = io.BytesIO()
-    Python2Pickler(file, protocol=2).dump(value)
-    return file.getvalue()
 
 
 def pixels(count: int, seed: int) -> np.ndarray:
@@ -68,22 +40,6 @@ def packed(kind: Format, change: Callable[[dict[str, Any]], None] = lambda conte
     content = files(kind)
     change(content)
     return {name: value if isinstance(value, bytes) else dumps(value) for name, value in content.items()}
-
-
-def write_directory(path: Path, content: dict[str, bytes]) -> Path:
-    path.mkdir()
-    for name, file in content.items():
-        (path / name).write_bytes(file)
-    return path
-
-
-def write_archive(path: Path, kind: Format, content: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w:gz") as archive:
-        for name, file in (content | {"readme.html": b"<html>"}).items():
-            member = tarfile.TarInfo(f"{kind.directory}/{name}")
-            member.size = len(file)
-            archive.addfile(member, io.BytesIO(file))
-    return path
 
 
 def opened(source: str, path: Path, **options: Any) -> Dataset:

@@ -235,6 +235,12 @@ def test_a_loss_that_is_no_scalar_is_refused() -> None:
         function({"w": normal(1, 4)}, {"x": normal(2, 3, 4)}, np.ones(3, np.float32))
 
 
+def test_a_complex_parameter_is_refused() -> None:
+    function = clipped_grad_sum(lambda p, e: jnp.sum(jnp.abs(e["x"] * p["w"])), clip_norm=1.0)
+    with pytest.raises(UnsupportedLossError, match="w is complex64: give its real and imaginary parts"):
+        function({"w": normal(1, 4).astype(np.complex64)}, {"x": normal(2, 3, 4)}, np.ones(3, np.float32))
+
+
 @pytest.mark.parametrize(
     ("strategies", "message"), [({"v": "ghost"}, "'v' matches no parameter"), ({"w": "gohst"}, "unknown strategy")]
 )
@@ -292,7 +298,7 @@ def network(layers: list[tuple[str, int]]) -> Case:
 
 
 @given(networks(), st.sampled_from(["bookkeeping", "all ghost", "all instantiated"]))
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, deadline=None, max_examples=30)
 def test_random_networks(layers: list[tuple[str, int]], way: str) -> None:
     loss_fn, params, batch = network(layers)
     reference_sum = clipped_grad_sum(loss_fn, clip_norm=0.05, method="per_example")

@@ -239,6 +239,17 @@ def own_derivatives() -> Case:
     return loss, params, images(4, 6)
 
 
+def fourier() -> Case:
+    """Real parameters that meet complex data."""
+    params = {"w": normal(40, 5), "phase": normal(41, 5), "mix": normal(42, 8, 8)}
+
+    def loss(params: Any, example: Any) -> Any:
+        spectrum = jnp.fft.rfft(example["x"] @ params["mix"])
+        return jnp.sum(jnp.tanh(jnp.fft.irfft(spectrum * params["w"] * jnp.exp(1j * params["phase"]))))
+
+    return loss, params, images(3, 8)
+
+
 def mixed_precision() -> Case:
     """Parameters kept in float32 and used in bfloat16 through every kind of rule."""
     params = {"w": normal(34, 6, 8), "k": normal(35, 3, 1, 8, 4), "table": normal(36, 9, 6), "b": normal(37, 8)}
@@ -318,6 +329,7 @@ ZOO: dict[str, Callable[[], Case]] = {
     "slices": slices,
     "reshaped": reshaped,
     "own derivatives": own_derivatives,
+    "fourier": fourier,
     "nnx attention": nnx_attention,
     "linen": linen_cnn,
     "equinox": equinox_mlp,

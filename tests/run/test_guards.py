@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from jobs import EVERY, STEPS, Jobs, Run, config_with, wait_all, wait_for
 
@@ -254,6 +255,35 @@ def test_examples_with_nan_add_nothing_and_the_parameters_stay_finite(jobs: Jobs
     wait_all([jobs.train(run, "data.source=userland:with_nans", f"data.options.rows={list(range(0, 1000, 7))}")])
     assert sum(record["not_finite"] for record in run.diagnostics) > 10
     assert run.summary["accuracy"] > 0.4
+
+
+def test_parameters_that_do_not_train_stay_and_the_others_move(jobs: Jobs, single: Run, tmp_path: Path) -> None:
+    runs = {name: jobs.new(name) for name in ("frozen", "initial")}
+    only_some = ("model.trainable=[a, d]", "optimizer.average_decay=0")
+    wait_all([jobs.train(runs["frozen"], *only_some), jobs.train(runs["initial"], *only_some, "training.steps=1")])
+    roots = {name: str(run.root) for name, run in runs.items()}
+    told = jobs.call("load", runs=roots, to=str(tmp_path))
+    assert told["frozen"]["accuracy"] == pytest.approx(runs["frozen"].summary["accuracy"])
+    frozen, initial = (np.load(tmp_path / f"{name}.npz") for name in ("frozen", "initial"))
+    for name in "abcd":
+        assert np.array_equal(frozen[name], initial[name]) == (name in "bc"), name
+    # A run that was begun so cannot go on otherwise.
+    ended = jobs.train(runs["frozen"], "optimizer.average_decay=0").wait()
+    assert ended.code == 2
+    assert "model.trainable" in ended.err
+
+
+@pytest.mark.parametrize("method", ["ghost", "bookkeeping", "per_example"])
+def test_a_clipping_method_changes_the_parameters_by_rounding_alone(
+    jobs: Jobs, single: Run, tmp_path: Path, method: str
+) -> None:
+    run = jobs.new(method)
+    wait_all([jobs.train(run, f"training.clipping={method}")])
+    assert run.digests == single.digests
+    jobs.call("load", runs={"other": str(run.root), "auto": str(single.root)}, to=str(tmp_path))
+    other, auto = (np.load(tmp_path / f"{name}.npz") for name in ("other", "auto"))
+    for name in "abcd":
+        assert np.abs(other[name] - auto[name]).max() < 1e-4 * np.abs(auto[name]).max()
 
 
 def test_a_step_whose_sample_is_empty_is_taken_all_the_same(jobs: Jobs) -> None:

@@ -86,14 +86,16 @@ class _Pass:
             for use in graph.uses
         ]
 
-        def one_example(shifts: Any, *columns: Array) -> tuple[Array, Any]:
-            return graph.compute_loss(self._shared, (*columns, zero), shifts)
+        def one_example(*columns: Array) -> tuple[Any, Any]:
+            def loss(shifts: Any) -> tuple[Array, Any]:
+                return graph.compute_loss(self._shared, (*columns, zero), shifts)
 
-        backward = jax.vmap(
-            jax.grad(one_example, has_aux=True), in_axes=(None, *(0 for _ in batch)), axis_size=examples
-        )
+            # Not jax.grad, which refuses the complex values of a Fourier transform.
+            value, back, operands = jax.vjp(loss, shifts, has_aux=True)
+            return back(jnp.ones_like(value))[0], operands
+
         #: For every use, the gradients at its outputs, and its data operands by number, each with leading axis p.
-        self._at_outputs, self._operands = backward(shifts, *batch)
+        self._at_outputs, self._operands = jax.vmap(one_example, axis_size=examples)(*batch)
         self._instantiated = self._instantiate()
 
     def norms(self) -> tuple[Float32[Array, " p"], Float32[Array, " p"]]:

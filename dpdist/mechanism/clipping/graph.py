@@ -128,8 +128,11 @@ def trace(
         frozen: paths of parameters that no gradient is asked of: they count as constants.
 
     Raises:
-        UnsupportedLossError: the loss is not a floating-point scalar.
+        UnsupportedLossError: the loss is not a floating-point scalar, or a parameter that trains is complex.
     """
+    for path, leaf in zip(paths_of(params), jax.tree.leaves(params), strict=True):
+        if path not in frozen and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise UnsupportedLossError(f"{path} is {leaf.dtype}: give its real and imaginary parts as two parameters")
     found = jax.tree.leaves(jax.eval_shape(loss_fn, params, example))
     if len(found) != 1 or found[0].shape != () or not jnp.issubdtype(found[0].dtype, jnp.floating):
         raise UnsupportedLossError(f"the loss of one example must be a floating-point scalar, not {found}")
@@ -211,8 +214,9 @@ class _Tracer:
             if not data and not value.differentiable:
                 value = Value(aval, False)  # no gradient flows through an integer
             elif not data and len(operands) == 1 and operands[0].view is not None:
-                literals = [self.graph.constants.get(i) for i in inputs]
-                value = Value(aval, False, leaves, operands[0].view.through(name, params, aval, literals))
+                known = [self.graph.constants.get(i) for i in inputs]
+                known = [None if isinstance(constant, jax.core.Tracer) else constant for constant in known]
+                value = Value(aval, False, leaves, operands[0].view.through(name, params, aval, known))
             outputs.append(self.new(value))
         node = Node(name, call, tuple(inputs), tuple(outputs), params, source)
         if not data:

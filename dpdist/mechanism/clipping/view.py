@@ -35,6 +35,8 @@ class View:
 
     def through(self, name: str, params: dict[str, Any], aval: Any, literals: list[Any]) -> View | None:
         """The view after one more operation, or None where it does more than move entries."""
+        if not jnp.issubdtype(aval.dtype, jnp.floating):
+            return None
         shape = tuple(aval.shape)
         if name in ("convert_element_type", "copy"):
             return self

@@ -1,0 +1,137 @@
+"""`dpdist plan`: what a config would do, without doing it. Programs are compiled, but no step is taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from dpdist import models
+from dpdist.cluster.join import join
+from dpdist.config import Config
+from dpdist.data import open_dataset
+from dpdist.errors import InputError
+from dpdist.gradients import plan_strategies
+from dpdist.identity import environment
+from dpdist.mechanism.clipping import LeafPlan
+from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
+from dpdist.plan import plan_run
+from dpdist.programs import Programs, build_programs, memory_limit, with_key
+from dpdist.train import make_planner
+from launch.scaling.point import shape_of_work
+
+#: Steps that are sampled, with a throw-away secret, to see how the work would be shared out.
+_STEPS = 50
+
+
+def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int = 1) -> dict[str, Any]:
+    """What training `config` would cost, as JSON holds it.
+
+    Args:
+        nodes: how many nodes share the work; None takes the devices of this process. Memory is that of a program
+            compiled for a device of this machine all the same.
+
+    Raises:
+        InputError: whatever training would refuse.
+    """
+    for name, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
+        if value is not None and value < 1:
+            raise InputError(name, value, "give at least 1.")
+    job = join(config.cluster)
+    if job.num_processes > 1:
+        raise InputError("dpdist plan", f"{job.num_processes} processes", "run it in one process.")
+    if nodes is not None:
+        job = dataclasses.replace(job, host_of_device=tuple(i // gpus_per_node for i in range(nodes * gpus_per_node)))
+    dataset = open_dataset(config.data)
+    secret = Secret.fresh()
+    plan = plan_run(
+        config, dataset_size=len(dataset.train), nonce=fresh_nonce(secret), environment=environment(job.platform)
+    )
+    programs = build_programs(config, plan, dataset, job, earlier=None)
+    planner = make_planner(config, plan, programs, Keys(secret, bytes.fromhex(plan.nonce)), job)
+    work = shape_of_work(tuple(planner(step) for step in range(min(_STEPS, plan.steps))))
+    leaves: list[LeafPlan] = []
+    if plan.clip_norm is not None and config.training.clipping != "per_example":
+        loss_fn = models.example_loss(programs.model)
+        example = with_key(programs.example, programs.model)
+        leaves = plan_strategies(config, loss_fn, programs.initial.params, example, job)
+    return {
+        "privacy": {
+            name: getattr(plan, name)
+            for name in ("epsilon", "delta", "epsilon_rdp", "accountant", "noise_multiplier", "clip_norm")
+        },
+        "sampling_probability": plan.sampling_probability,
+        "dataset_size": plan.dataset_size,
+        "expected_batch_size": plan.expected_batch_size,
+        "steps": plan.steps,
+        "devices": len(job.host_of_device),
+        "nodes": max(job.host_of_device) + 1,
+        "physical_batch_size": programs.physical,
+        "tail_batch_size": programs.tail,
+        **work,
+        "memory": _memory(programs, memory_limit(config, job), noisy=plan.noise_multiplier is not None),
+        "clipping": {
+            "method": config.training.clipping if plan.clip_norm is not None else "none",
+            "parameters": [dataclasses.asdict(leaf) | {"seconds": dict(leaf.seconds)} for leaf in leaves],
+        },
+    }
+
+
+def _memory(programs: Programs, limit: float, *, noisy: bool) -> dict[str, float]:
+    """Parameters by number, and bytes on one device."""
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(programs.initial.params)),
+        "trainable_parameters": programs.step.parameters,
+        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(programs.initial)),
+        "sums_and_noise_bytes": 4 * programs.step.parameters * (2 if noisy else 1),
+        "temporary_bytes": programs.step.peak_bytes(),
+        "limit_bytes": limit,
+    }
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report for people."""
+    privacy, memory, clipping = report["privacy"], report["memory"], report["clipping"]
+    lines = [
+        f"sampling    q = {report['sampling_probability']:.4g}: {report['expected_batch_size']:g} expected of "
+        f"{report['dataset_size']:,} examples, {report['steps']:,} steps"
+    ]
+    if privacy["epsilon"] is None:
+        lines.append("privacy     NONE (privacy.enabled=false)")
+    else:
+        lines.append(
+            f"privacy     epsilon {privacy['epsilon']:.4g} at delta {privacy['delta']:g} ({privacy['accountant']}; "
+            f"{privacy['epsilon_rdp']:.4g} by Renyi DP), noise multiplier {privacy['noise_multiplier']:.4g}, "
+            f"clip norm {privacy['clip_norm']:g}"
+        )
+    lines += [
+        f"devices     {report['devices']} on {report['nodes']} node(s), each {report['microbatches_per_step']:.1f} "
+        f"microbatches a step of {report['physical_batch_size']} and {report['tail_batch_size']} examples; "
+        f"padding {report['padding']:.1%}, fullest over mean {report['imbalance']:.3f}",
+        f"parameters  {memory['parameters']:,}, of which {memory['trainable_parameters']:,} train",
+        f"memory      a device: {_size(memory['state_bytes'])} state, {_size(memory['sums_and_noise_bytes'])} sums and "
+        f"noise, {_size(memory['temporary_bytes'])} temporary (limit {_size(memory['limit_bytes'])})",
+        f"clipping    {clipping['method']}",
+    ]
+    rows = [
+        (leaf["path"], "x".join(map(str, leaf["shape"])) or "scalar", leaf["strategy"], _why(leaf))
+        for leaf in clipping["parameters"]
+    ]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+    lines += ["  " + "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _why(leaf: dict[str, Any]) -> str:
+    if leaf["reason"]:
+        return leaf["reason"]
+    if not leaf["seconds"]:
+        return ""
+    return ", ".join(f"{name} {1e6 * seconds:.2g} us" for name, seconds in leaf["seconds"].items()) + " an example"
+
+
+def _size(count: float) -> str:
+    unit = min(3, int(math.log(max(count, 1), 1024)))
+    return f"{count / 1024**unit:.{0 if unit == 0 else 1}f} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
