@@ -6,11 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dpdist.errors import InputError
 from launch import sbatch
+from launch.bench import command as bench
 from launch.scaling import command as scaling
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
@@ -70,6 +70,19 @@ def parser() -> argparse.ArgumentParser:
     )
     submit.set_defaults(run=_submit)
 
+    plan = commands.add_parser(
+        "plan",
+        help="what a config would do, without doing it: privacy, work per device, memory, clipping",
+        description="Check CONFIG as training would, compile its programs here, and print what it would cost: q, sigma "
+        "and epsilon, microbatches and padding per device, memory, and how each parameter's gradient is clipped.",
+    )
+    plan.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
+    plan.add_argument("--nodes", type=int, help="share the work among so many nodes instead of this machine's devices")
+    plan.add_argument("--gpus-per-node", type=int, default=1, metavar="GPUS", help="devices of each node (1)")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.set_defaults(run=_plan)
+
     privacy = commands.add_parser("privacy", help="what a plan costs, without training; prints one JSON object")
     questions = privacy.add_subparsers(required=True, metavar="QUESTION")
     for name, text, run in (
@@ -86,15 +99,7 @@ def parser() -> argparse.ArgumentParser:
             question.add_argument("--target-epsilon", type=float, required=True)
         question.set_defaults(run=run)
 
-    bench = commands.add_parser("bench", help="measure this machine")
-    subjects = bench.add_subparsers(required=True, metavar="SUBJECT")
-    step = subjects.add_parser("step", help="where the time of a training step goes, as fractions")
-    step.add_argument("config", metavar="CONFIG")
-    step.add_argument("overrides", nargs="*", metavar="key=value")
-    step.add_argument("--steps", type=int, default=20, help="steps measured, after the first two")
-    step.add_argument("--to", type=Path, help="write the JSON here as well")
-    step.set_defaults(run=_bench_step)
-
+    bench.add_to(commands)
     scaling.add_to(commands)
     return top
 
@@ -150,6 +155,16 @@ def _submit(options: argparse.Namespace) -> int:
     except JobFailedError as error:
         print(f"dpdist: {error}", file=sys.stderr)
         return EXIT_FAILED
+    return EXIT_DONE
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from dpdist import configfile
+    from launch.plan import plan_report, text
+
+    config = configfile.load(options.config, options.overrides)
+    report = plan_report(config, nodes=options.nodes, gpus_per_node=options.gpus_per_node)
+    print(json.dumps(report) if options.json else text(report))
     return EXIT_DONE
 
 
@@ -210,15 +225,3 @@ def _print_privacy(options: argparse.Namespace, noise_multiplier: float, spent: 
             }
         )
     )
-
-
-def _bench_step(options: argparse.Namespace) -> int:
-    from dpdist import configfile
-    from launch.bench.step import bench_step
-
-    report = bench_step(configfile.load(options.config, options.overrides), steps=options.steps)
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.to is not None:
-        options.to.write_text(text + "\n")
-    return EXIT_DONE

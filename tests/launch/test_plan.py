@@ -48,10 +48,10 @@ def test_it_shows_the_choice_for_every_parameter_and_takes_another(jobs: Jobs, t
     ended = jobs.command("plan", str(config)).wait()
     assert ended.code == 0, ended.err
     lines = [line.split() for line in ended.out.splitlines()]
-    assert ["a", "8x16", "ghost"] in lines
+    assert ["a", "12x16", "ghost"] in lines
     assert ["c", "16x4", "instantiate"] in lines
     assert ["d", "4", "instantiate", "it", "meets", "data", "in", "add"] in lines
-    assert "parameters  212, of which 196 train" in ended.out
+    assert "parameters  276, of which 260 train" in ended.out
     assert not (jobs.root / "runs").exists() or not list((jobs.root / "runs").glob("overruled*"))
 
 

@@ -186,8 +186,7 @@ class _Tracer:
         name = equation.primitive.name
         if any(value.leaves for value in values):
             if name in _CALLS:
-                inner = equation.params[_CALLS[name]]
-                jaxpr, constants = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+                jaxpr, constants = _inner(equation.params[_CALLS[name]])
                 return self.copy(jaxpr, [self.constant(c) for c in constants], inputs)
             if name == "scan" and any(v.data for v in values) and equation.params["length"] <= LONGEST_UNROLLED:
                 return self.unroll(equation, inputs)
@@ -231,18 +230,23 @@ class _Tracer:
 
     def unroll(self, equation: JaxprEqn, inputs: list[int]) -> list[int]:
         """A scan, step by step: each step's slice of a stacked parameter is a view of it."""
-        p, source = equation.params, _source(equation)
-        constants, carry = inputs[: p["num_consts"]], inputs[p["num_consts"] : p["num_consts"] + p["num_carry"]]
-        columns = inputs[p["num_consts"] + p["num_carry"] :]
-        inner = p["jaxpr"]
-        held = [self.constant(c) for c in inner.consts]
+        source, steps = _source(equation), range(equation.params["length"])
+        jaxpr, constants = _inner(equation.params["jaxpr"])
+        # What is carried has one shape inside and out, what is scanned one axis less inside. (Releases of JAX differ
+        # in how they say how many there are of each.)
+        scanned = sum(_axes(v) > _axes(w) for v, w in zip(equation.invars, jaxpr.invars, strict=True))
+        carried = sum(_axes(v) == _axes(w) for v, w in zip(equation.outvars, jaxpr.outvars, strict=True))
+        columns = inputs[len(inputs) - scanned :]
+        fixed = inputs[: len(inputs) - scanned - carried]
+        carry = inputs[len(fixed) : len(fixed) + carried]
+        held = [self.constant(c) for c in constants]
         rows: dict[int, list[int]] = {}
-        for step in reversed(range(p["length"])) if p["reverse"] else range(p["length"]):
-            results = self.copy(inner.jaxpr, held, [*constants, *carry, *(self.row(i, step, source) for i in columns)])
-            carry, rows[step] = results[: p["num_carry"]], results[p["num_carry"] :]
+        for step in reversed(steps) if equation.params["reverse"] else steps:
+            results = self.copy(jaxpr, held, [*fixed, *carry, *(self.row(i, step, source) for i in columns)])
+            carry, rows[step] = results[:carried], results[carried:]
         stacks = []
-        for position, variable in enumerate(equation.outvars[p["num_carry"] :]):
-            parts = [rows[step][position] for step in range(p["length"])]
+        for position, variable in enumerate(equation.outvars[carried:]):
+            parts = [rows[step][position] for step in steps]
             stacks += self.node("stack", lambda *xs: [jnp.stack(xs)], parts, [variable.aval], {}, source)
         return [*carry, *stacks]
 
@@ -267,6 +271,15 @@ class _Tracer:
             source,
         )
         return row
+
+
+def _inner(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
+    """An equation's own jaxpr and its constants, whether it is closed over them or not."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def _axes(atom: Any) -> int:
+    return len(atom.aval.shape)
 
 
 def _bind(equation: JaxprEqn) -> Callable[..., Sequence[Any]]:

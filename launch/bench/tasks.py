@@ -1,0 +1,110 @@
+"""What is measured on: the models, with the shapes of their data and a usual physical batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from dpdist.config import Model
+from dpdist.models import build, example_loss
+
+#: C. Random weights have gradients of norm over 1, so that most examples are clipped.
+CLIP_NORM = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A model and the data it is fed."""
+
+    model: Model
+    #: Shape and dtype of each column of one example; what is not random bytes lies below `bounds`.
+    example: Mapping[str, tuple[tuple[int, ...], str]]
+    #: Exclusive upper bound of the integers in a column.
+    bounds: Mapping[str, int]
+    #: Physical batch size, where none is asked for.
+    batch: int
+
+    @property
+    def classes(self) -> int:
+        """Of the labels."""
+        return self.bounds["label"]
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of one example, as `dpdist.models.build` takes them."""
+        return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in self.example.items()}
+
+    def examples(self, size: int, *, seed: int = 0) -> dict[str, np.ndarray]:
+        """`size` random examples, the columns stacked."""
+        rng = np.random.default_rng(seed)
+        return {
+            name: rng.integers(0, self.bounds[name], (size, *shape)).astype(dtype)
+            for name, (shape, dtype) in self.example.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One physical batch: what every arm is given."""
+
+    task: Task
+    #: `loss(params, example) -> scalar` of one example.
+    loss: Callable[[Any, Any], Array]
+    params: Any
+    #: Columns with leading axis `size`, on the device like the parameters.
+    batch: dict[str, Array]
+    #: 1 for every example: a full batch, none of it padding.
+    mask: Array
+    clip_norm: float
+
+    @property
+    def size(self) -> int:
+        """The physical batch size p."""
+        return self.mask.shape[0]
+
+
+def problem_of(task: Task, size: int) -> Problem:
+    """The task with random weights and a random batch of `size` examples; always the same ones."""
+    model = build(task.model, example=task.shapes(), classes=task.classes)
+    params, batch, mask = jax.device_put(
+        (model.init(jax.random.key(0)), task.examples(size), np.ones(size, np.float32))
+    )
+    return Problem(task=task, loss=example_loss(model), params=params, batch=batch, mask=mask, clip_norm=CLIP_NORM)
+
+
+def _images(name: str, variant: str | None, *, side: int, channels: int, classes: int, batch: int) -> Task:
+    return Task(
+        model=Model(name=name, options={} if variant is None else {"variant": variant}),
+        example={"image": ((side, side, channels), "uint8"), "label": ((), "int32")},
+        bounds={"image": 256, "label": classes},
+        batch=batch,
+    )
+
+
+def _photographs(name: str, variant: str, *, batch: int) -> Task:
+    return _images(name, variant, side=224, channels=3, classes=100, batch=batch)
+
+
+def _text(variant: str, *, batch: int, length: int = 128, vocabulary: int = 30522) -> Task:
+    return Task(
+        model=Model(name="bert", options={"variant": variant, "vocabulary": vocabulary}),
+        example={"input_ids": ((length,), "int32"), "label": ((), "int32")},
+        bounds={"input_ids": vocabulary, "label": 2},
+        batch=batch,
+    )
+
+
+TASKS = {
+    "mnist-cnn": _images("cnn", None, side=28, channels=1, classes=10, batch=256),
+    "vit-ti": _photographs("vit", "Ti/16", batch=8),
+    "vit-s": _photographs("vit", "S/16", batch=4),
+    "vit-b": _photographs("vit", "B/16", batch=4),
+    "vit-l": _photographs("vit", "L/16", batch=4),
+    "r50x1": _photographs("bit_resnet", "50x1", batch=4),
+    "bert-mini": _text("mini", batch=16),
+    "bert-base": _text("base", batch=4),
+}
