@@ -8,7 +8,8 @@ it is the cheaper way to its norm.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,13 @@ def bookkeeping_grad_sum(
     return clipped_sum
 
 
+class _Instantiated(NamedTuple):
+    """Every example's gradient of one leaf, in whatever layout it came out, and the way from there to the leaf's."""
+
+    gradients: Float32[Array, "p ..."]
+    to_leaf: Callable[[Array], Array]
+
+
 class _Pass:
     """One forward and one backward pass over a batch of p examples, and what follows from it."""
 
@@ -101,8 +109,8 @@ class _Pass:
     def norms(self) -> tuple[Float32[Array, " p"], Float32[Array, " p"]]:
         """(|g_i|, what bounds it and the rounding of its weighted sum), over all leaves."""
         exact = bound = jnp.zeros((self._examples,), jnp.float32)
-        for gradient in self._instantiated.values():
-            flat = gradient.reshape(self._examples, -1)
+        for instantiated in self._instantiated.values():
+            flat = instantiated.gradients.reshape(self._examples, -1)
             square = jnp.sum(flat * flat, axis=1)
             exact, bound = exact + square, bound + square
         for plan in self._plans:
@@ -120,7 +128,8 @@ class _Pass:
         sums = []
         for number, plan in enumerate(self._plans):
             if number in self._instantiated:
-                sums.append(weighted_sum(scale, used, self._instantiated[number]))
+                instantiated = self._instantiated[number]
+                sums.append(instantiated.to_leaf(weighted_sum(scale, used, instantiated.gradients)))
                 continue
             total = jnp.zeros(plan.shape, jnp.float32)
             for u in (u for group in plan.groups for u in group):
@@ -165,31 +174,33 @@ class _Pass:
 
         return jax.vmap(one_example)([self._rows(u) for u in group])
 
-    def _instantiate(self) -> dict[int, Float32[Array, "p ..."]]:
+    def _instantiate(self) -> dict[int, _Instantiated]:
         """The gradient of every example, by leaf, for the leaves whose strategy asks for it."""
         wanted = [n for n, plan in enumerate(self._plans) if plan.strategy == "instantiate"]
-        gradients: dict[int, Array] = {}
+        found: dict[int, list[_Instantiated]] = {n: [] for n in wanted}
         pending: dict[int, Array] = {}
         for u, use in enumerate(self._graph.uses):
             reached = {leaf for i in use.operands for leaf in self._graph.values[use.node.inputs[i]].leaves}
             if not reached & set(wanted):
                 continue
             if (factors := self._factors[u]) is not None:
-                gradient = jax.vmap(lambda left, right, f=factors: f.view.back(f.arrange(_product(f, left, right))))(
-                    *self._rows(u)
-                )
-                leaf = factors.view.leaf
-                gradients[leaf] = gradients[leaf] + gradient if leaf in gradients else gradient
+                product = jax.vmap(partial(_product, factors))(*self._rows(u))
+                found[factors.view.leaf].append(_Instantiated(product, partial(_leaf_of, factors)))
                 continue
             for number, gradient in self._through(use, u).items():
                 pending[number] = pending[number] + gradient if number in pending else gradient
         for leaf, gradient in self._back_to_leaves(pending, wanted).items():
-            gradients[leaf] = gradients[leaf] + gradient if leaf in gradients else gradient
-        return {
-            n: gradients.get(n, jnp.zeros((self._examples, *self._plans[n].shape), jnp.float32))
-            for n in wanted
-            if n in gradients or not self._plans[n].groups
-        }
+            found[leaf].append(_Instantiated(gradient, lambda x: x))
+        return {n: self._added(n, parts) for n, parts in found.items()}
+
+    def _added(self, leaf: int, parts: Sequence[_Instantiated]) -> _Instantiated:
+        """One gradient of the parts that several uses have in it."""
+        if len(parts) == 1:
+            return parts[0]
+        total = jnp.zeros((self._examples, *self._plans[leaf].shape), jnp.float32)
+        for part in parts:
+            total = total + jax.vmap(part.to_leaf)(part.gradients)
+        return _Instantiated(total, lambda x: x)
 
     def _through(self, use: Use, u: int) -> dict[int, Array]:
         """Every example's gradient at the parameter operands of a use, by the primitive's own derivative."""
@@ -239,13 +250,20 @@ class _Pass:
         return {n: gradient.astype(jnp.float32) for n, gradient in zip(reached, found, strict=True)}
 
 
-def _product(factors: Factors, left: Array, right: Array) -> Float32[Array, "groups m n"]:
-    """sum_t left^T right of one example."""
+def _product(factors: Factors, left: Array, right: Array) -> Float32[Array, "groups rows columns"]:
+    """sum_t left^T right of one example, or its transpose: CPUs multiply small matrices faster into long rows."""
     right = right.astype(jnp.float32)
     if factors.one_hot:
         rows = jnp.where(left >= 0, left, factors.m)
         return jnp.zeros((1, factors.m, factors.n), jnp.float32).at[0, rows].add(right[0], mode="drop")
-    # CPUs multiply small matrices faster into long rows.
-    order = "gtm,gtn->gmn" if factors.m <= factors.n else "gtm,gtn->gnm"
-    product = jnp.einsum(order, left.astype(jnp.float32), right, precision=lax.Precision.HIGHEST)
-    return product if factors.m <= factors.n else jnp.swapaxes(product, 1, 2)
+    order = "gtm,gtn->gnm" if _transposed(factors) else "gtm,gtn->gmn"
+    return jnp.einsum(order, left.astype(jnp.float32), right, precision=lax.Precision.HIGHEST)
+
+
+def _transposed(factors: Factors) -> bool:
+    return factors.m > factors.n and not factors.one_hot
+
+
+def _leaf_of(factors: Factors, product: Float32[Array, "groups rows columns"]) -> Float32[Array, "..."]:
+    """The gradient of the leaf from what `_product` made, or from a sum of such."""
+    return factors.view.back(factors.arrange(jnp.swapaxes(product, 1, 2) if _transposed(factors) else product))
