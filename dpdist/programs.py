@@ -167,7 +167,7 @@ def _physical_batch(
                 largest=largest,
             )
 
-        physical = largest_that_fits(choose, LARGEST[job.platform], needed, limit)
+        physical = largest_that_fits(choose, LARGEST.get(job.platform, LARGEST["gpu"]), needed, limit)
     if (size := needed(physical)) > limit:
         raise InputError(
             "training.physical_batch_size",

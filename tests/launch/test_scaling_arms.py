@@ -197,11 +197,11 @@ def test_padding_and_imbalance_by_hand() -> None:
 
 
 def test_all_arms_compute_the_physical_batch_that_the_private_one_can_hold(tmp_path: Path) -> None:
-    """The plain arms would have memory for a larger one."""
+    """The plain arms would have memory for a larger one than a method that materialises every gradient."""
     changes: dict[str, dict[str, Any]] = {
         "model": {"options": {"hidden": [64]}},
         "cluster": {"memory_per_device": 0.001},
-        "training": {"physical_batch_size": "auto"},
+        "training": {"physical_batch_size": "auto", "clipping": "per_example"},
         "sampling": {"expected_batch_size": 256},
     }
     asked, job = config(tmp_path, **changes), job_of(1)
