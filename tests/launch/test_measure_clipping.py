@@ -1,5 +1,7 @@
 """`dpdist bench clipping`: the arms compute one sum, the numbers are what they are called, the files hold them."""
 
+# Called so that it comes after test_local.py: that one forks this process, which JAX must not have started in yet.
+
 from __future__ import annotations
 
 import dataclasses
