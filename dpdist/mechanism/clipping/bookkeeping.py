@@ -144,10 +144,8 @@ class _Pass:
         here = used[:, None, None, None]
         weights = jnp.where(here, right.astype(jnp.float32) * scale[:, None, None, None], 0.0)
         if factors.one_hot:
-            # The row -1, which stands for none, is dropped: out of range once negative numbers no longer count back.
-            rows = jnp.where(used[:, None] & (left >= 0), left, factors.m).reshape(-1)
-            product = jnp.zeros((1, factors.m, factors.n), jnp.float32)
-            product = product.at[0, rows].add(weights.reshape(-1, factors.n), mode="drop")
+            rows = jnp.where(used[:, None], left, -1).reshape(-1)
+            product = _product(factors, rows, weights.reshape(1, -1, factors.n))
         else:
             kept = jnp.where(here, left.astype(jnp.float32), 0.0)
             product = jnp.einsum("pgtm,pgtn->gmn", kept, weights, precision=lax.Precision.HIGHEST)
@@ -180,8 +178,7 @@ class _Pass:
         found: dict[int, list[_Instantiated]] = {n: [] for n in wanted}
         pending: dict[int, Array] = {}
         for u, use in enumerate(self._graph.uses):
-            reached = {leaf for i in use.operands for leaf in self._graph.values[use.node.inputs[i]].leaves}
-            if not reached & set(wanted):
+            if use.leaves.isdisjoint(wanted):
                 continue
             if (factors := self._factors[u]) is not None:
                 product = jax.vmap(partial(_product, factors))(*self._rows(u))
@@ -216,15 +213,16 @@ class _Pass:
                 return [results[j] for j in use.outputs]
 
             mine = [self._shared[node.inputs[position]] for position in use.operands]
-            return list(jax.vjp(outputs, *mine)[1](list(at_outputs)))
+            try:
+                return list(jax.vjp(outputs, *mine)[1](list(at_outputs)))
+            except (NotImplementedError, TypeError, ValueError) as error:
+                # What JAX raises for a primitive without the rule, a wrong rule of the user's own, and a while loop.
+                names = ", ".join(sorted(self._plans[n].path for n in use.leaves))
+                raise UnsupportedLossError(
+                    f"{node.name} at {node.source}, which uses {names}, has no derivative here: {error}"
+                ) from error
 
-        try:
-            found = jax.vmap(one_example, axis_size=self._examples)(self._operands[u], self._at_outputs[u])
-        except (NotImplementedError, TypeError, ValueError) as error:
-            names = {self._plans[n].path for i in use.operands for n in self._graph.values[node.inputs[i]].leaves}
-            raise UnsupportedLossError(
-                f"{node.name} at {node.source}, which uses {', '.join(sorted(names))}, has no derivative here: {error}"
-            ) from error
+        found = jax.vmap(one_example, axis_size=self._examples)(self._operands[u], self._at_outputs[u])
         gradients: dict[int, Array] = {}
         for position, gradient in zip(use.operands, found, strict=True):
             number = node.inputs[position]  # the same value may be an operand twice
@@ -254,6 +252,7 @@ def _product(factors: Factors, left: Array, right: Array) -> Float32[Array, "gro
     """sum_t left^T right of one example, or its transpose: CPUs multiply small matrices faster into long rows."""
     right = right.astype(jnp.float32)
     if factors.one_hot:
+        # The row -1, which stands for none, is dropped: out of range once negative numbers no longer count back.
         rows = jnp.where(left >= 0, left, factors.m)
         return jnp.zeros((1, factors.m, factors.n), jnp.float32).at[0, rows].add(right[0], mode="drop")
     order = "gtm,gtn->gnm" if _transposed(factors) else "gtm,gtn->gmn"

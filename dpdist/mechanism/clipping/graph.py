@@ -65,8 +65,9 @@ class Use:
     """A node that mixes parameters with data."""
 
     node: Node
-    #: Positions of the inputs that gradients to parameters flow through.
+    #: Positions of the inputs that gradients to parameters flow through, and the leaves that they reach.
     operands: tuple[int, ...]
+    leaves: frozenset[int]
     #: Positions of the outputs that are differentiable.
     outputs: tuple[int, ...]
 
@@ -139,14 +140,14 @@ def trace(
     zero = jax.ShapeDtypeStruct((), found[0].dtype)
     # A zero that counts as data: a loss, or a part of it, that depends on the parameters alone gets a use too.
     closed = jax.make_jaxpr(lambda params, example, zero: loss_fn(params, example) + zero)(params, example, zero)
-    return _Tracer(Graph()).run(closed, [path not in frozen for path in paths_of(params)])
+    return _Tracer().run(closed, [path not in frozen for path in paths_of(params)])
 
 
 class _Tracer:
     """Copies a jaxpr into a graph."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self) -> None:
+        self.graph = Graph()
 
     def run(self, closed: Any, trains: Sequence[bool]) -> Graph:
         graph, jaxpr = self.graph, closed.jaxpr
@@ -225,7 +226,7 @@ class _Tracer:
         through = tuple(i for i, value in enumerate(values) if not value.data and value.leaves)
         real = tuple(i for i, number in enumerate(outputs) if self.graph.values[number].differentiable)
         if through and real:
-            self.graph.uses.append(Use(node, through, real))
+            self.graph.uses.append(Use(node, through, leaves, real))
         return outputs
 
     def unroll(self, equation: JaxprEqn, inputs: list[int]) -> list[int]:

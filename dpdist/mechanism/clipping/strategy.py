@@ -88,9 +88,6 @@ def plan_leaves(
         ValueError: an unknown strategy, or a pattern that matches no parameter.
     """
     factors = [factors_of(graph, use) for use in graph.uses]
-    reached = [
-        frozenset().union(*(graph.values[use.node.inputs[i]].leaves for i in use.operands)) for use in graph.uses
-    ]
     for pattern, asked in overrides.items():
         if asked not in STRATEGIES:
             raise ValueError(f"{pattern}: unknown strategy {asked!r}; there are {' and '.join(STRATEGIES)}")
@@ -98,7 +95,7 @@ def plan_leaves(
     plans = []
     for number, path in enumerate(paths_of(params)):
         shape = tuple(graph.aval(graph.params[number]).shape)
-        mine = [u for u, leaves in enumerate(reached) if number in leaves]
+        mine = [u for u, use in enumerate(graph.uses) if number in use.leaves]
         groups, reason = _groups(mine, factors, graph)
         strategy: Strategy = "instantiate"
         seconds: dict[str, float] = {}
