@@ -127,19 +127,19 @@ def test_strategies_are_what_the_uses_allow() -> None:
     assert plan("scan") == {"b": "it meets data in add", "shared": "ghost", "w": "ghost"}
     assert plan("experts") == {"down": "ghost", "up": "ghost"}
     assert plan("slices")["stack"] == plan("slices")["halves"] == plan("slices")["clamped"] == "ghost"
+    assert plan("slices")["sliding"] == "it is used in parts that overlap"
     assert plan("low rank")["w"] == "it meets data in dot_general"
     assert plan("reshaped")["w"] == "its uses divide it into rows and columns differently"
     assert plan("odd corners")["unused"] == "no example's loss depends on it"
     assert plan("own derivatives")["w"] == "it meets data in custom_vjp_call"
 
 
-def cancelling(scale: float) -> tuple[np.ndarray, np.ndarray]:
+def cancelling(scale: float, nudge: float = 2**-22) -> tuple[np.ndarray, np.ndarray]:
     """Factors [t, m], [t, n] whose outer products nearly cancel: the float32 inner products lose their sum."""
     random = np.random.default_rng(0)
     a, g = random.normal(size=(64, 32)) * scale, random.normal(size=(64, 48)) * scale
     a, g = a.astype(np.float32), g.astype(np.float32)
-    nudge = g * np.float32(1 + 2**-22)
-    return np.concatenate([a, a]), np.concatenate([nudge, -g])
+    return np.concatenate([a, a]), np.concatenate([g * np.float32(1 + nudge), -g])
 
 
 def test_under_cancellation_the_norm_is_still_bounded() -> None:
@@ -163,6 +163,36 @@ def test_under_cancellation_the_norm_is_still_bounded() -> None:
         )
         sums, _ = jax.jit(function)(params, batch, np.ones(1, np.float32))
         assert np.linalg.norm(flat(sums)) <= clip_norm, strategy
+
+
+def test_inner_products_are_taken_in_float64() -> None:
+    """Here float32's are off by many times their sum, and float64's by less than a tenth, all on the safe side."""
+    a, g = cancelling(10.0, 2**-16)
+    naive = float(jnp.sum((jnp.asarray(a) @ a.T) * (jnp.asarray(g) @ g.T)))
+    true = float(np.sum((a.astype(np.float64).T @ g.astype(np.float64)) ** 2))
+    assert abs(naive - true) > 10 * true
+    square, _ = squared_norm([(Side(jnp.asarray(a)[None], False), Side(jnp.asarray(g)[None], False))])
+    assert true * (1 - 1e-6) <= square <= true * 1.1
+
+
+def test_the_rounding_of_a_weighted_product_is_within_the_bound() -> None:
+    """One number, the sum of 128 that nearly cancel: what the float32 product is off by is a part of it."""
+    function = jax.jit(
+        clipped_grad_sum(
+            lambda p, e: jnp.sum((e["a"] @ p["w"]) * e["g"]),
+            clip_norm=1e-3,
+            method="bookkeeping",
+            strategies={"w": "ghost"},
+        )
+    )
+    params = {"w": np.zeros((1, 1), np.float32)}
+    found = []
+    for seed in range(20):
+        a, g = normal(seed, 64, 1), normal(100 + seed, 64, 1)
+        batch = {"a": np.concatenate([a, a])[None], "g": np.concatenate([g * np.float32(1 + 2**-10), -g])[None]}
+        found.append(abs(float(function(params, batch, np.ones(1, np.float32))[0]["w"][0, 0])))
+    assert max(found) <= 1e-3
+    assert np.median(found) > 0.8e-3  # they are clipped, and little more than they have to be
 
 
 @pytest.mark.parametrize("strategy", ["ghost", "instantiate"])

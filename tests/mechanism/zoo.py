@@ -190,7 +190,7 @@ def slices() -> Case:
     """Parts of one parameter: apart from each other, the same twice, and overlapping; by static and by fixed index."""
     params = {
         "stack": normal(27, 4, 6, 6), "position": normal(28, 9, 6), "overlap": normal(29, 8, 6),
-        "clamped": normal(26, 3, 6, 6), "halves": normal(25, 8, 6),
+        "clamped": normal(26, 3, 6, 6), "halves": normal(25, 8, 6), "sliding": normal(24, 8, 6),
     }  # fmt: skip
 
     def loss(params: Any, example: Any) -> Any:
@@ -199,6 +199,7 @@ def slices() -> Case:
             h = jnp.tanh(h @ params["stack"][layer])
         h = h @ lax.dynamic_slice(params["clamped"], (7, 0, 0), (1, 6, 6))[0]  # the last: XLA moves a start back
         h = h + jnp.tanh(h[:, :4]) @ params["halves"][:4] + jnp.sin(h[:, 2:]) @ params["halves"][4:]
+        h = jnp.tanh(h @ params["sliding"][:6]) + jnp.sin(h @ params["sliding"][2:])
         h = h @ params["overlap"][:6] + h @ params["overlap"][2:]
         return jnp.sum(h[:, None] * params["overlap"][None, :4])
 
@@ -241,10 +242,11 @@ def own_derivatives() -> Case:
 
 def fourier() -> Case:
     """Real parameters that meet complex data."""
-    params = {"w": normal(40, 5), "phase": normal(41, 5), "mix": normal(42, 8, 8)}
+    params = {"w": normal(40, 5), "phase": normal(41, 5), "mix": normal(42, 8, 8), "turn": normal(43, 5, 5)}
 
     def loss(params: Any, example: Any) -> Any:
         spectrum = jnp.fft.rfft(example["x"] @ params["mix"])
+        spectrum = spectrum @ params["turn"].astype(jnp.complex64)
         return jnp.sum(jnp.tanh(jnp.fft.irfft(spectrum * params["w"] * jnp.exp(1j * params["phase"]))))
 
     return loss, params, images(3, 8)
