@@ -256,9 +256,14 @@ class Checkpoint:
     every_steps: int = 100
     #: Newest checkpoints kept.
     keep: int = 2
+    #: Go back, once, to the checkpoint of this step: a new incarnation, in which what came after stays charged.
+    resume_step: int | None = None
 
     def __post_init__(self) -> None:
         _require(self, "every_steps", self.every_steps >= 1, "give at least 1.")
+        _require(
+            self, "resume_step", self.resume_step is None or self.resume_step >= 0, "give the step of a checkpoint."
+        )
         _require(self, "keep", self.keep >= 1, "keep at least 1.")
 
 
@@ -279,6 +284,8 @@ class Cluster:
     shutdown_timeout: int = 300
     #: Seconds a step may take before the job is ended with exit code 124.
     watchdog_timeout: int = 1800
+    #: Seconds without a sign of life after which a job's hold on its run directory ends, so that another may go on.
+    lease_timeout: int = 60
     #: Directory of XLA's persistent compilation cache, on a path all nodes share; None is off.
     compilation_cache: str | None = None
 
@@ -295,6 +302,7 @@ class Cluster:
             "heartbeat_timeout",
             "shutdown_timeout",
             "watchdog_timeout",
+            "lease_timeout",
         ):
             value = getattr(self, name)
             _require(self, name, value > 0, "give a positive number.")

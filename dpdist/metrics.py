@@ -61,7 +61,10 @@ class Publisher:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a stream. After a resume, the last record of a step counts."""
+    """The records of a stream. After a resume, the last record of a step counts.
+
+    Where a new incarnation went back to an earlier step, what followed that step belongs to the past.
+    """
     if not path.exists():
         return []
     records: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -70,5 +73,8 @@ def read(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        records[record["step"], "accuracy" in record] = record
+        if "incarnation" in record:
+            records = {key: kept for key, kept in records.items() if key[0] <= record["step"]}
+        else:
+            records[record["step"], "accuracy" in record] = record
     return [records[key] for key in sorted(records)]

@@ -53,6 +53,10 @@ class Programs:
             "classes": self.classes,
             "example": example,
             "clipping": self.strategies,
+            "leaves": {
+                jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+                for path, leaf in jax.tree_util.tree_leaves_with_path(self.initial)
+            },
         }
 
 

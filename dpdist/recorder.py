@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,15 +13,12 @@ from jaxtyping import Array
 
 from dpdist.cluster.job import Job
 from dpdist.config import Config
-from dpdist.mechanism.ledger import Plan
 from dpdist.mechanism.sampling import StepPlan
 from dpdist.mechanism.step import DIAGNOSTICS
 from dpdist.metrics import Publisher, Stream, read
 from dpdist.progress import ProgressLine
+from dpdist.resume import Start
 from dpdist.rundir import RunDirectory
-
-if TYPE_CHECKING:
-    from dpdist.mechanism.accounting import EpsilonCurve
 
 
 class Recorder:
@@ -30,29 +28,27 @@ class Recorder:
     the devices, without leaving them idle.
     """
 
-    def __init__(self, config: Config, plan: Plan, run: RunDirectory, job: Job, *, start: int) -> None:
-        self._config, self._plan, self._job, self._start = config, plan, job, start
-        self._curve: EpsilonCurve | None = None
-        if job.is_main and plan.noise_multiplier is not None and plan.delta is not None and plan.epsilon is not None:
-            from dpdist.mechanism.accounting import EpsilonCurve  # a second of imports, which one process needs
-
-            self._curve = EpsilonCurve(
-                sampling_probability=plan.sampling_probability,
-                noise_multiplier=plan.noise_multiplier,
-                steps=plan.steps,
-                delta=plan.delta,
-                total=plan.epsilon,
-            )
+    def __init__(
+        self, config: Config, start: Start, run: RunDirectory, job: Job, spending: Callable[[int], float] | None
+    ) -> None:
+        plan = start.plan
+        self._config, self._plan, self._job, self._spending = config, plan, job, spending
+        self._start = start.step or 0
         self._latest: tuple[int, StepPlan, Array, Array | None] | None = None
         self._began = self._logged = time.perf_counter()
-        self._logged_step = self._done = start
+        self._logged_step = self._done = self._start
         self.accuracy: float | None = None
         if job.is_main:
             self._metrics = run.metrics
             self._public = Publisher(Stream(run.metrics))
             self._private = Stream(run.diagnostics, mode=0o600)
+            if start.fresh and plan.incarnation > 0:
+                self._public.write({"step": self._start, "incarnation": plan.incarnation})
             self._progress = ProgressLine(
-                steps=plan.steps, start=start, budget=plan.target_epsilon or plan.epsilon, style=config.run.progress
+                steps=plan.steps,
+                start=self._start,
+                budget=plan.target_epsilon or plan.epsilon,
+                style=config.run.progress,
             )
 
     def step_done(self, step: int, step_plan: StepPlan, diagnostics: Array, draw: Array | None) -> None:
@@ -89,8 +85,8 @@ class Recorder:
             self._progress.show_accuracy(record["accuracy"])
 
     def epsilon(self, step: int) -> float | None:
-        """Upper bound on what `step` steps cost, or None without privacy. For process 0."""
-        return None if self._curve is None else self._curve.at(step)
+        """Upper bound on what is spent once the run is at `step`, or None without privacy. For process 0."""
+        return None if self._spending is None else self._spending(step - self._plan.start)
 
     def examples_per_second(self) -> float:
         """B * steps / time since this process began its first step: a public number."""
@@ -112,7 +108,8 @@ class Recorder:
         if not self._job.is_main:
             return
         values = dict(zip(DIAGNOSTICS, np.asarray(diagnostics).tolist(), strict=True))
-        record: dict[str, Any] = {"step": step, "microbatches": len(step_plan.microbatches)} | values
+        record: dict[str, Any] = {"step": step, "incarnation": self._plan.incarnation}
+        record |= {"microbatches": len(step_plan.microbatches)} | values
         if self._config.training.record_digests:
             record["sample_sha256"] = hashlib.sha256(step_plan.sample.astype("<i8").tobytes()).hexdigest()
             if draw is not None:

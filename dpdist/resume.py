@@ -1,8 +1,15 @@
-"""May this call begin or continue the run in the directory? Secret, ledger, plan and checkpoint must fit together."""
+"""From what lies in a run directory to how the run goes on: secret, ledger, checkpoint, and which incarnation.
+
+An incarnation is kept where its steps would be replayed as they were: from the newest checkpoint, with nothing changed
+that a step depends on. Replaying a step with the same noise but other parameters would give away the difference of two
+gradient sums without noise, so everything else begins a new incarnation, with a fresh nonce in every key.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dpdist.checkpoint import Checkpoints
@@ -10,22 +17,68 @@ from dpdist.cluster.agreement import decide
 from dpdist.cluster.job import Job
 from dpdist.config import Config
 from dpdist.errors import InputError
-from dpdist.identity import environment
+from dpdist.identity import environment, settings_digest, step_settings, user_code_digest
 from dpdist.mechanism.keys import Secret, fresh_nonce
 from dpdist.mechanism.ledger import Ledger, LedgerError, Plan
+from dpdist.progress import say
 from dpdist.rundir import RunDirectory
 
 
-def open_secret(config: Config, run: RunDirectory, job: Job) -> Secret:
-    """The run's secret, made by process 0 where the run is new.
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How this call goes on with the run."""
+
+    plan: Plan
+    #: True where the plan is not in the ledger yet: a new run, or a new incarnation of one.
+    fresh: bool
+    #: The checkpoint to begin from, or None for the initial parameters.
+    step: int | None
+    #: What that checkpoint holds beside the state.
+    meta: dict[str, Any] | None
+
+    @property
+    def decisions(self) -> dict[str, Any] | None:
+        """What an earlier part of the same incarnation decided; a new one may decide otherwise."""
+        return self.meta if self.meta is not None and self.meta["plan"]["nonce"] == self.plan.nonce else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Present:
+    """What this call's steps would depend on."""
+
+    environment: str
+    settings: str
+    user_code: str
+    data: str
+    dataset_size: int
+    #: What the order of summation depends on.
+    topology: str
+
+
+def present(config: Config, job: Job, *, data: str, dataset_size: int) -> Present:
+    """What the steps of this job would depend on; `data` is the keyed tag of the training data."""
+    shape = [job.platform, job.num_processes, job.device_count, list(job.host_of_device)]
+    rounding = [config.sampling.assignment, config.training.physical_batch_size]
+    return Present(
+        environment=environment(job.platform),
+        settings=settings_digest(config),
+        user_code=user_code_digest(config),
+        data=data,
+        dataset_size=dataset_size,
+        topology=json.dumps(shape + rounding),
+    )
+
+
+def open_secret(config: Config, run: RunDirectory, job: Job) -> tuple[Secret, bool]:
+    """The run's secret, made by process 0 where there is none; and whether an earlier one is lost.
 
     Raises:
-        InputError: it is gone from a run that has begun, malformed, or readable by others.
+        InputError: it is malformed, or readable by others.
     """
     if config.privacy.insecure_seed is not None:
-        return Secret.from_insecure_seed(config.privacy.insecure_seed)
-    decide(job, run.create_secret)
-    return run.read_secret()
+        return Secret.from_insecure_seed(config.privacy.insecure_seed), False
+    lost = decide(job, run.create_secret)
+    return run.read_secret(), lost
 
 
 def open_ledger(run: RunDirectory, job: Job) -> Ledger | None:
@@ -46,82 +99,210 @@ def open_ledger(run: RunDirectory, job: Job) -> Ledger | None:
     return opened[0] if opened else None
 
 
-def plan_of(ledger: Ledger | None, config: Config, dataset_size: int, secret: Secret, job: Job) -> Plan:
-    """The plan in the ledger, or a new one, worked out by process 0 and not yet written.
+def find_start(
+    config: Config,
+    run: RunDirectory,
+    ledger: Ledger | None,
+    checkpoints: Checkpoints,
+    secret: Secret,
+    now: Present,
+    job: Job,
+    *,
+    secret_lost: bool,
+) -> Start:
+    """Where and as which incarnation the run goes on, decided by process 0; nothing is written to the ledger yet.
 
     Raises:
-        InputError: the plan is impossible, or the run began with other data or on another platform.
+        InputError: the ledger is gone or is another run's, a setting differs that a run cannot change, the checkpoint
+            asked for is not there, or the plan is impossible.
     """
 
-    def read_or_make() -> dict[str, Any]:
+    def look() -> dict[str, Any]:
         assert ledger is not None
-        here = environment(job.platform)
-        plan = ledger.plan
-        if plan is None:
-            from dpdist.plan import plan_run  # the accountant takes a second to import, and one process needs it
-
-            plan = plan_run(config, dataset_size=dataset_size, nonce=fresh_nonce(secret), environment=here)
-        if plan.environment != here:
-            raise InputError(
-                "run.dir",
-                config.run.dir,
-                f"was begun with {plan.environment}, but this is {here}, which may draw other noise from the same "
-                "keys; use the former, or start a new run.",
-            )
-        if plan.dataset_size != dataset_size:
-            raise InputError(
-                "data.path",
-                config.data.path,
-                f"holds {dataset_size} training examples, but the run in {config.run.dir} began with "
-                f"{plan.dataset_size}; bring those back, or start a new run.",
-            )
-        return asdict(plan)
+        start = _look(config, run, ledger, checkpoints, secret, now, secret_lost=secret_lost)
+        return asdict(start)
 
     # Calibration takes seconds, minutes in extreme cases: it is part of starting up.
-    return Plan(**decide(job, read_or_make, timeout=config.cluster.initialization_timeout))
+    found = decide(job, look, timeout=config.cluster.initialization_timeout)
+    return Start(**found | {"plan": Plan(**found["plan"])})
 
 
-def newest_step(checkpoints: Checkpoints, ledger: Ledger | None, run: RunDirectory, job: Job) -> int | None:
-    """The step to resume from, checked against the ledger; None for a new run.
+def _look(
+    config: Config,
+    run: RunDirectory,
+    ledger: Ledger,
+    checkpoints: Checkpoints,
+    secret: Secret,
+    now: Present,
+    *,
+    secret_lost: bool,
+) -> Start:
+    from dpdist.plan import plan_on, plan_run  # the accountant takes a second to import, and one process needs it
 
-    Raises:
-        InputError: the newest checkpoint is gone or belongs to another ledger. Going on from an older one would
-            draw the noise of later steps again, perhaps for other gradients.
-    """
-
-    def check() -> int | None:
-        assert ledger is not None
-        newest, charged, saved = checkpoints.latest(), ledger.charged_steps(), ledger.saved_step
-        if (newest is None and charged) or (newest is not None and newest < saved):
+    common: dict[str, Any] = {"dataset_size": now.dataset_size, "environment": now.environment}
+    identity: dict[str, Any] = {"settings": now.settings, "user_code": now.user_code, "data": now.data}
+    plan = ledger.plan
+    if plan is None:
+        if checkpoints.steps():
             raise InputError(
-                "run.dir",
-                str(run.root),
-                f"has taken {charged} steps and saved step {saved}, but its newest checkpoint is "
-                f"{'gone' if newest is None else newest}; bring that back, or start a new run.",
+                "ledger.jsonl",
+                None,
+                f"is gone from the run in {run.root}, which has checkpoints; restore the ledger that belongs to them, "
+                "or name a new run.dir: without it, what this run has spent is unknown.",
             )
-        if newest is not None and newest > charged:
-            raise InputError(
-                "run.dir",
-                str(run.root),
-                f"has a checkpoint of step {newest}, but its ledger charges only {charged}; restore the ledger that "
-                "belongs to it.",
-            )
-        return newest
+        plan = plan_run(config, nonce=fresh_nonce(secret, 0), **common)
+        return Start(plan=replace(plan, **identity), fresh=True, step=None, meta=None)
+    _require_one_statement(config, plan)
+    asked = config.checkpoint.resume_step
+    if asked == plan.resume_step:
+        asked = None  # gone back to already, when this incarnation began
+    step, meta = _newest_whole(run, ledger, checkpoints, asked)
+    reasons = _changes(config, run, plan, now, secret_lost=secret_lost)
+    if ledger.copied:
+        reasons.append("the run directory is a copy")
+    if asked is not None:
+        reasons.append(f"checkpoint.resume_step = {asked}")
+    else:
+        reasons += _what_went_missing(ledger, step, now)
+    if not reasons:
+        return Start(plan=plan, fresh=False, step=step, meta=meta)
+    plan = plan_on(
+        config,
+        ledger,
+        start=step or 0,
+        reasons=reasons,
+        nonce=fresh_nonce(secret, len(ledger.plans)),
+        **common,
+    )
+    plan = replace(plan, **identity, resume_step=config.checkpoint.resume_step)
+    return Start(plan=plan, fresh=True, step=step, meta=meta)
 
-    return decide(job, check)
 
-
-def require_same_run(config: Config, run: RunDirectory, meta: dict[str, Any], earlier: dict[str, Any]) -> None:
-    """Check this call against what the newest checkpoint holds, which, unlike the text files, no editor has touched.
-
-    Raises:
-        InputError: a setting, the plan, the training data or the user's own code is another.
-    """
-    run.require_unchanged(config, earlier["config"])
-    for name, remedy in (
-        ("plan", "the plan in ledger.jsonl is not the one this checkpoint was made under; restore the ledger"),
-        ("data", "the training data is not what this run began with; bring that back"),
-        ("user_code", "the module:function code named in the config has changed; bring the old one back"),
+def _require_one_statement(config: Config, plan: Plan) -> None:
+    """Raises where no single statement could cover what was and what would be released."""
+    privacy = config.privacy
+    for name, value, before, why in (
+        ("enabled", privacy.enabled, plan.noise_multiplier is not None, "steps without noise cannot be covered"),
+        ("insecure_seed", privacy.insecure_seed, plan.insecure, "the guarantee of the other part would be void"),
+        ("delta", privacy.delta, plan.delta, "one run has one delta"),
     ):
-        if earlier[name] != meta[name]:
-            raise InputError("run.dir", str(run.root), f"{remedy}, or start a new run.")
+        now = value is not None if name == "insecure_seed" else value
+        if now != before and (name != "delta" or privacy.enabled):
+            was = before if name != "insecure_seed" else ("set" if before else "not set")
+            raise InputError(
+                f"privacy.{name}",
+                value,
+                f"the run began with {was}: {why}; resume it with that, or name a new run.dir.",
+            )
+
+
+def _newest_whole(
+    run: RunDirectory, ledger: Ledger, checkpoints: Checkpoints, asked: int | None
+) -> tuple[int | None, dict[str, Any] | None]:
+    """The newest checkpoint that can be read and that led to the current incarnation, or the one asked for.
+
+    What is damaged, or was left behind, is moved out of the way: it would count among those that are kept.
+    """
+    there = checkpoints.steps()
+    if asked is not None and asked not in there:
+        raise InputError(
+            "checkpoint.resume_step", asked, f"{run.root} has no such checkpoint; it has {there}; see checkpoint.keep."
+        )
+    for step in reversed(there):
+        if asked is not None and step != asked:
+            continue
+        problem = checkpoints.verify(step)
+        if problem is not None:
+            if asked is not None:
+                raise InputError("checkpoint.resume_step", asked, f"is damaged ({problem}); name another of {there}.")
+            to = checkpoints.set_aside(step, run.abandoned)
+            say(f"dpdist: checkpoint {step} is damaged ({problem}); moved to {to}, trying the one before it")
+            continue
+        meta = checkpoints.read_meta(step)
+        try:
+            led_here = ledger.led_here(meta["plan"]["incarnation"], step)
+            known = ledger.plans[meta["plan"]["incarnation"]]
+        except LedgerError as error:
+            raise InputError(
+                "ledger.jsonl", str(run.ledger), f"{error}, of which there is a checkpoint; restore the ledger."
+            ) from None
+        if meta["plan"] != json.loads(json.dumps(asdict(known))):
+            raise InputError(
+                "ledger.jsonl",
+                str(run.ledger),
+                f"its plan is not the one that checkpoint {step} was made under; restore the ledger.",
+            )
+        if led_here:
+            return step, meta
+        checkpoints.set_aside(step, run.abandoned)
+    return None, None
+
+
+def _changes(config: Config, run: RunDirectory, plan: Plan, now: Present, *, secret_lost: bool) -> list[str]:
+    """What a step depends on and is not as it was when the current incarnation began."""
+    reasons = []
+    if plan.settings != now.settings:
+        before, after = run.settings(), step_settings(config)
+        changed = [name for name in after if before and before.get(name) != after[name]]
+        reasons += [f"{name}: {before.get(name)!r} -> {after[name]!r}" for name in changed] or ["a setting changed"]
+    if plan.environment != now.environment:
+        reasons.append(f"{plan.environment} -> {now.environment}")
+    if plan.user_code != now.user_code:
+        reasons.append("the module:function code that the config names changed")
+    if secret_lost:
+        reasons.append("private/secret.key was lost")
+    elif plan.data != now.data:
+        reasons.append("the training data (or the secret) changed")
+    return reasons
+
+
+def _what_went_missing(ledger: Ledger, step: int | None, now: Present) -> list[str]:
+    """Why going on from `step` would not replay what came after it, where that was saved and may have been seen."""
+    if step is None and ledger.charged_steps():
+        return ["no whole checkpoint is left"]
+    if step is None or step >= ledger.saved_step:
+        return []
+    # On CPU the same programs on the same devices give the same bits, so that nothing new would be released.
+    exact = "cpu" in json.loads(now.topology) and ledger.topologies_since(step) == {now.topology}
+    return [] if exact else [f"checkpoint {ledger.saved_step} is gone, and {step} is older"]
+
+
+def spending_of(ledger: Ledger | None) -> Callable[[int], float] | None:
+    """`dpdist.plan.spending`, on process 0; None elsewhere, and without privacy."""
+    if ledger is None:
+        return None
+    from dpdist.plan import spending  # the accountant takes a second to import, and one process needs it
+
+    return spending(ledger)
+
+
+def begin(start: Start, config: Config, run: RunDirectory, ledger: Ledger | None, checkpoints: Checkpoints) -> None:
+    """Write down that this part of the run begins, before its first step. For process 0."""
+    assert ledger is not None
+    ledger.begin(start.plan)  # first: a config without its incarnation would hide what changed
+    run.begin(config)
+    for step in checkpoints.steps():
+        if step > (start.step or 0) or start.step is None:
+            checkpoints.set_aside(step, run.abandoned)
+
+
+def require_fits(start: Start, leaves: dict[str, str]) -> None:
+    """Check that the state of the checkpoint has the shape that this config's model and optimizer ask for.
+
+    Args:
+        leaves: dtype and shape by path, as `Programs.decisions` has them.
+
+    Raises:
+        InputError: it names a value that differs.
+    """
+    if start.meta is None:
+        return
+    before = start.meta["leaves"]
+    for path in sorted({*before, *leaves}):
+        if before.get(path) != leaves.get(path):
+            raise InputError(
+                "model, optimizer",
+                "; ".join(start.plan.reasons),
+                f"the checkpoint of step {start.step} has {path} as {before.get(path, 'nothing')}, which would now be "
+                f"{leaves.get(path, 'nothing')}; go on with the former model and optimizer, or name a new run.dir.",
+            )

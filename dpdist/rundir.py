@@ -15,23 +15,8 @@ from dpdist import config as config_module
 from dpdist import configfile
 from dpdist.config import Config
 from dpdist.errors import InputError
+from dpdist.identity import step_settings
 from dpdist.mechanism.keys import SECRET_BYTES, Secret
-
-#: What may change between the parts of one run: nothing here alters a sample, a draw or an update beyond the
-#: order of summation.
-MAY_CHANGE = (
-    "run.",
-    "checkpoint.",
-    "cluster.",
-    "data.workers",
-    "data.prefetch",
-    "data.path",
-    "sampling.assignment",
-    "training.physical_batch_size",
-    "training.evaluate_every",
-    "training.evaluation_batch_size",
-    "training.record_digests",
-)
 
 #: What the summary of a run that has nothing left to do says as its status.
 DONE = ("finished", "budget_exhausted")
@@ -64,6 +49,11 @@ class RunDirectory:
         return self.root / "checkpoints"
 
     @property
+    def abandoned(self) -> Path:
+        """Checkpoints that are damaged, or that a later incarnation has gone back behind."""
+        return self.root / "abandoned"
+
+    @property
     def plots(self) -> Path:
         return self.root / "plots"
 
@@ -83,13 +73,14 @@ class RunDirectory:
     def logs(self) -> Path:
         return self.private / "logs"
 
-    def prepare(self, config: Config) -> None:
-        """Make the directory for a new run, or check that the run in it is this one. For process 0.
+    def prepare(self) -> None:
+        """Make the directory, or check that what is in it is a run. For process 0.
 
         Raises:
-            InputError: it cannot be written, holds something else, or holds a run with other settings.
+            InputError: it cannot be written, or holds something else.
         """
-        if self.root.is_dir() and not self.config.exists() and {p.name for p in self.root.iterdir()} - {"private"}:
+        known = {"private", "checkpoints", "ledger.jsonl"}  # what a start leaves that did not come far
+        if self.root.is_dir() and not self.config.exists() and {p.name for p in self.root.iterdir()} - known:
             raise InputError("run.dir", str(self.root), "holds files but no run; name a new or empty directory.")
         try:
             self.private.mkdir(parents=True, exist_ok=True)
@@ -101,46 +92,29 @@ class RunDirectory:
             raise InputError(
                 "run.dir", str(self.root), f"cannot be written ({error.strerror}); name another directory."
             ) from None
-        if self.ledger.exists() and self.config.exists():  # until its plan is written, no run has begun
-            self.require_unchanged(config, configfile.read(self.config))
 
     def begin(self, config: Config) -> None:
         """Write the config of a run that is about to begin or to go on; its last summary is no longer true."""
         write_atomically(self.config, configfile.dump(config))
         self.summary.unlink(missing_ok=True)
 
-    def require_unchanged(self, config: Config, begun_with: dict[str, Any]) -> None:
-        """Check that `config` is what this run began with, but for `MAY_CHANGE`.
+    def create_secret(self) -> bool:
+        """Make the secret of a new run, or another one where it is gone. For process 0.
 
-        Raises:
-            InputError: it names the first field that differs.
-        """
-        saved = config_module.flatten(config_module.from_dict(begun_with))
-        for name, value in config_module.flatten(config).items():
-            if saved[name] != value and not name.startswith(MAY_CHANGE):
-                raise InputError(
-                    name,
-                    value,
-                    f"the run in {self.root} has {saved[name]!r}; resume it with that, or name "
-                    "a new run.dir: a changed run must not reuse its noise.",
-                )
-
-    def create_secret(self) -> None:
-        """Make the secret of a new run. For process 0.
-
-        Raises:
-            InputError: the run has begun, but its secret is gone.
+        Returns:
+            True where the run had begun with one that is lost.
         """
         if self.secret.exists():
-            return
-        if self.ledger.exists():
-            raise InputError(
-                "private/secret.key",
-                None,
-                f"is gone from the run in {self.root}; restore the file, or start "
-                "a new run: another secret would sample and draw differently.",
-            )
+            return False
         write_atomically(self.secret, Secret.fresh().reveal(), mode=0o600)
+        return self.ledger.exists()
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that alter a step, as `config.yaml` has them; empty where it cannot be read. For process 0."""
+        try:
+            return step_settings(config_module.from_dict(configfile.read(self.config)))
+        except InputError:
+            return {}
 
     def read_secret(self) -> Secret:
         """The secret of the run, on any process.
@@ -174,6 +148,18 @@ class RunDirectory:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replace `summary.json` as a whole."""
         write_atomically(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def ended(self, config: Config) -> dict[str, Any] | None:
+        """The summary, where the run has nothing left to do and `config` asks for nothing else. For process 0."""
+        summary = self.read_summary()
+        if summary is None or summary["status"] not in DONE:
+            return None
+        try:
+            before = config_module.from_dict(configfile.read(self.config))
+        except InputError:
+            return summary  # a file that somebody has broken is no request
+        same = step_settings(before) == step_settings(config)
+        return summary if same and before.checkpoint.resume_step == config.checkpoint.resume_step else None
 
     def read_summary(self) -> dict[str, Any] | None:
         """The summary, or None where the run has not ended yet."""

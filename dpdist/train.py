@@ -27,8 +27,8 @@ from dpdist.privatelog import log_to
 from dpdist.programs import Programs, build_programs
 from dpdist.progress import say
 from dpdist.recorder import Recorder
-from dpdist.resume import newest_step, open_ledger, open_secret, plan_of, require_same_run
-from dpdist.rundir import DONE, RunDirectory
+from dpdist.resume import begin, find_start, open_ledger, open_secret, present, require_fits, spending_of
+from dpdist.rundir import RunDirectory
 from dpdist.summary import closing_line, opening_line, summarise
 
 logger = logging.getLogger(__name__)
@@ -49,10 +49,10 @@ def train(config: Config) -> dict[str, Any]:
     # Agree: one config, one code, one directory, one secret, one dataset.
     mine = {"code": code_digest(), "user_code": user_code_digest(config), "environment": environment(job.platform)}
     require_same(mine | config_module.flatten(config), job)
-    decide(job, lambda: run.prepare(config))
+    decide(job, run.prepare)
     log_to(run.logs / f"rank-{job.process_id}.log")  # from here on, texts that may quote data go there alone
-    ended = decide(job, run.read_summary)
-    if ended is not None and ended["status"] in DONE:
+    ended = decide(job, lambda: run.ended(config))
+    if ended is not None:
         if job.is_main:
             say(f"{run.root} is {ended['status']} at step {ended['step']} of {ended['steps']}: nothing to do")
         return ended
@@ -60,52 +60,53 @@ def train(config: Config) -> dict[str, Any]:
     for source in (dataset.train, dataset.test):
         if source is not None and (classes := config.model.classes or dataset.classes) is not None:
             check_labels(source, classes)
-    secret = open_secret(config, run, job)
+    secret, secret_lost = open_secret(config, run, job)
     data_tag = secret.tag(b"data" + fingerprint(dataset.train))
     tags = {"secret": secret.tag(b"agreement"), "training data": data_tag}
     require_same(tags, job, hidden=tags)
-
-    # Plan: the mechanism's constants, fixed before step 0 and never changed.
-    ledger = open_ledger(run, job)
-    plan = plan_of(ledger, config, len(dataset.train), secret, job)
-    if job.is_main:
-        say(opening_line(plan, job, insecure=secret.insecure))
 
     stacks = run.logs / f"rank-{job.process_id}.stacks"
     with contextlib.ExitStack() as cleanup:
         watchdog = Watchdog(config.cluster.watchdog_timeout, stacks, job.membership.label)
         cleanup.callback(watchdog.stop)
 
-        # Build: compile every shape that can occur; place the state, new or restored, on the devices.
         with watchdog.allow(config.cluster.initialization_timeout):
+            # Plan: from which checkpoint, as which incarnation, with which constants; fixed before the first step.
+            ledger = open_ledger(run, job)
             checkpoints = Checkpoints(
                 run.checkpoints, keep=config.checkpoint.keep, timeout=config.cluster.shutdown_timeout
             )
-            newest = newest_step(checkpoints, ledger, run, job)
-            earlier = None if newest is None else checkpoints.read_meta(newest)
-            programs = build_programs(config, plan, dataset, job, earlier)
-            meta = {"config": config_module.to_dict(config), "plan": asdict(plan), "data": data_tag}
-            meta |= {"user_code": mine["user_code"]} | programs.decisions()
-            if earlier is not None:
-                require_same_run(config, run, meta, earlier)
-            step_programs, evaluator, start = programs.step, programs.evaluator, newest or 0
+            now = present(config, job, data=data_tag, dataset_size=len(dataset.train))
+            begun = find_start(config, run, ledger, checkpoints, secret, now, job, secret_lost=secret_lost)
+            plan, start = begun.plan, begun.step or 0
+            if job.is_main:
+                say(opening_line(begun, job, insecure=secret.insecure))
+
+            # Build: compile every shape that can occur; place the state, new or restored, on the devices.
+            programs = build_programs(config, plan, dataset, job, begun.decisions)
+            step_programs, evaluator = programs.step, programs.evaluator
+            require_fits(begun, programs.decisions()["leaves"])
             require_same({"initial parameters": params_digest(programs.initial.params)}, job)
             if evaluator is not None:
                 cleanup.callback(evaluator.close)
             state = step_programs.place(programs.initial)
-            if ledger is not None:
-                run.begin(config)
-                ledger.begin(plan)
-            if newest is None:
-                checkpoints.save(0, state, meta | {"step": 0, "charged_steps": 0})
+            if begun.step is not None:
+                state = checkpoints.restore(begun.step, state)
+            decide(job, lambda: begin(begun, config, run, ledger, checkpoints))
+            meta = {"config": config_module.to_dict(config), "plan": asdict(plan)} | programs.decisions()
+
+            def save(step: int) -> None:
+                charged = 0 if ledger is None else ledger.charged_steps()  # it is process 0 that writes it
+                checkpoints.save(step, state, meta | {"step": step, "charged_steps": charged})
+
+            if begun.step is None:
+                save(0)
                 checkpoints.wait()
-            else:
-                state = checkpoints.restore(newest, state)
             leaving = preempted(job)  # told so while all of this was under way?
 
         # Steps: reserve, sample, accumulate, draw, apply.
         keys = Keys(secret, bytes.fromhex(plan.nonce))
-        recorder = Recorder(config, plan, run, job, start=start)
+        recorder = Recorder(config, begun, run, job, spending_of(ledger))
         cleanup.callback(recorder.close)
         planner = make_planner(config, plan, programs, keys, job)
         feed = Feed(dataset.train, planner, job.mesh, data=config.data, start=start, stop=plan.steps)
@@ -151,13 +152,13 @@ def train(config: Config) -> dict[str, Any]:
             leaving = preempted(job)
             if step == plan.steps or due(step) or leaving or step % block == 0:
                 with watchdog.allow(config.cluster.shutdown_timeout):
-                    checkpoints.save(step, state, meta | {"step": step, "charged_steps": step})
+                    save(step)
                 saved = step
             if due(step) and not leaving:
                 with watchdog.allow(config.cluster.initialization_timeout):
                     leaving = not measure(step)
             if ledger is not None and saved > ledger.saved_step and checkpoints.committed(saved):
-                ledger.record_saved(saved)
+                ledger.record_saved(saved, now.topology)
                 recorder.committed()
 
         # End: what was measured is shown only once it is safe on disk.
@@ -165,7 +166,7 @@ def train(config: Config) -> dict[str, Any]:
             recorder.flush()
             checkpoints.wait()
             if ledger is not None:
-                ledger.record_saved(saved)
+                ledger.record_saved(saved, now.topology)
                 recorder.committed()
             recorder.close()
             digest = params_digest(state.released)

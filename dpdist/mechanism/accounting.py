@@ -25,8 +25,8 @@ SMALLEST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER = 0.05, 1e5
 _PLD_LIMIT = 100.0
 _PLD_INTERVAL = 1e-4
 # Integer orders have a closed form at every q, where fractional ones may fail to converge.
-_ORDERS = [*range(2, 65), *range(68, 129, 4), 160, 192, 256, 512, 1024, 2048]
-_RELATION = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
+ORDERS = [*range(2, 65), *range(68, 129, 4), 160, 192, 256, 512, 1024, 2048]
+RELATION = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class UnreachableBudgetError(ValueError):
     """No noise multiplier (or no step) meets the target epsilon."""
 
 
-def _event(sampling_probability: float, noise_multiplier: float, steps: int) -> dp_accounting.DpEvent:
+def poisson_gaussian(sampling_probability: float, noise_multiplier: float, steps: int) -> dp_accounting.DpEvent:
+    """`steps` steps of the mechanism, with the probability that is really sampled, as accountants take it."""
     gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
     step = dp_accounting.PoissonSampledDpEvent(inclusion_probability(sampling_probability), gaussian)
     return dp_accounting.SelfComposedDpEvent(step, steps)
@@ -54,11 +55,11 @@ def _rdp_epsilon(event: dp_accounting.DpEvent, delta: float) -> float:
 
 
 def _rdp_accountant() -> RdpAccountant:
-    return RdpAccountant(orders=_ORDERS, neighboring_relation=_RELATION)
+    return RdpAccountant(orders=ORDERS, neighboring_relation=RELATION)
 
 
 def _pld_accountant() -> PLDAccountant:
-    return PLDAccountant(neighboring_relation=_RELATION, value_discretization_interval=_PLD_INTERVAL)
+    return PLDAccountant(neighboring_relation=RELATION, value_discretization_interval=_PLD_INTERVAL)
 
 
 def epsilon(*, sampling_probability: float, noise_multiplier: float, steps: int, delta: float) -> Spent:
@@ -81,7 +82,7 @@ def epsilon(*, sampling_probability: float, noise_multiplier: float, steps: int,
         raise ValueError(f"the number of steps must be 0 or more, not {steps!r}")
     if steps == 0:
         return Spent(0.0, delta, 0.0, "pld")
-    event = _event(sampling_probability, noise_multiplier, steps)
+    event = poisson_gaussian(sampling_probability, noise_multiplier, steps)
     rdp = _rdp_epsilon(event, delta)
     if rdp > _PLD_LIMIT:
         return Spent(rdp, delta, rdp, "rdp")
@@ -111,19 +112,19 @@ def calibrate(*, target_epsilon: float, sampling_probability: float, steps: int,
             f"even noise_multiplier={LARGEST_NOISE_MULTIPLIER:g} costs more than "
             f"epsilon={target_epsilon:g} at delta={delta:g} over {steps} steps"
         )
-    if _rdp_epsilon(_event(sampling_probability, SMALLEST_NOISE_MULTIPLIER, steps), delta) <= target_epsilon:
+    if _rdp_epsilon(poisson_gaussian(sampling_probability, SMALLEST_NOISE_MULTIPLIER, steps), delta) <= target_epsilon:
         raise UnreachableBudgetError(
             f"noise_multiplier={SMALLEST_NOISE_MULTIPLIER:g} already costs less than "
             f"epsilon={target_epsilon:g}: the target asks for no real privacy"
         )
 
     def pld_epsilon(sigma: float) -> float:
-        return float(_pld_accountant().compose(_event(sampling_probability, sigma, steps)).get_epsilon(delta))
+        return float(_pld_accountant().compose(poisson_gaussian(sampling_probability, sigma, steps)).get_epsilon(delta))
 
     def search(fresh: Callable[[], dp_accounting.PrivacyAccountant], low: float, high: float, tol: float) -> float:
         return dp_accounting.calibrate_dp_mechanism(
             fresh,
-            lambda sigma: _event(sampling_probability, sigma, steps),
+            lambda sigma: poisson_gaussian(sampling_probability, sigma, steps),
             target_epsilon,
             delta,
             dp_accounting.ExplicitBracketInterval(low, high),
@@ -193,7 +194,7 @@ class EpsilonCurve:
         if self._total > _PLD_LIMIT:
             accountant = _rdp_accountant()
             while True:
-                accountant.compose(_event(q, sigma, self._stride))
+                accountant.compose(poisson_gaussian(q, sigma, self._stride))
                 yield float(accountant.get_epsilon(self._delta))
         one = from_gaussian_mechanism(sigma, sampling_prob=q, value_discretization_interval=_PLD_INTERVAL)
         stride = one.self_compose(self._stride)

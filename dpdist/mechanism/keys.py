@@ -75,12 +75,14 @@ class Secret:
         raise TypeError("a secret is not pickled: it stays in the process and in its own file")
 
 
-def fresh_nonce(secret: Secret) -> bytes:
+def fresh_nonce(secret: Secret, incarnation: int = 0) -> bytes:
     """The nonce of a new incarnation: random, so that two copies of a run can never reuse keys.
 
-    A test secret gets a fixed one, so that tests can compare runs.
+    A test secret gets a fixed one for each, so that tests can compare runs.
     """
-    return secret.derive("nonce", size=NONCE_BYTES) if secret.insecure else secrets.token_bytes(NONCE_BYTES)
+    if secret.insecure:
+        return secret.derive("nonce", step=incarnation, size=NONCE_BYTES)
+    return secrets.token_bytes(NONCE_BYTES)
 
 
 @dataclass(frozen=True, repr=False)

@@ -3,15 +3,18 @@
 `ledger.jsonl` holds one `plan` line an incarnation, a `steps` line for each block of steps [start, stop) reserved,
 fsynced before the first of them runs, and a `saved` line for each checkpoint on disk. What a run is charged is the
 *set* of (incarnation, step) reserved: replaying a lost step with the same sample, noise and parameters reveals nothing
-new and costs nothing more; a step reserved and never finished stays charged. Only process 0 writes it, and no step can
-finish without process 0, so no result can exist whose step is not in the file.
+new and costs nothing more; a step reserved and never finished stays charged, also after a later incarnation has gone
+back behind it. Only process 0 writes the ledger, and no step can finish without process 0, so no result can exist whose
+step is not in the file.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +43,32 @@ class Plan:
     dataset_size: int
     sampling_probability: float
     expected_batch_size: float
-    #: Steps the run will take; fewer than `steps_asked` where the budget ends first.
+    #: The last step this incarnation will take; before `steps_asked` where the budget ends first.
     steps: int
     steps_asked: int
     clip_norm: float | None = None
     noise_multiplier: float | None = None
     delta: float | None = None
     target_epsilon: float | None = None
+    #: Of everything charged before, and of all steps of this plan.
     epsilon: float | None = None
     epsilon_rdp: float | None = None
     accountant: str | None = None
+    #: The Renyi order at which changes of the plan will be charged; chosen with the first plan, for good.
+    renyi_order: int | None = None
+    #: The first step of this incarnation; those before it were taken by earlier ones.
+    start: int = 0
+    #: What changed, so that a new incarnation had to begin; empty for the first.
+    reasons: Sequence[str] = field(default_factory=list)
+    #: What else a step depends on, to notice that it changed: digests of the config and of the user's code, and one of
+    #: the training data that is keyed by the secret (a plain one would let anyone confirm a guess of the data).
+    settings: str = ""
+    user_code: str = ""
+    data: str = ""
+    #: The older checkpoint that the user asked to go back to, when this incarnation began.
+    resume_step: int | None = None
+    #: True where the secret is a known seed: no guarantee holds.
+    insecure: bool = False
 
 
 class Ledger:
@@ -64,14 +83,23 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.plan: Plan | None = None
-        #: The newest step whose checkpoint is known to be on disk.
+        #: All incarnations, oldest first.
+        self.plans: list[Plan] = []
+        #: The newest step of the current incarnation whose checkpoint is known to be on disk, or where it began.
         self.saved_step = 0
-        self._charged: set[int] = set()
-        # Bytes of whole lines, and of the file as this process last saw it.
+        self._saved: list[tuple[int, str]] = []
+        #: True where the file is not the one that the current incarnation began in: the directory is a copy.
+        self.copied = False
+        self._charged: list[set[int]] = []
+        # Bytes of whole lines, and of the file as this process last saw it: more where its last line is torn.
         self._size = self._seen = 0
         if path.exists():
             self._read()
+
+    @property
+    def plan(self) -> Plan | None:
+        """The current incarnation's."""
+        return self.plans[-1] if self.plans else None
 
     def _read(self) -> None:
         raw = self.path.read_bytes()
@@ -83,74 +111,127 @@ class Ledger:
                 record = json.loads(line)
                 kind = record.pop("record")
                 if kind == "plan":
-                    self.plan = Plan(**record)
+                    file = record.pop("file", None)
+                    self._add(Plan(**record), file)
                 elif kind == "steps":
-                    self._charged.update(range(record["start"], record["stop"]))
+                    self._charged[int(record["incarnation"])].update(range(record["start"], record["stop"]))
                 elif kind == "saved":
-                    self.saved_step = max(self.saved_step, int(record["step"]))
+                    self._note_saved(int(record["incarnation"]), int(record["step"]), str(record["topology"]))
                 else:
                     raise ValueError(f"unknown record {kind!r}")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise LedgerError(
                     f"{self.path}, line {number} is damaged ({error}); restore the file from a backup: "
                     "without it, what this run has spent is unknown"
                 ) from None
 
+    def _add(self, plan: Plan, file: int | None) -> None:
+        if plan.incarnation != len(self.plans):
+            raise ValueError(f"incarnation {plan.incarnation} follows {len(self.plans) - 1}")
+        self.plans.append(plan)
+        self._charged.append(set())
+        self.saved_step, self._saved = plan.start, []
+        self.copied = file is not None and file != self.path.stat().st_ino
+
     def begin(self, plan: Plan) -> None:
-        """Write the plan of a new run, before its first step; nothing to do where it is written already.
+        """Write the plan of a new incarnation, before its first step; nothing to do where it is written already.
 
         Raises:
-            LedgerError: the file holds another plan.
+            LedgerError: the file holds another plan under that number, or another incarnation has that nonce.
         """
         if self.plan == plan:
             return
-        if self.plan is not None:
-            raise LedgerError(f"{self.path} already holds another plan")
-        self._append({"record": "plan"} | asdict(plan))
-        self.plan = plan
+        if plan.incarnation != len(self.plans):
+            raise LedgerError(f"{self.path} already holds another plan, for {len(self.plans)} incarnation(s)")
+        if any(earlier.nonce == plan.nonce for earlier in self.plans):
+            raise LedgerError(f"{self.path}: two incarnations must not share a nonce, or they would share their noise")
+        self._append({"record": "plan"} | asdict(plan), stamp=True)
+        self._add(plan, None)
 
     def reserve(self, start: int, stop: int) -> None:
         """Charge steps [start, stop), durably, before any of them runs.
 
         Raises:
-            BudgetExhaustedError: the block reaches past the plan's last step.
+            BudgetExhaustedError: the block reaches past the plan's last step, or before its first.
         """
-        if self.plan is None:
+        plan = self.plan
+        if plan is None:
             raise LedgerError(f"{self.path} holds no plan")
-        if not 0 <= start < stop or stop > self.plan.steps:
+        if not plan.start <= start < stop or stop > plan.steps:
             raise BudgetExhaustedError(
-                f"steps [{start}, {stop}) are not within the {self.plan.steps} that were planned"
+                f"steps [{start}, {stop}) are not within the {plan.steps} that were planned (from {plan.start} on)"
             )
-        if self._charged.issuperset(range(start, stop)):
+        charged = self._charged[-1]
+        if charged.issuperset(range(start, stop)):
             return  # a replay
-        self._append({"record": "steps", "incarnation": self.plan.incarnation, "start": start, "stop": stop})
-        self._charged.update(range(start, stop))
+        self._append({"record": "steps", "incarnation": plan.incarnation, "start": start, "stop": stop})
+        charged.update(range(start, stop))
 
-    def record_saved(self, step: int) -> None:
+    def record_saved(self, step: int, topology: str) -> None:
         """Note that the checkpoint of `step` is on disk, so that going back behind it will be noticed.
 
         To be written before anything measured on that checkpoint is shown.
+
+        Args:
+            topology: what the order of summation depends on; two equal ones compute a step bit for bit alike.
         """
         if step > self.saved_step:
-            self._append({"record": "saved", "step": step})
-            self.saved_step = step
+            incarnation = len(self.plans) - 1
+            self._append({"record": "saved", "incarnation": incarnation, "step": step, "topology": topology})
+            self._note_saved(incarnation, step, topology)
+
+    def _note_saved(self, incarnation: int, step: int, topology: str) -> None:
+        if self.plans[incarnation] is self.plans[-1]:
+            self.saved_step = max(self.saved_step, step)
+            self._saved.append((step, topology))
+
+    def topologies_since(self, step: int) -> set[str]:
+        """The topologies that saved later steps of the current incarnation."""
+        return {topology for saved, topology in self._saved if saved > step}
 
     def charged_steps(self) -> int:
-        """The number of distinct steps charged so far."""
-        return len(self._charged)
+        """The number of (incarnation, step) pairs charged so far."""
+        return sum(map(len, self._charged))
 
-    def _append(self, record: dict[str, Any]) -> None:
-        line = (json.dumps(record) + "\n").encode()
-        if self.path.exists() and self.path.stat().st_size != self._seen:
-            raise LedgerError(f"{self.path} was changed by another process: two jobs on one run directory")
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+    def charged_to(self, incarnation: int) -> int:
+        """The number of distinct steps charged to one incarnation."""
+        return len(self._charged[incarnation])
+
+    def led_here(self, incarnation: int, step: int) -> bool:
+        """Whether the state that an incarnation had after `step` steps is one the current incarnation came from.
+
+        False where a later incarnation has gone back behind it.
+
+        Raises:
+            LedgerError: the ledger does not charge that incarnation for these steps.
+        """
+        known = incarnation < len(self.plans)
+        if not known or not self._charged[incarnation].issuperset(range(self.plans[incarnation].start, step)):
+            raise LedgerError(f"{self.path} does not charge incarnation {incarnation} for the steps up to {step}")
+        return all(step <= later.start for later in self.plans[incarnation + 1 :])
+
+    def _append(self, record: dict[str, Any], *, stamp: bool = False) -> None:
+        # Appending cannot erase what somebody else has charged since this process looked, only add to it.
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.ftruncate(descriptor, self._size)  # drop a torn last line
-            if os.pwrite(descriptor, line, self._size) != len(line):
-                raise LedgerError(f"{self.path} could not be extended; is the disk full?")
+            found = os.fstat(descriptor)
+            if found.st_size != self._seen:
+                raise LedgerError(f"{self.path} was changed by another process: two jobs on one run directory")
+            if self._seen > self._size:  # a line torn by a crash, or by a write of ours that failed half-way
+                os.ftruncate(descriptor, self._size)
+            if stamp:  # a move keeps the file's number, a copy has one of its own
+                record = record | {"file": found.st_ino}
+            line = (json.dumps(record) + "\n").encode()
+            if os.write(descriptor, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
+            self._seen = self._size + len(line)
+        except OSError as error:
+            raise LedgerError(
+                f"{self.path} could not be extended ({error.strerror}), and no step may run uncharged; mend that and "
+                "run the same command again: nothing is lost"
+            ) from error
         finally:
-            self._seen = os.fstat(descriptor).st_size  # also of a write that failed half-way
             os.close(descriptor)
         first = self._size == 0
         self._size += len(line)

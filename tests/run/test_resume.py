@@ -176,8 +176,8 @@ def test_one_process_saves_on_sigterm_too(jobs: Jobs, single: Run) -> None:
 def test_a_run_that_fails_after_a_preemption_no_longer_counts_as_preempted(jobs: Jobs, single: Run) -> None:
     run = single.copy(jobs.new("stale").root).crash(newest=8)
     (run.root / "summary.json").write_text(json.dumps(single.summary | {"status": "preempted", "step": 8}))
-    damaged = next(path for path in (run.root / "checkpoints/8").rglob("*") if path.name == "_METADATA")
-    damaged.unlink()
+    (run.root / "private/diagnostics.jsonl").unlink()
+    (run.root / "private/diagnostics.jsonl").mkdir()
     assert jobs.train(run).wait().code != 0
     # A batch script requeues a job whose summary says `preempted`: it would do so for ever.
     assert not (run.root / "summary.json").exists() or run.summary["status"] != "preempted"

@@ -87,15 +87,29 @@ class Run:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What the ledger says the mechanism is, for the whole run."""
-        (plan,) = (record for record in self.ledger if record["record"] == "plan")
+        """What the ledger says the mechanism is, for the whole run: there is one incarnation."""
+        (plan,) = self.plans
         return plan
+
+    @property
+    def plans(self) -> list[dict[str, Any]]:
+        """The plan of every incarnation, without the number of the ledger's file."""
+        return [
+            {name: value for name, value in record.items() if name != "file"}
+            for record in self.ledger
+            if record["record"] == "plan"
+        ]
 
     @property
     def charged(self) -> list[int]:
         """Every step the ledger charges, as often as it does."""
+        return [step for _, step in self.charged_by_incarnation]
+
+    @property
+    def charged_by_incarnation(self) -> list[tuple[int, int]]:
+        """Every (incarnation, step) the ledger charges, as often as it does."""
         blocks = [record for record in self.ledger if record["record"] == "steps"]
-        return [step for block in blocks for step in range(block["start"], block["stop"])]
+        return [(block["incarnation"], step) for block in blocks for step in range(block["start"], block["stop"])]
 
     @property
     def checkpoints(self) -> list[int]:
@@ -105,10 +119,15 @@ class Run:
     @property
     def digests(self) -> dict[int, tuple[str, str]]:
         """Sample and noise digest of every step; a step that was replayed must have drawn the same again."""
-        digests: dict[int, tuple[str, str]] = {}
+        return {step: found for (_, step), found in self.digests_by_incarnation.items()}
+
+    @property
+    def digests_by_incarnation(self) -> dict[tuple[int, int], tuple[str, str]]:
+        """The same by (incarnation, step)."""
+        digests: dict[tuple[int, int], tuple[str, str]] = {}
         for record in self.diagnostics:
-            found = record["sample_sha256"], record["noise_sha256"]
-            assert digests.setdefault(record["step"], found) == found, f"step {record['step']} was replayed differently"
+            found, key = (record["sample_sha256"], record["noise_sha256"]), (record["incarnation"], record["step"])
+            assert digests.setdefault(key, found) == found, f"step {key} was replayed differently"
         return digests
 
     @property
@@ -120,9 +139,18 @@ class Run:
         files = [path for part in parts for path in [*sorted((self.root / part).rglob("*")), self.root / part]]
         return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files if path.is_file()}
 
-    def copy(self, to: Path) -> Run:
+    def copy(self, to: Path, *, moved: bool = True) -> Run:
+        """A copy, which passes for the run itself having been moved there, unless told otherwise."""
         shutil.copytree(self.root, to)
-        return Run(to)
+        copied = Run(to)
+        if moved and (ledger := to / "ledger.jsonl").exists():
+            number = {"file": ledger.stat().st_ino}
+            copied.write_ledger([record | (number if "file" in record else {}) for record in copied.ledger])
+        return copied
+
+    def write_ledger(self, records: list[dict[str, Any]]) -> None:
+        """Replace what the ledger says; the file stays the same."""
+        (self.root / "ledger.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def crash(self, newest: int) -> Run:
         """Make of this ended run what a crash would have left: no summary, and a ledger one block ahead."""

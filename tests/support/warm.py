@@ -20,8 +20,10 @@ import numpy as np
 import userland
 
 import dpdist
+import dpdist.resume
 import launch.cli
 import launch.training
+from dpdist import saved
 from dpdist.data import gather, open_dataset
 from dpdist.recorder import Recorder
 
@@ -61,6 +63,27 @@ def load(runs: dict[str, str], to: str) -> dict[str, Any]:
             "accuracy": float(np.mean(np.argmax(logits, axis=-1) == examples["label"])),
         }
     return told
+
+
+def parameters(run: str, steps: list[int], to: str) -> None:
+    """The parameters after so many steps, one array a name, in `to`/STEP.npz."""
+    for step in steps:
+        np.savez(
+            Path(to) / f"{step}.npz", **saved.read_state(Path(run) / "checkpoints" / str(step) / saved.STATE)["params"]
+        )
+
+
+def reseal(path: str, content: dict[str, Any]) -> None:
+    """Write the JSON part of a checkpoint, made to look whole."""
+    digests = (saved.META_DIGEST,)
+    plain = {name: value for name, value in content.items() if name not in digests}
+    Path(path).write_text(json.dumps(plain | {saved.META_DIGEST: saved.json_digest(plain)}))
+
+
+def train_unprotected(config: dict[str, Any]) -> Any:
+    """A run that takes changed settings for unchanged ones: what incarnations are there to prevent."""
+    dpdist.resume._changes = lambda *_, **__: []
+    return dpdist.train(dpdist.from_dict(config))
 
 
 def count_compilations(config: dict[str, Any]) -> dict[str, Any]:
