@@ -1,10 +1,17 @@
-"""The log of a process, under `private/`: exception texts may quote data, so they go nowhere else."""
+"""The log of a process, under `private/`: exception texts may quote data, so they go nowhere else.
+
+Not even there may the secret be: whoever gets to read a log, for whatever good reason, must not be able to subtract the
+noise. Nothing in dpdist writes it; a user's own code or a library that dumps its variables might.
+"""
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
 from pathlib import Path
+
+from dpdist.mechanism.keys import Secret
 
 _FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
@@ -34,6 +41,42 @@ def record_exception(text: str) -> Path | None:
         handler.emit(logging.LogRecord("dpdist", logging.ERROR, "", 0, text, None, None))
         return handler.path
     return None
+
+
+class WithoutSecret(logging.Formatter):
+    """Another formatter's text, traceback included, with every usual spelling of the secret blotted out."""
+
+    def __init__(self, inner: logging.Formatter, secret: Secret) -> None:
+        super().__init__()
+        key = secret.reveal()
+        self.inner = inner
+        self._spellings = sorted(
+            {
+                key.decode("latin-1"),
+                repr(key)[2:-1],
+                key.hex(),
+                key.hex().upper(),
+                base64.b64encode(key).decode().rstrip("="),
+                base64.urlsafe_b64encode(key).decode().rstrip("="),
+                ", ".join(map(str, key)),
+            },
+            key=len,
+            reverse=True,
+        )
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = self.inner.format(record)
+        for spelling in self._spellings:
+            text = text.replace(spelling, "(secret)")
+        return text
+
+
+def keep_out_of_logs(secret: Secret) -> None:
+    """Blot `secret` out of all that is logged from now on, to the private log and elsewhere."""
+    for handler in logging.getLogger().handlers:
+        inner = handler.formatter or logging.Formatter()
+        inner = inner.inner if isinstance(inner, WithoutSecret) else inner
+        handler.setFormatter(WithoutSecret(inner, secret))
 
 
 def current() -> list[PrivateLog]:

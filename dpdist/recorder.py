@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,8 @@ from dpdist.metrics import Publisher, Stream, read
 from dpdist.progress import ProgressLine
 from dpdist.resume import Start
 from dpdist.rundir import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -42,6 +45,7 @@ class Recorder:
             self._metrics = run.metrics
             self._public = Publisher(Stream(run.metrics))
             self._private = Stream(run.diagnostics, mode=0o600)
+            self._stragglers = Stream(run.stragglers, mode=0o600)
             if start.fresh and plan.incarnation > 0:
                 self._public.write({"step": self._start, "incarnation": plan.incarnation})
             self._progress = ProgressLine(
@@ -56,6 +60,16 @@ class Recorder:
         previous, self._latest = self._latest, (step, step_plan, diagnostics, draw)
         if previous is not None:
             self._record(*previous)
+
+    def waited_for(self, stragglers: list[dict[str, Any]]) -> None:
+        """Which ranks the others waited for; under `private/`, since step times depend on the sample. For process 0."""
+        for report in stragglers:
+            self._stragglers.write(report)
+            logger.info(
+                "rank %(straggler)d on %(host)s is slow: its own work took %(own_seconds).3f s of step %(step)d, the "
+                "median rank's %(median_seconds).3f s",
+                report,
+            )
 
     def flush(self) -> None:
         """Record the newest step too."""
@@ -97,6 +111,7 @@ class Recorder:
         if self._job.is_main:
             self._progress.close()
             self._private.close()
+            self._stragglers.close()
             self._public.close()
 
     def _rate(self, steps: int, seconds: float) -> float:

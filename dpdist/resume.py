@@ -15,6 +15,7 @@ from typing import Any
 from dpdist.checkpoint import Checkpoints
 from dpdist.cluster.agreement import decide
 from dpdist.cluster.job import Job
+from dpdist.cluster.lease import Lease
 from dpdist.config import Config
 from dpdist.errors import InputError
 from dpdist.identity import environment, settings_digest, step_settings, user_code_digest
@@ -67,6 +68,24 @@ def present(config: Config, job: Job, *, data: str, dataset_size: int) -> Presen
         dataset_size=dataset_size,
         topology=json.dumps(shape + rounding),
     )
+
+
+def take_lease(config: Config, run: RunDirectory, job: Job) -> Lease | None:
+    """The hold on the run directory, on process 0, whose word counts for all; None elsewhere.
+
+    Raises:
+        InputError: another job is on this run; on all processes.
+    """
+    taken: list[Lease] = []
+
+    def take() -> None:
+        taken.append(Lease.acquire(run.private, config.cluster.lease_timeout))
+        if taken[0].taken_from is not None:
+            say(f"dpdist: {run.root} was held by {taken[0].taken_from}; going on in its place")
+
+    # Whoever may live on another host is given its time to show it.
+    decide(job, take, timeout=3 * config.cluster.lease_timeout + job.timeout)
+    return taken[0] if taken else None
 
 
 def open_secret(config: Config, run: RunDirectory, job: Job) -> tuple[Secret, bool]:
@@ -276,9 +295,18 @@ def spending_of(ledger: Ledger | None) -> Callable[[int], float] | None:
     return spending(ledger)
 
 
-def begin(start: Start, config: Config, run: RunDirectory, ledger: Ledger | None, checkpoints: Checkpoints) -> None:
+def begin(
+    start: Start,
+    config: Config,
+    run: RunDirectory,
+    lease: Lease | None,
+    ledger: Ledger | None,
+    checkpoints: Checkpoints,
+) -> None:
     """Write down that this part of the run begins, before its first step. For process 0."""
+    assert lease is not None
     assert ledger is not None
+    lease.check()
     ledger.begin(start.plan)  # first: a config without its incarnation would hide what changed
     run.begin(config)
     for step in checkpoints.steps():

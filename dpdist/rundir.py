@@ -70,6 +70,10 @@ class RunDirectory:
         return self.private / "diagnostics.jsonl"
 
     @property
+    def stragglers(self) -> Path:
+        return self.private / "stragglers.jsonl"
+
+    @property
     def logs(self) -> Path:
         return self.private / "logs"
 

@@ -14,7 +14,9 @@ from dpdist.checkpoint import Checkpoints
 from dpdist.cluster.agreement import barrier, decide, require_same
 from dpdist.cluster.job import Job
 from dpdist.cluster.join import join
+from dpdist.cluster.lease import LeaseLostError
 from dpdist.cluster.preemption import preempted
+from dpdist.cluster.straggler import Stragglers
 from dpdist.cluster.watchdog import Watchdog
 from dpdist.config import Config
 from dpdist.data import check_labels, fingerprint, open_dataset
@@ -23,11 +25,11 @@ from dpdist.identity import code_digest, environment, params_digest, user_code_d
 from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.ledger import Plan
 from dpdist.mechanism.sampling import StepPlan, plan_step, poisson_sample
-from dpdist.privatelog import log_to
+from dpdist.privatelog import keep_out_of_logs, log_to
 from dpdist.programs import Programs, build_programs
 from dpdist.progress import say
 from dpdist.recorder import Recorder
-from dpdist.resume import begin, find_start, open_ledger, open_secret, present, require_fits, spending_of
+from dpdist.resume import begin, find_start, open_ledger, open_secret, present, require_fits, spending_of, take_lease
 from dpdist.rundir import RunDirectory
 from dpdist.summary import closing_line, opening_line, summarise
 
@@ -56,17 +58,20 @@ def train(config: Config) -> dict[str, Any]:
         if job.is_main:
             say(f"{run.root} is {ended['status']} at step {ended['step']} of {ended['steps']}: nothing to do")
         return ended
-    dataset = open_dataset(config.data)
-    for source in (dataset.train, dataset.test):
-        if source is not None and (classes := config.model.classes or dataset.classes) is not None:
-            check_labels(source, classes)
-    secret, secret_lost = open_secret(config, run, job)
-    data_tag = secret.tag(b"data" + fingerprint(dataset.train))
-    tags = {"secret": secret.tag(b"agreement"), "training data": data_tag}
-    require_same(tags, job, hidden=tags)
-
     stacks = run.logs / f"rank-{job.process_id}.stacks"
     with contextlib.ExitStack() as cleanup:
+        lease = take_lease(config, run, job)
+        if lease is not None:
+            cleanup.callback(lease.release)
+        dataset = open_dataset(config.data)
+        for source in (dataset.train, dataset.test):
+            if source is not None and (classes := config.model.classes or dataset.classes) is not None:
+                check_labels(source, classes)
+        secret, secret_lost = open_secret(config, run, job)
+        keep_out_of_logs(secret)
+        data_tag = secret.tag(b"data" + fingerprint(dataset.train))
+        tags = {"secret": secret.tag(b"agreement"), "training data": data_tag}
+        require_same(tags, job, hidden=tags)
         watchdog = Watchdog(config.cluster.watchdog_timeout, stacks, job.membership.label)
         cleanup.callback(watchdog.stop)
 
@@ -92,11 +97,14 @@ def train(config: Config) -> dict[str, Any]:
             state = step_programs.place(programs.initial)
             if begun.step is not None:
                 state = checkpoints.restore(begun.step, state)
-            decide(job, lambda: begin(begun, config, run, ledger, checkpoints))
+            decide(job, lambda: begin(begun, config, run, lease, ledger, checkpoints))
             meta = {"config": config_module.to_dict(config), "plan": asdict(plan)} | programs.decisions()
 
             def save(step: int) -> None:
-                charged = 0 if ledger is None else ledger.charged_steps()  # it is process 0 that writes it
+                charged = 0
+                if ledger is not None and lease is not None:  # process 0, which is the one that writes it
+                    lease.check()
+                    charged = ledger.charged_steps()
                 checkpoints.save(step, state, meta | {"step": step, "charged_steps": charged})
 
             if begun.step is None:
@@ -111,12 +119,13 @@ def train(config: Config) -> dict[str, Any]:
         planner = make_planner(config, plan, programs, keys, job)
         feed = Feed(dataset.train, planner, job.mesh, data=config.data, start=start, stop=plan.steps)
         cleanup.callback(feed.close)
+        stragglers = Stragglers(job)
         block = config.checkpoint.every_steps
         evaluate_every = config.training.evaluate_every or block
         sums, step, saved, measured = step_programs.zero_sums(), start, start, None
 
         def note_failure(kind: object, *_: object) -> None:
-            if kind is not None and ledger is not None:
+            if kind is not None and kind is not LeaseLostError and ledger is not None:
                 run.write_summary(summarise(plan, job, config, recorder, ledger, step=step, ended=False, digest=None))
 
         def measure(step: int) -> bool:
@@ -137,16 +146,21 @@ def train(config: Config) -> dict[str, Any]:
             with watchdog.allow(config.cluster.initialization_timeout):
                 leaving = not measure(start)  # the former part of this run saved this step, and came no further
         while step < plan.steps and not leaving:
-            if ledger is not None and (step == start or step % block == 0):
+            if ledger is not None and lease is not None and (step == start or step % block == 0):
+                lease.check()
                 ledger.reserve(step, min(plan.steps, step - step % block + block))
 
+            stragglers.began(step, state)
             step_plan, loss_key = feed.next_plan(), step_programs.loss_key(keys, step)
             for batch in feed.microbatches(step_plan):
                 sums = step_programs.accumulate(state.params, sums, batch, loss_key)
+            stragglers.ready(step, sums)
             noise, draw = step_programs.draw(keys, step)
             state, sums, diagnostics = step_programs.apply(state, sums, noise)
+            stragglers.ended(step, state)
 
             recorder.step_done(step, step_plan, diagnostics, draw)
+            recorder.waited_for(stragglers.reports())
             watchdog.beat(step)
             step += 1
             leaving = preempted(job)

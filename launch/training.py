@@ -6,12 +6,17 @@ import logging
 import sys
 import traceback
 
+from dpdist.checkpoint import SaveFailedError
 from dpdist.cluster.join import abort, leave
+from dpdist.cluster.lease import LeaseLostError
 from dpdist.config import Config
 from dpdist.errors import InputError
+from dpdist.mechanism.ledger import LedgerError
 from dpdist.privatelog import record_exception
 from dpdist.train import train
 
+#: Errors whose texts are dpdist's own, about files and processes.
+QUOTES_NO_DATA = (LedgerError, SaveFailedError, LeaseLostError)
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED = 0, 1, 2, 75
 
 
@@ -27,10 +32,12 @@ def train_here(config: Config) -> int:
         print(f"dpdist: error: {error}", file=sys.stderr)
         abort(EXIT_BAD_INPUT)
     except BaseException as error:
-        # The text of an exception may quote data, so only its kind is shown where logs are collected.
+        # The text of an exception may quote data, so only its kind is shown where logs are collected, but for ours.
         log = record_exception(traceback.format_exc())
         if log is None:
             traceback.print_exc()
+        elif isinstance(error, QUOTES_NO_DATA):
+            print(f"dpdist: failed: {error}", file=sys.stderr)
         else:
             print(f"dpdist: failed with {type(error).__name__}; what it says is in {log}", file=sys.stderr)
         abort(EXIT_FAILED)

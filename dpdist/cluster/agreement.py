@@ -80,7 +80,7 @@ def gather(value: Any, job: Job, *, timeout: float | None = None) -> list[Any]:
     if job.num_processes == 1:
         return [json.loads(json.dumps(value))]
     key = f"dpdist/gather/{next(_serial)}"
-    _client().key_value_set(f"{key}/{job.process_id}", json.dumps(value))
+    client().key_value_set(f"{key}/{job.process_id}", json.dumps(value))
     answer: dict[str, list[Any]] = {"values": [], "missing": []}
     if job.is_main:
         deadline = time.monotonic() + seconds
@@ -140,7 +140,7 @@ def barrier(name: str, job: Job, timeout: float | None = None) -> None:
         return
     seconds = job.timeout if timeout is None else timeout
     try:
-        _client().wait_at_barrier(f"dpdist/{name}", round(seconds * 1000))
+        client().wait_at_barrier(f"dpdist/{name}", round(seconds * 1000))
     except jax.errors.JaxRuntimeError as error:
         raise TimeoutError(
             f"barrier {name!r} was not passed within {seconds:g} s on {job.membership.label}: {error}"
@@ -154,17 +154,18 @@ def _broadcast(value: Any, job: Job, timeout: float) -> Any:
     if not job.is_main:
         return json.loads(_get(key, 0, timeout))
     text = json.dumps(value)
-    _client().key_value_set(key, text)
+    client().key_value_set(key, text)
     return json.loads(text)
 
 
-def _client() -> Any:
+def client() -> Any:
+    """The coordination service, for what is no agreement."""
     return distributed.global_state.client
 
 
 def _get(key: str, sender: int, timeout: float) -> str:
     try:
-        return str(_client().blocking_key_value_get(key, round(timeout * 1000)))
+        return str(client().blocking_key_value_get(key, round(timeout * 1000)))
     except jax.errors.JaxRuntimeError as error:
         raise TimeoutError(f"rank {sender} did not answer within {timeout:g} s: {error}") from error
 

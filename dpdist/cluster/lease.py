@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"lease\.([1-9][0-9]*)")
 #: A heartbeat every so-many-th part of the timeout: several may come late before anyone calls the owner dead.
 _BEATS = 6
+#: Seconds for which a process of this host may still be there after it was killed; then it counts as alive.
+_DYING = 0.5
 #: What `link` raises on file systems without hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 #: A file removed by another host while it is read over NFS is reported as stale, not as missing.
@@ -110,6 +112,9 @@ class Lease:
                 alive = holder.is_alive(here) if holder else None
                 if watched is None or watched[0] != generation:
                     watched, since = (generation, raw), now
+                if alive and now - since < _DYING:
+                    time.sleep(_DYING / 10)
+                    continue
                 if alive or raw != watched[1]:
                     raise InputError(
                         "run.dir",

@@ -144,7 +144,7 @@ class Stragglers:
 
     def _send(self, step: int, own: float, whole: float) -> None:
         # Overwriting, or a step that is taken anew in the same process would be refused.
-        agreement._client().key_value_set(
+        agreement.client().key_value_set(
             f"{self._key}/{step}/{self._job.process_id}", json.dumps([own, whole]), allow_overwrite=True
         )
 
@@ -152,8 +152,8 @@ class Stragglers:
         """Judge a sample of which all numbers have had a whole interval to arrive, and delete it."""
         folder = f"{self._key}/{step}/"
         seconds = {}
-        for key, text in agreement._client().key_value_dir_get(folder):
+        for key, text in agreement.client().key_value_dir_get(folder):
             own, whole = json.loads(text)
             seconds[int(key.rpartition("/")[2])] = (own, whole)
-        agreement._client().key_value_delete(folder)
+        agreement.client().key_value_delete(folder)
         self._reports += self._judge.add(step, seconds)

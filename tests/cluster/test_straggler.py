@@ -116,7 +116,7 @@ for step in range(60):
 report(found=found, due=[step for step in range(60) if stragglers.due(step)])
 agreement.barrier("end", job)
 if job.is_main and job.num_processes > 1:
-    left = agreement._client().key_value_dir_get("dpdist/straggler/")
+    left = agreement.client().key_value_dir_get("dpdist/straggler/")
     report(left=sorted(key for key, _ in left))
 leave()
 """
@@ -157,13 +157,13 @@ class Lost:
         def fail(*_, **__):
             raise jax.errors.JaxRuntimeError("UNAVAILABLE")
         return fail
-client, agreement._client = agreement._client, lambda: Lost()
+client, agreement.client = agreement._client, lambda: Lost()
 for step in range(8):
     stragglers.began(step, None)
     stragglers.ready(step, None)
     stragglers.ended(step, None)
 report(found=stragglers.reports())
-agreement._client = client
+agreement.client = client
 agreement.barrier("end", job)
 leave()
 """,
