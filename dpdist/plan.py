@@ -66,7 +66,7 @@ def spending(ledger: Ledger) -> Callable[[int], float] | None:
     assert plan is not None
     if plan.noise_multiplier is None:
         return None
-    first, before = ledger.plans[0], _charged(ledger, plan.incarnation)
+    first, before = ledger.plans[0], charged_phases(ledger, plan.incarnation)
     assert plan.epsilon is not None
     assert plan.delta is not None
     delta, total = plan.delta, plan.epsilon
@@ -74,7 +74,7 @@ def spending(ledger: Ledger) -> Callable[[int], float] | None:
         assert first.renyi_order is not None
         order = first.renyi_order
         return lambda steps: min(
-            total, composition.adaptive_epsilon([*before, _phase(plan, steps)], order=order, delta=delta)
+            total, composition.adaptive_epsilon([*before, phase_of(plan, steps)], order=order, delta=delta)
         )
     assert first.noise_multiplier is not None
     curve = accounting.EpsilonCurve(
@@ -160,8 +160,8 @@ def _with_privacy(plan: Plan, config: Config) -> Plan:
 
 def _paying_for_the_past(plan: Plan, config: Config, ledger: Ledger) -> Plan:
     """The plan with its noise, as many steps as the target allows, and what it costs with all before it."""
-    first, before = ledger.plans[0], _charged(ledger, plan.incarnation)
-    delta, order, planned = first.delta, first.renyi_order, _phase(first, first.steps)
+    first, before = ledger.plans[0], charged_phases(ledger, plan.incarnation)
+    delta, order, planned = first.delta, first.renyi_order, phase_of(first, first.steps)
     assert delta is not None
     assert order is not None
     target = config.privacy.target_epsilon
@@ -176,9 +176,9 @@ def _paying_for_the_past(plan: Plan, config: Config, ledger: Ledger) -> Plan:
     wanted = plan.steps_asked - plan.start
     if target is not None:
         affordable = composition.affordable_further_steps(
-            before, _phase(plan, wanted), target_epsilon=target, order=order, delta=delta
+            before, phase_of(plan, wanted), target_epsilon=target, order=order, delta=delta
         )
-        if first.epsilon is not None and first.epsilon <= target and _phase(plan, 1).alike(planned):
+        if first.epsilon is not None and first.epsilon <= target and phase_of(plan, 1).alike(planned):
             # What the first plan still holds is paid for.
             affordable = max(affordable, first.steps - sum(phase.steps for phase in before))
         if affordable == 0:
@@ -189,14 +189,13 @@ def _paying_for_the_past(plan: Plan, config: Config, ledger: Ledger) -> Plan:
                 "or name a new run.dir.",
             )
         wanted = min(wanted, affordable)
-    phases = [*before, _phase(plan, wanted)]
-    if composition.within(planned, phases):
-        cost = first.epsilon, first.epsilon_rdp, first.accountant
-    else:
-        epsilon = composition.adaptive_epsilon(phases, order=order, delta=delta)
-        cost = epsilon, epsilon, ADAPTIVE
+    spent = total_cost(first, before, phase_of(plan, wanted))
     return dataclasses.replace(
-        plan, steps=plan.start + wanted, epsilon=cost[0], epsilon_rdp=cost[1], accountant=cost[2]
+        plan,
+        steps=plan.start + wanted,
+        epsilon=spent.epsilon,
+        epsilon_rdp=spent.epsilon_rdp,
+        accountant=spent.accountant,
     )
 
 
@@ -228,12 +227,29 @@ def _further_noise(plan: Plan, config: Config, ledger: Ledger, before: Sequence[
         raise _unreachable(target, error) from None
 
 
-def _charged(ledger: Ledger, incarnations: int) -> list[Phase]:
+def total_cost(first: Plan, before: Sequence[Phase], own: Phase) -> accounting.Spent:
+    """What the run costs that was begun as `first` and charged `before`, once it has taken its `own` steps too."""
+    assert first.noise_multiplier is not None
+    assert first.delta is not None
+    assert first.renyi_order is not None
+    if composition.within(phase_of(first, first.steps), [*before, own]):
+        return accounting.epsilon(
+            sampling_probability=first.sampling_probability,
+            noise_multiplier=first.noise_multiplier,
+            steps=first.steps,
+            delta=first.delta,
+        )
+    epsilon = composition.adaptive_epsilon([*before, own], order=first.renyi_order, delta=first.delta)
+    return accounting.Spent(epsilon, first.delta, epsilon, ADAPTIVE)
+
+
+def charged_phases(ledger: Ledger, incarnations: int) -> list[Phase]:
     """What the first so many incarnations are charged."""
-    return [_phase(plan, ledger.charged_to(plan.incarnation)) for plan in ledger.plans[:incarnations]]
+    return [phase_of(plan, ledger.charged_to(plan.incarnation)) for plan in ledger.plans[:incarnations]]
 
 
-def _phase(plan: Plan, steps: int) -> Phase:
+def phase_of(plan: Plan, steps: int) -> Phase:
+    """So many steps of a plan with noise."""
     assert plan.noise_multiplier is not None
     return Phase(plan.sampling_probability, plan.noise_multiplier, steps)
 

@@ -19,9 +19,10 @@ from dpdist.checkpoint import Checkpoints
 from dpdist.config import Config
 from dpdist.errors import InputError
 from dpdist.gradients import frozen_paths
+from dpdist.mechanism.ledger import Ledger, LedgerError
 from dpdist.mechanism.step import initial_state
 from dpdist.rundir import RunDirectory
-from dpdist.summary import guarantee
+from dpdist.statement import statement
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class TrainedRun:
         config: what was trained.
         params: the released parameters (their average where one was kept).
         step: steps taken.
-        privacy: what holds for `params`: epsilon, delta, adjacency, mechanism constants, and `guarantee`.
+        privacy: what holds for `params`, as `dpdist.statement` says it: `guarantee`, epsilon, delta, adjacency, ...
     """
 
     config: Config
@@ -59,11 +60,13 @@ def load(run_dir: str | Path) -> TrainedRun:
     run = RunDirectory(Path(run_dir))
     if not run.config.exists():
         raise InputError("run_dir", str(run_dir), "holds no run (no config.yaml).")
+    ledger = _ledger(run)
     checkpoints = Checkpoints(run.checkpoints, read_only=True)
     step = checkpoints.latest()
     if step is None:
         raise InputError("run_dir", str(run_dir), "has no checkpoint yet.")
     meta = checkpoints.read_meta(step)
+    _require_charged(ledger, run, meta)
     config = config_module.from_dict(meta["config"])  # unlike config.yaml, no editor has touched it
     example = {name: jax.ShapeDtypeStruct(tuple(shape), dtype) for name, (shape, dtype) in meta["example"].items()}
     model = models.build(config.model, example=example, classes=meta["classes"])
@@ -76,20 +79,30 @@ def load(run_dir: str | Path) -> TrainedRun:
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
     state = checkpoints.restore(step, abstract)
     checkpoints.close()
-    plan = meta["plan"]
-    privacy = {"guarantee": guarantee(config), "released_after_step": step} | {
-        name: plan[name]
-        for name in (
-            "epsilon",
-            "delta",
-            "adjacency",
-            "noise_multiplier",
-            "clip_norm",
-            "steps",
-            "sampling_probability",
-            "dataset_size",
-            "accountant",
-            "epsilon_rdp",
-        )
-    }
+    try:
+        privacy = statement(config, ledger, step=step)
+    except ValueError as error:
+        raise InputError("ledger.jsonl", str(run.ledger), f"{error}; restore the file.") from None
     return TrainedRun(config=config, params=state.released, step=step, privacy=privacy, _model=model)
+
+
+def _ledger(run: RunDirectory) -> Ledger:
+    try:
+        ledger = Ledger(run.ledger)
+    except (LedgerError, OSError) as error:
+        raise InputError("ledger.jsonl", str(run.ledger), f"{error}.") from None
+    if ledger.plan is None:
+        raise InputError("ledger.jsonl", str(run.ledger), "is gone: without it, what this run has spent is unknown.")
+    return ledger
+
+
+def _require_charged(ledger: Ledger, run: RunDirectory, meta: dict[str, Any]) -> None:
+    """Check that the checkpoint is one of this ledger's."""
+    incarnation, step = meta["plan"]["incarnation"], meta["step"]
+    try:
+        ledger.led_here(incarnation, step)
+        known = ledger.plans[incarnation].nonce == meta["plan"]["nonce"]
+    except LedgerError as error:
+        raise InputError("ledger.jsonl", str(run.ledger), f"{error}, of which there is a checkpoint.") from None
+    if not known:
+        raise InputError("ledger.jsonl", str(run.ledger), "is not that of the checkpoints beside it; restore it.")

@@ -99,6 +99,22 @@ def parser() -> argparse.ArgumentParser:
             question.add_argument("--target-epsilon", type=float, required=True)
         question.set_defaults(run=run)
 
+    export = commands.add_parser(
+        "export",
+        help="parameters, config and privacy statement of a run, to give away",
+        description="Write the parameters of the newest checkpoint in RUN_DIR (safetensors), its config without paths, "
+        "and what privacy holds for them (privacy.json, PRIVACY.md) into a new directory. Nothing under private/ goes "
+        "in. Prints what was written as one JSON object.",
+    )
+    export.add_argument("run_dir", metavar="RUN_DIR")
+    export.add_argument("--to", required=True, metavar="DIR", help="a new or empty directory")
+    export.add_argument(
+        "--without-guarantee",
+        action="store_true",
+        help="export a run whose guarantee does not hold; PRIVACY.md says so",
+    )
+    export.set_defaults(run=_export)
+
     bench.add_to(commands)
     scaling.add_to(commands)
     return top
@@ -165,6 +181,15 @@ def _plan(options: argparse.Namespace) -> int:
     config = configfile.load(options.config, options.overrides)
     report = plan_report(config, nodes=options.nodes, gpus_per_node=options.gpus_per_node)
     print(json.dumps(report) if options.json else text(report))
+    return EXIT_DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    from dpdist.export import export
+
+    told = export(options.run_dir, options.to, without_guarantee=options.without_guarantee)
+    names = ("guarantee", "epsilon", "delta", "released_after_step", "params_sha256")
+    print(json.dumps({"to": options.to} | {name: told[name] for name in names}))
     return EXIT_DONE
 
 

@@ -157,7 +157,7 @@ class Lost:
         def fail(*_, **__):
             raise jax.errors.JaxRuntimeError("UNAVAILABLE")
         return fail
-client, agreement.client = agreement._client, lambda: Lost()
+client, agreement.client = agreement.client, lambda: Lost()
 for step in range(8):
     stragglers.began(step, None)
     stragglers.ready(step, None)
