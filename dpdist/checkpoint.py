@@ -7,7 +7,6 @@ waits for the other processes before it tells one that its own save has failed. 
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import re
@@ -20,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from dpdist.errors import InputError
-from dpdist.saved import META, STATE, damage, is_intact, sealed
+from dpdist.saved import META, STATE, array_handler, damage, is_intact, sealed
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +70,13 @@ class Checkpoints:
         together = ocp.options.MultiprocessingOptions(
             active_processes=set(range(jax.process_count())), barrier_sync_key_prefix="dpdist"
         )
-        asynchronous = ocp.AsyncOptions(timeout_secs=timeout)
+        # Where directories are made in the background and that fails, Orbax's threads wait 300 s for them.
+        asynchronous = ocp.AsyncOptions(timeout_secs=timeout, create_directories_asynchronously=False)
         composite = ocp.CompositeOptions(multiprocessing_options=together, async_options=asynchronous)
         self._checkpointer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(composite_options=composite),
+            ocp.CompositeCheckpointHandler(
+                composite_options=composite, **{STATE: array_handler(), META: ocp.JsonCheckpointHandler()}
+            ),
             async_options=asynchronous,
             multiprocessing_options=together,
         )
@@ -108,7 +110,7 @@ class Checkpoints:
         """
         self.wait()
         seal = sealed(meta, state) if self._main else {}
-        items = {STATE: ocp.args.StandardSave(state), META: ocp.args.JsonSave(seal)}
+        items = {STATE: ocp.args.PyTreeSave(state), META: ocp.args.JsonSave(seal)}
         try:
             self._checkpointer.save(self._path(step), args=ocp.args.Composite(**items))
         except (OSError, jax.errors.JaxRuntimeError) as error:
@@ -148,7 +150,7 @@ class Checkpoints:
         return damage(self._path(step))
 
     def set_aside(self, step: int, to: Path) -> Path:
-        """Move a checkpoint to a new name in the directory `to`, so that it no longer counts. For process 0 alone.
+        """Move a checkpoint to a new name in the directory `to`, so that it no longer counts; for process 0 alone.
 
         Raises:
             OSError: it cannot be moved there.
@@ -165,8 +167,8 @@ class Checkpoints:
             InputError: it cannot be read, or is not what was saved.
         """
         try:
-            meta = json.loads((self._path(step) / META / "metadata").read_text())
-        except (OSError, ValueError) as error:
+            meta = ocp.JsonCheckpointHandler().restore(self._path(step) / META)
+        except Exception as error:  # a damaged file makes its parser raise anything
             raise self._unreadable(step, type(error).__name__) from error
         if not is_intact(meta):
             raise self._unreadable(step, "not what was saved")
@@ -180,7 +182,8 @@ class Checkpoints:
         Raises:
             InputError: it cannot be read.
         """
-        return self._restore(step, STATE, ocp.args.StandardRestore(abstract_state))
+        placed = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+        return self._restore(step, STATE, ocp.args.PyTreeRestore(abstract_state, restore_args=placed))
 
     def close(self) -> None:
         """Finish and release what Orbax holds.
@@ -239,7 +242,7 @@ class Checkpoints:
             chain.append(cause)
             cause = cause.__cause__ or cause.__context__
         for cause in chain:
-            told = re.search(r"\[OS error (\d+)", str(cause))  # TensorStore has no exception type for it
+            told = re.search(r"os_error_code='(\d+)'", str(cause))  # TensorStore has no exception type for it
             number = int(told[1]) if told else getattr(cause, "errno", None)
             if number is not None:
                 return os.strerror(number)
