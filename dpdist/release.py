@@ -55,7 +55,7 @@ def load(run_dir: str | Path) -> TrainedRun:
     """Load the newest checkpoint of a run, on one device, whatever it was trained on.
 
     Raises:
-        InputError: there is no run, or no checkpoint of one.
+        InputError: there is no run, no checkpoint of one, or the newest is damaged.
     """
     run = RunDirectory(Path(run_dir))
     if not run.config.exists():
@@ -65,6 +65,8 @@ def load(run_dir: str | Path) -> TrainedRun:
     step = checkpoints.latest()
     if step is None:
         raise InputError("run_dir", str(run_dir), "has no checkpoint yet.")
+    if (reason := checkpoints.verify(step)) is not None:
+        raise InputError("run_dir", str(run_dir), f"its newest checkpoint, step {step}, is damaged: {reason}.")
     meta = checkpoints.read_meta(step)
     _require_charged(ledger, run, meta)
     config = config_module.from_dict(meta["config"])  # unlike config.yaml, no editor has touched it
