@@ -1,7 +1,7 @@
 """Clipped gradient sums of any one-example JAX loss.
 
 Reading order: `per_example` (the reference), `weights`; then `graph`, `view`, `factors`, `norms`, `strategy`,
-`bookkeeping`, which compute the same sums without every example's gradient.
+`bookkeeping`, which compute the same sums without every example's gradient. `diagnosis` says where they can't.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def clipped_grad_sum(
     Raises:
         ValueError: unknown method or strategy, a pattern that matches no parameter (both when `f` is called), or a
             clip_norm out of range.
-        UnsupportedLossError: when `f` is called: the loss is no scalar, or a derivative that is needed does not exist.
+        UnsupportedLossError: when `f` is called or traced: the loss is no scalar, a parameter is complex, or a
+            derivative that is needed does not exist; then it names the equation, its line and the parameters behind it.
     """
     if not 1e-6 <= clip_norm <= 1e6:  # beyond, squares of float32 gradients under- or overflow and C bounds nothing
         raise ValueError(f"clip_norm must be positive, between 1e-6 and 1e6, not {clip_norm!r}")

@@ -8,7 +8,7 @@ unrolled, so that uses come to light; whatever has a derivative rule of its own 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,10 @@ from dpdist.mechanism.clipping.view import View, whole
 
 #: Equations that only call another jaxpr, by the name of the parameter that holds it.
 _CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "call": "call_jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}
+#: Equations whose derivative is that of the jaxprs they hold, by the name of the parameter that holds one or several.
+_BODIES = {**_CALLS, "cond": "branches", "scan": "jaxpr"}
+#: Operations through which no gradient passes: their derivative is zero wherever they have one.
+FLAT = frozenset({"stop_gradient", "sign", "floor", "ceil", "round"})
 #: Longest scan over a parameter that is unrolled; a longer one is one equation, whose gradients are instantiated.
 LONGEST_UNROLLED = 48
 
@@ -68,7 +72,7 @@ class Use:
     #: Positions of the inputs that gradients to parameters flow through, and the leaves that they reach.
     operands: tuple[int, ...]
     leaves: frozenset[int]
-    #: Positions of the outputs that are differentiable.
+    #: Positions of the outputs that are differentiable and that a gradient of the loss comes back to.
     outputs: tuple[int, ...]
 
 
@@ -85,6 +89,10 @@ class Graph:
     param_nodes: list[Node] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     loss: int = -1
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [*self.param_nodes, *self.data_nodes]
 
     def aval(self, number: int) -> Any:
         return self.values[number].aval
@@ -117,6 +125,15 @@ class Graph:
         return known[self.loss], kept
 
 
+def refuse_complex(params: Any, frozen: Collection[str]) -> None:
+    """Raise UnsupportedLossError where a parameter that trains is complex: its imaginary part would go unclipped."""
+    for path, leaf in zip(paths_of(params), jax.tree.leaves(params), strict=True):
+        if path not in frozen and jnp.iscomplexobj(leaf):
+            raise UnsupportedLossError(
+                f"{path} is {jnp.result_type(leaf)}: give its real and imaginary parts as two parameters"
+            )
+
+
 def trace(
     loss_fn: Callable[[Any, Any], Any], params: Any, example: Any, frozen: Collection[str] = frozenset()
 ) -> Graph:
@@ -131,9 +148,7 @@ def trace(
     Raises:
         UnsupportedLossError: the loss is not a floating-point scalar, or a parameter that trains is complex.
     """
-    for path, leaf in zip(paths_of(params), jax.tree.leaves(params), strict=True):
-        if path not in frozen and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            raise UnsupportedLossError(f"{path} is {leaf.dtype}: give its real and imaginary parts as two parameters")
+    refuse_complex(params, frozen)
     found = jax.tree.leaves(jax.eval_shape(loss_fn, params, example))
     if len(found) != 1 or found[0].shape != () or not jnp.issubdtype(found[0].dtype, jnp.floating):
         raise UnsupportedLossError(f"the loss of one example must be a floating-point scalar, not {found}")
@@ -159,7 +174,17 @@ class _Tracer:
             numbers.append(self.new(value))
         graph.params, graph.example = tuple(numbers[: len(trains)]), tuple(numbers[len(trains) :])
         (graph.loss,) = self.copy(jaxpr, [self.constant(c) for c in closed.consts], numbers)
+        self.forget_dead_uses()
         return graph
+
+    def forget_dead_uses(self) -> None:
+        """Drop uses, and outputs of uses, that no gradient of the loss comes back to: they need no derivative."""
+        live = {self.graph.loss}
+        for node in reversed(self.graph.data_nodes):
+            if node.name not in FLAT and not live.isdisjoint(node.outputs):
+                live.update(i for i in node.inputs if self.graph.values[i].differentiable)
+        kept = [(use, tuple(j for j in use.outputs if use.node.outputs[j] in live)) for use in self.graph.uses]
+        self.graph.uses = [replace(use, outputs=outputs) for use, outputs in kept if outputs]
 
     def new(self, value: Value) -> int:
         self.graph.values.append(value)
@@ -206,7 +231,7 @@ class _Tracer:
     ) -> list[int]:
         values = [self.graph.values[i] for i in inputs]
         data = any(value.data for value in values)
-        leaves = frozenset().union(*(value.leaves for value in values if not value.data))
+        leaves = frozenset().union(*(v.leaves for v in values if not v.data and name not in FLAT))
         operands = [value for value in values if value.leaves]
         outputs = []
         for aval in avals:
@@ -272,6 +297,19 @@ class _Tracer:
             source,
         )
         return row
+
+
+def bodies(node: Node) -> Iterator[tuple[Graph, list[int]]]:
+    """The jaxprs that a node runs, each as a graph whose `example` is all that goes in, and the numbers of its outputs.
+
+    Not those of a node with a derivative rule of its own, nor of a while loop, which has none whatever it holds.
+    """
+    held = node.params[_BODIES[node.name]] if node.name in _BODIES else ()
+    for each in held if isinstance(held, tuple) else (held,):
+        tracer, (jaxpr, constants) = _Tracer(), _inner(each)
+        tracer.graph.example = tuple(tracer.new(Value(variable.aval, True)) for variable in jaxpr.invars)
+        outputs = tracer.copy(jaxpr, [tracer.constant(c) for c in constants], tracer.graph.example)
+        yield tracer.graph, outputs
 
 
 def _inner(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:

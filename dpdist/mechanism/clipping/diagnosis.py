@@ -1,0 +1,112 @@
+"""Why a loss has no per-example gradients: the equation at fault, the parameters behind it, and its line.
+
+JAX says at best which primitive failed, not which of the loss's many equations. That is found by asking for the
+derivative of ever shorter ends of the loss. It is asked only once something has failed, so no sum depends on it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpdist.mechanism.clipping.graph import FLAT, Graph, Node, UnsupportedLossError, bodies
+from dpdist.mechanism.clipping.paths import paths_of
+
+#: What JAX raises for a primitive without a rule, for a wrong rule of the user's own, and for a while loop.
+REFUSALS = (NotImplementedError, TypeError, ValueError)
+_REMEDY = "jax.custom_vjp to give it the rule that is missing"
+_REMEDIES = {
+    "while": "lax.scan, or lax.fori_loop with a trip count known when it is traced",
+    "pure_callback": "a vmap_method, and jax.custom_vjp to give it a derivative",
+}
+_SHOWN = 8  # paths of parameters in a message
+
+
+def unsupported(graph: Graph, params: Any) -> UnsupportedLossError | None:
+    """The error that names what of this loss JAX can't differentiate or batch; None if there is nothing."""
+    reaching = {n: graph.values[n].leaves for n in (*graph.params, *graph.example)}
+    found = _fault(graph, [graph.loss], reaching)
+    return None if found is None else UnsupportedLossError(_message(*found, paths_of(params)))
+
+
+def _message(node: Node, leaves: Collection[int], refusal: Exception, paths: Sequence[str]) -> str:
+    names = ", ".join(paths[n] for n in sorted(leaves)[:_SHOWN])
+    more = f" and {len(leaves) - _SHOWN} more" if len(leaves) > _SHOWN else ""
+    where = (
+        f"which the gradient of {names}{more} goes through" if leaves else "which no parameter that trains goes into"
+    )
+    stop = ", or lax.stop_gradient on what goes in where no gradient is meant" if leaves else ""
+    return (
+        f"{node.name} at {node.source}, {where}, has no per-example derivative: "
+        f"use {_REMEDIES.get(node.name, _REMEDY)}{stop} (JAX: {str(refusal).removesuffix('.')})"
+    )
+
+
+def _fault(
+    graph: Graph, outputs: Sequence[int], reaching: Mapping[int, frozenset[int]]
+) -> tuple[Node, frozenset[int], Exception] | None:
+    """The last node whose derivative is needed and does not exist, the parameters behind it and what JAX says.
+
+    Args:
+        outputs: whose gradients are asked for.
+        reaching: for every input of the graph, the leaves that a gradient from there flows to.
+    """
+    nodes, reaching = graph.nodes, dict(reaching)
+    for node in nodes:
+        leaves = _behind(node, reaching) if node.name not in FLAT else frozenset()
+        reaching |= {i: leaves if graph.values[i].differentiable else frozenset() for i in node.outputs}
+    if _refusal(graph, 0, outputs, reaching) is None:
+        return None
+
+    # A shorter end needs fewer derivatives, so the node is the one before the longest end that has them all.
+    ends = range(1, len(nodes) + 1)
+    number = bisect_left(ends, True, key=lambda start: _refusal(graph, start, outputs, reaching) is None)
+    node, refusal = nodes[number], _refusal(graph, number, outputs, reaching)
+    assert refusal is not None
+    leaves = _behind(node, reaching)
+    for body, results in bodies(node):
+        # What a step of a scan carries out goes into the next, so any input may be behind any other.
+        own = node.inputs[len(node.inputs) - len(body.example) :]  # all but the index of a branch
+        into = {
+            i: leaves if node.name == "scan" else reaching.get(n, frozenset())
+            for i, n in zip(body.example, own, strict=True)
+        }
+        inside = {i: behind if body.values[i].differentiable else frozenset() for i, behind in into.items()}
+        if (found := _fault(body, results, inside)) is not None:
+            return found
+    return node, leaves, refusal
+
+
+def _behind(node: Node, reaching: Mapping[int, frozenset[int]]) -> frozenset[int]:
+    return frozenset().union(*(reaching.get(i, frozenset()) for i in node.inputs))
+
+
+def _refusal(
+    graph: Graph, start: int, outputs: Sequence[int], reaching: Mapping[int, frozenset[int]]
+) -> Exception | None:
+    """What JAX says to the derivative of the nodes from `start` on, with respect to all that goes into them."""
+    end = graph.nodes[start:]
+    later = {i for node in end for i in node.outputs}
+    axes = {i: 0 if graph.values[i].data else None for i in reaching if i not in later}
+
+    def gradients(known: dict[int, Any]) -> Any:
+        def results(moved: dict[int, Any]) -> list[Any]:
+            values = graph.constants | known | moved
+            for node in end:
+                values.update(zip(node.outputs, node.call(*(values[i] for i in node.inputs)), strict=True))
+            return [values[i] for i in outputs if graph.values[i].differentiable]
+
+        found, back = jax.vjp(results, {i: value for i, value in known.items() if reaching[i]})
+        return back([jnp.ones_like(value) for value in found])
+
+    two = {None: (), 0: (2,)}  # as few examples as a batch can have
+    shapes = {i: jax.ShapeDtypeStruct(two[axis] + graph.aval(i).shape, graph.aval(i).dtype) for i, axis in axes.items()}
+    try:
+        jax.eval_shape(jax.vmap(gradients, in_axes=(axes,)), shapes)
+    except REFUSALS as error:
+        return error
+    return None

@@ -1,0 +1,194 @@
+"""Losses that hold what JAX cannot differentiate: exact where no gradient goes through it, named where one would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import io_callback
+from test_clipping import clipped, flat, one_by_one
+from zoo import normal
+
+from dpdist.mechanism.clipping import METHODS, UnsupportedLossError, clipped_grad_sum
+
+Loss = Callable[[Any, Any], Any]
+PARAMS = {"net": {"w": normal(1, 4, 4), "v": normal(2, 4)}, "head": normal(3, 4)}
+BATCH = {"x": normal(4, 3, 4, scale=1.0)}
+ONES = np.ones(3, np.float32)
+
+
+def hidden(p: Any, e: Any) -> Any:
+    return jnp.tanh(e["x"] @ p["net"]["w"]) * p["net"]["v"]
+
+
+def score(p: Any, h: Any) -> Any:
+    return jnp.sum((h * p["head"]) ** 2)
+
+
+def shrunk(x: Any, factor: Any = 0.5) -> Any:
+    """As often as it takes to fall below a bound."""
+    return lax.while_loop(lambda h: jnp.max(jnp.abs(h)) > 0.4, lambda h: h * factor, x)  # LINE: while
+
+
+def shrinkings(x: Any) -> Any:
+    """How often that is: an integer, beside which the loop carries what depends on x."""
+    again, body = lambda carry: jnp.max(jnp.abs(carry[1])) > 0.4, lambda carry: (carry[0] + 1, carry[1] * 0.5)
+    return lax.while_loop(again, body, (0, x))[0]
+
+
+def on_host(x: Any, **how: Any) -> Any:
+    return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x, **how)  # LINE: pure_callback
+
+
+def seen_by_host(x: Any) -> Any:
+    return io_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)  # LINE: io_callback
+
+
+def triangular(x: Any) -> Any:
+    return lax.linalg.schur(x[:, None] * x)[0][0]  # LINE: schur
+
+
+@jax.custom_vjp
+def wrong_rule(x: Any) -> Any:
+    return x * 2
+
+
+wrong_rule.defvjp(lambda x: (x * 2, None), lambda _, gradient: (gradient, gradient))
+
+
+def wrong(x: Any) -> Any:
+    return wrong_rule(x)  # LINE: custom_vjp_call
+
+
+def beside_a_harmless_one(p: Any, e: Any) -> Any:
+    loss = score(p, shrunk(hidden(p, e)))
+    after = lax.while_loop(lambda h: jnp.sum(h) > 0.4, lambda h: h * p["head"], shrunk(e["x"]))
+    return loss + jnp.sum(lax.stop_gradient(after))
+
+
+HIDDEN, ALL = {"net/v", "net/w"}, {"head", "net/v", "net/w"}
+#: The loss, the equation at fault, and the parameters behind it.
+UNSUPPORTED: dict[str, tuple[Loss, str, set[str]]] = {
+    "after parameters": (lambda p, e: score(p, shrunk(hidden(p, e))), "while", HIDDEN),
+    "of the loss": (lambda p, e: shrunk(score(p, hidden(p, e))), "while", ALL),
+    "over a parameter": (lambda p, e: score(p, shrunk(e["x"], jnp.sin(p["net"]["v"]))), "while", {"net/v"}),
+    "of parameters alone": (lambda p, e: score(p, e["x"] * shrunk(p["net"]["v"])), "while", {"net/v"}),
+    "of one that is not stopped": (
+        lambda p, e: score(p, shrunk(e["x"] * lax.stop_gradient(p["head"]) * p["net"]["v"])), "while", {"net/v"},
+    ),
+    "under jit": (jax.jit(lambda p, e: score(p, jax.jit(shrunk)(hidden(p, e)))), "while", HIDDEN),
+    "in a branch": (lambda p, e: score(p, lax.cond(e["x"][0] > 0, shrunk, jnp.sin, hidden(p, e))), "while", HIDDEN),
+    "in a scan": (lambda p, e: score(p, lax.map(shrunk, hidden(p, e))), "while", HIDDEN),
+    "in a rematerialised part": (lambda p, e: score(p, jax.checkpoint(shrunk)(hidden(p, e))), "while", HIDDEN),
+    "beside a harmless one": (beside_a_harmless_one, "while", HIDDEN),
+    "callback": (lambda p, e: score(p, on_host(hidden(p, e), vmap_method="sequential")), "pure_callback", HIDDEN),
+    "callback for one example only": (lambda p, e: score(p, on_host(e["x"]) * p["net"]["v"]), "pure_callback", set()),
+    "callback with effects": (lambda p, e: score(p, seen_by_host(hidden(p, e))), "io_callback", HIDDEN),
+    "no rule": (lambda p, e: score(p, triangular(hidden(p, e))), "schur", HIDDEN),
+    "wrong rule": (lambda p, e: score(p, wrong(hidden(p, e))), "custom_vjp_call", HIDDEN),
+}  # fmt: skip
+
+EXACT: dict[str, Loss] = {
+    "stopped after": lambda p, e: score(p, e["x"] * lax.stop_gradient(shrunk(hidden(p, e)))),
+    "stopped after, over a parameter": lambda p, e: score(p, lax.stop_gradient(shrunk(e["x"], jnp.sin(p["net"]["v"])))),
+    "stopped before": lambda p, e: score(p, shrunk(lax.stop_gradient(hidden(p, e)))),
+    "of stopped parameters": lambda p, e: score(p, shrunk(e["x"] * lax.stop_gradient(p["net"]["v"]))),
+    "of data alone": lambda p, e: score(p, jnp.tanh(shrunk(e["x"]) @ p["net"]["w"])),
+    "integer result": lambda p, e: score(p, hidden(p, e) * shrinkings(hidden(p, e))),
+    "boolean result": lambda p, e: score(p, jnp.where(shrunk(hidden(p, e)) > 0.1, hidden(p, e), e["x"])),
+    "rounded result": lambda p, e: score(p, hidden(p, e) + lax.floor(9 * shrunk(e["x"], jnp.sin(p["net"]["v"])))),
+    "callback of data": lambda p, e: score(p, hidden(p, e) * on_host(e["x"], vmap_method="sequential")),
+    "callback, stopped before": lambda p, e: score(
+        p, hidden(p, e) * on_host(lax.stop_gradient(hidden(p, e)), vmap_method="sequential")
+    ),
+    "static trip count": lambda p, e: score(p, lax.fori_loop(0, 3, lambda _, h: jnp.sin(h), hidden(p, e))),
+}
+
+
+def line_of(primitive: str) -> int:
+    """The line of this file that says it holds `primitive`."""
+    lines = Path(__file__).read_text().splitlines()
+    return next(number for number, line in enumerate(lines, 1) if line.endswith(f"# LINE: {primitive}"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_has_no_derivative_is_named_with_its_line_and_parameters(name: str, method: str) -> None:
+    loss_fn, primitive, behind = UNSUPPORTED[name]
+    function = jax.jit(clipped_grad_sum(loss_fn, clip_norm=1.0, method=method))
+    with pytest.raises(UnsupportedLossError) as caught:
+        function(PARAMS, BATCH, ONES)
+    message = str(caught.value)
+    assert message.startswith(f"{primitive} at {__file__}:{line_of(primitive)}:"), message
+    assert {path for path in ALL if path in message} == behind, message
+    assert ("lax.scan" if primitive == "while" else "jax.custom_vjp") in message
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", EXACT)
+def test_what_no_gradient_goes_through_is_exact(name: str, method: str) -> None:
+    """dpdist's warnings are errors here, so no other method has taken the place of the one that is asked for."""
+    gradients, norms = one_by_one(EXACT[name], PARAMS, BATCH, 3)
+    mask, clip_norm = np.array([1, 0, 1], np.float32), float(np.median(norms))
+    sums, found = jax.jit(clipped_grad_sum(EXACT[name], clip_norm=clip_norm, method=method))(PARAMS, BATCH, mask)
+    expected = clipped(gradients, mask, clip_norm)
+    assert np.linalg.norm(flat(sums) - expected) <= 1e-5 * np.linalg.norm(expected)
+    assert np.abs(np.asarray(found)[mask > 0] / norms[mask > 0] - 1).max() < 1e-5
+
+
+def test_per_example_takes_the_place_of_a_method_that_asks_for_a_derivative_too_many() -> None:
+    """No gradient of `v` comes out of the branches, which the graph takes for one equation that `v` goes into."""
+
+    def loss_fn(p: Any, e: Any) -> Any:
+        stopped = [lambda x: lax.stop_gradient(x * p["net"]["v"]), lambda x: lax.stop_gradient(x - p["net"]["v"])]
+        return score(p, shrunk(lax.cond(e["x"][0] > 0, *stopped, e["x"])))
+
+    gradients, norms = one_by_one(loss_fn, PARAMS, BATCH, 3)
+    clip_norm = float(np.median(norms))
+    with pytest.warns(UserWarning, match="per_example takes the place"):
+        sums, _ = clipped_grad_sum(loss_fn, clip_norm=clip_norm, method="ghost")(PARAMS, BATCH, ONES)
+    expected = clipped(gradients, ONES, clip_norm)
+    assert np.linalg.norm(flat(sums) - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_parameters_need_no_derivative(method: str) -> None:
+    loss_fn, _, _ = UNSUPPORTED["after parameters"]
+    function = clipped_grad_sum(loss_fn, clip_norm=1e6, method=method, frozen=frozenset(HIDDEN))
+    sums, _ = jax.jit(function)(PARAMS, BATCH, ONES)
+    h = jax.vmap(lambda x: shrunk(hidden(PARAMS, {"x": x})))(BATCH["x"])
+    assert np.allclose(sums["head"], np.sum(2 * h**2 * PARAMS["head"], axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mistake_in_the_loss_itself_stays_what_it_is(method: str) -> None:
+    function = clipped_grad_sum(lambda p, e: jnp.sum(e["x"] @ p["head"][:3]), clip_norm=1.0, method=method)
+    with pytest.raises(TypeError, match="contracting dimensions"):
+        function(PARAMS, BATCH, ONES)
+
+
+def test_of_many_parameters_the_first_are_named() -> None:
+    function = clipped_grad_sum(lambda p, e: shrunk(sum(jnp.sum(w * e["x"]) for w in p)), clip_norm=1.0)
+    with pytest.raises(UnsupportedLossError, match="gradient of 0, 1, 2, 3, 4, 5, 6, 7 and 3 more goes through"):
+        function([normal(i, 4) for i in range(11)], BATCH, ONES)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_that_is_no_scalar_is_refused(method: str) -> None:
+    function = clipped_grad_sum(lambda p, e: e["x"] * p["w"], clip_norm=1.0, method=method)
+    with pytest.raises(UnsupportedLossError, match="floating-point scalar"):
+        function({"w": normal(1, 4)}, BATCH, ONES)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_complex_parameter_is_refused(method: str) -> None:
+    """Its gradient is complex, and to float32 only the real part would be left."""
+    function = clipped_grad_sum(lambda p, e: jnp.sum(jnp.abs(e["x"] * p["w"])), clip_norm=1.0, method=method)
+    with pytest.raises(UnsupportedLossError, match="w is complex64: give its real and imaginary parts"):
+        function({"w": normal(1, 4).astype(np.complex64)}, BATCH, ONES)
