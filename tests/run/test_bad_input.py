@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import userland
 from jobs import Jobs, Run, config_with, wait_all
 
 Changes = dict[str, dict[str, Any]]
@@ -40,6 +42,7 @@ CASES: dict[str, tuple[Changes, str, str]] = {
     "not a model": ({"model": {"name": "userland:no_model"}}, "model.name", "dpdist.models.Model"),
     "unknown model option": ({"model": {"options": {"depth": 3}}}, "model.options.depth", "takes"),
     "label out of range": ({"model": {"classes": 3}}, "model.classes", "outside 0 to 2"),
+    "no derivative": ({"model": {"name": "userland:searching"}}, "training.clipping", "lax.scan"),
     "missing data path": ({"data": {"source": "idx"}}, "data.path", "path"),
     "no such directory": ({"data": {"source": "idx", "path": "/nowhere"}}, "data.path", "train-images"),
     "unknown source": ({"data": {"source": "imagenet"}}, "data.source", "digits"),
@@ -71,6 +74,16 @@ def test_it_is_refused_by_name_with_a_remedy_and_nothing_is_spent(
     assert remedy in answer[2]
     assert not run.ledger
     assert not (run.root / "checkpoints").exists() or not run.checkpoints
+
+
+def test_a_loss_without_a_derivative_is_refused_by_its_equation_line_and_parameters(
+    refused: dict[str, tuple[Any, Run]],
+) -> None:
+    (field, value, remedy), _ = refused["no derivative"]
+    assert (field, value) == ("training.clipping", "auto")
+    source = Path(userland.__file__).read_text().splitlines()
+    line = next(number for number, text in enumerate(source, 1) if "jax.lax.while_loop" in text)
+    assert re.match(rf"while at \S*userland.py:{line}:\d+ \(.*apply\), which the gradient of a, b, c, d goes", remedy)
 
 
 def test_a_corrected_mistake_trains_in_the_same_directory(jobs: Jobs) -> None:
