@@ -211,8 +211,8 @@ class Checkpoints:
         return InputError(
             str(self._path(step)),
             value,
-            "this checkpoint cannot be read (damaged?). Bring it back from a backup, or start a new run: going on "
-            "from an older one would draw this run's noise again for other parameters.",
+            "this checkpoint cannot be read (damaged?). Training the run again goes on from the one before; or bring "
+            "it back from a backup.",
         )
 
     def _finish(self, step: int) -> None:

@@ -52,11 +52,12 @@ class Publisher:
         """Close the stream; what is still held stays unsaid."""
         self._stream.close()
 
-    def release(self) -> list[dict[str, Any]]:
-        """Write what is held; call it when the checkpoint it came from is committed."""
-        for record in self._pending:
+    def release(self, step: int) -> list[dict[str, Any]]:
+        """Write what is held up to `step`; call it when that step's checkpoint is committed."""
+        released = [record for record in self._pending if record["step"] <= step]
+        self._pending = [record for record in self._pending if record["step"] > step]
+        for record in released:
             self._stream.write(record)
-        released, self._pending = self._pending, []
         return released
 
 

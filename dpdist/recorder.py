@@ -91,11 +91,11 @@ class Recorder:
         shown = read(self._metrics)
         return step != self._plan.steps and any(r["step"] == step and "accuracy" in r for r in shown)
 
-    def committed(self) -> None:
-        """The newest checkpoint is on disk: what was measured on it may be shown."""
+    def committed(self, step: int) -> None:
+        """The checkpoint of `step` is on disk: what was measured up to it may be shown."""
         if not self._job.is_main:
             return
-        for record in self._public.release():
+        for record in self._public.release(step):
             self._progress.show_accuracy(record["accuracy"])
 
     def epsilon(self, step: int) -> float | None:

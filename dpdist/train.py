@@ -126,7 +126,9 @@ def train(config: Config) -> dict[str, Any]:
 
         def note_failure(kind: object, *_: object) -> None:
             if kind is not None and kind is not LeaseLostError and ledger is not None:
-                run.write_summary(summarise(plan, job, config, recorder, ledger, step=step, ended=False, digest=None))
+                failed = summarise(plan, job, config, recorder, ledger, step=step, ended=False, digest=None)
+                with contextlib.suppress(OSError):  # a full disk must not hide what it has led to
+                    run.write_summary(failed)
 
         def measure(step: int) -> bool:
             """Evaluate, and say whether it could be done before the job was told to leave."""
@@ -164,16 +166,19 @@ def train(config: Config) -> dict[str, Any]:
             watchdog.beat(step)
             step += 1
             leaving = preempted(job)
+            checkpoints.check()
             if step == plan.steps or due(step) or leaving or step % block == 0:
                 with watchdog.allow(config.cluster.shutdown_timeout):
-                    save(step)
-                saved = step
+                    # A disk slower than the steps must not hold them up: an interim save is left out meanwhile.
+                    if step == plan.steps or leaving or not decide(job, checkpoints.busy):
+                        save(step)
+                        saved = step
             if due(step) and not leaving:
                 with watchdog.allow(config.cluster.initialization_timeout):
                     leaving = not measure(step)
             if ledger is not None and saved > ledger.saved_step and checkpoints.committed(saved):
                 ledger.record_saved(saved, now.topology)
-                recorder.committed()
+                recorder.committed(saved)
 
         # End: what was measured is shown only once it is safe on disk.
         with watchdog.allow(config.cluster.initialization_timeout):
@@ -181,7 +186,7 @@ def train(config: Config) -> dict[str, Any]:
             checkpoints.wait()
             if ledger is not None:
                 ledger.record_saved(saved, now.topology)
-                recorder.committed()
+                recorder.committed(saved)
             recorder.close()
             digest = params_digest(state.released)
             if decide(job, lambda: digest) != digest:
