@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +19,6 @@ from dpdist.metrics import Publisher, Stream, read
 from dpdist.progress import ProgressLine
 from dpdist.resume import Start
 from dpdist.rundir import RunDirectory
-
-logger = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -65,11 +62,6 @@ class Recorder:
         """Which ranks the others waited for; under `private/`, since step times depend on the sample. For process 0."""
         for report in stragglers:
             self._stragglers.write(report)
-            logger.info(
-                "rank %(straggler)d on %(host)s is slow: its own work took %(own_seconds).3f s of step %(step)d, the "
-                "median rank's %(median_seconds).3f s",
-                report,
-            )
 
     def flush(self) -> None:
         """Record the newest step too."""

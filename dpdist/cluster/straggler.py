@@ -5,8 +5,8 @@ are ready. No collective lies in between and all devices have equally many micro
 is the machine: a slow disk, a hot or shared GPU, a busy host. The numbers travel through the coordination service's
 key-value store, without a device collective, and process 0 looks at them one sample later, without waiting.
 
-How long a step takes depends on the private sample. Reports belong into `private/diagnostics.jsonl` and the private log
-and nowhere else.
+How long a step takes depends on the private sample. Reports belong into `private/stragglers.jsonl` and nowhere
+else.
 """
 
 from __future__ import annotations

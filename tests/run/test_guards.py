@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
+import os
+import signal
+import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import EVERY, STEPS, Jobs, Run, config_with, wait_all, wait_for
+from jobs import EVERY, STEPS, Jobs, Run, config_with, lines, wait_all, wait_for
 
 from dpdist.mechanism.accounting import epsilon
+from dpdist.mechanism.keys import Keys, Secret
 
 OWN_SECRET = "privacy.insecure_seed=null"
 
@@ -125,20 +129,54 @@ def test_no_step_is_taken_that_would_pass_the_budget(jobs: Jobs) -> None:
     assert summary["epsilon"] == cost(9) <= target
 
 
-def test_the_secret_is_in_no_other_file_and_in_no_output(secretive: Run, jobs: Jobs) -> None:
-    secret = (secretive.root / "private/secret.key").read_bytes()
-    assert len(secret) == 32
-    text = secret.hex()
-    forms = [secret, text.encode(), text.upper().encode(), base64.b64encode(secret), repr(secret).encode()]
-    files = [
-        path
-        for path in [*secretive.root.rglob("*"), *jobs.root.glob("*.err"), *jobs.root.glob("*.out")]
-        if path.is_file() and path.name != "secret.key"
+def spellings(key: bytes) -> list[bytes]:
+    text = key.hex()
+    numbers = str(list(key))[1:-1]
+    encoded = base64.b64encode(key).rstrip(b"="), base64.urlsafe_b64encode(key).rstrip(b"=")
+    return [key, text.encode(), text.upper().encode(), *encoded, repr(key)[2:-1].encode(), numbers.encode()]
+
+
+@pytest.fixture(scope="module")
+def secret_bearing(jobs: Jobs) -> tuple[Run, list[bytes]]:
+    """A run of two processes with a real secret, killed and resumed, and what none of its traces may hold: the secret
+    and the keys of every step, in every spelling. What the processes' arguments and environments held is in two files.
+    """
+    run = jobs.new("bearing")
+    running = jobs.launch(run, 2, 1, OWN_SECRET, "data.prefetch=1", PACE="0.1")
+    running.wait_for_step(run, 6)
+    for pid in (running.pid, *running.ranks().values()):
+        for name in ("cmdline", "environ"):
+            (jobs.root / f"{pid}.{name}").write_bytes(Path(f"/proc/{pid}/{name}").read_bytes())
+    os.kill(running.ranks()[1], signal.SIGKILL)
+    running.wait()
+    assert running.exit_code(1) == 128 + signal.SIGKILL
+    wait_all([jobs.launch(run, 2, 1, OWN_SECRET, "optimizer.learning_rate=0.4")])
+    assert jobs.command("export", str(run.root), "--to", str(run.root / "given")).wait().code == 0
+    key = (run.root / "private/secret.key").read_bytes()
+    assert len(key) == 32
+    held = spellings(key)
+    for plan in run.plans:
+        keys = Keys(Secret(key), bytes.fromhex(plan["nonce"]))
+        for step in range(STEPS):
+            for derived in (keys.sampling(step), keys.noise(step, 1)):
+                held += spellings(derived.tobytes())[:3]
+    return run, held
+
+
+def test_the_secret_and_its_keys_are_in_no_file_output_argument_or_environment(
+    secret_bearing: tuple[Run, list[bytes]], jobs: Jobs
+) -> None:
+    run, held = secret_bearing
+    traces = [
+        *run.root.rglob("*"),
+        *(path for kind in ("err", "out", "cmdline", "environ") for path in jobs.root.glob(f"*.{kind}")),
     ]
-    assert len(files) > 20
+    files = [path for path in traces if path.is_file() and path.name != "secret.key"]
+    kinds = {path.suffix or path.parent.name for path in files}
+    assert {".jsonl", ".log", ".cmdline", ".environ", ".safetensors", ".md", ".err"} <= kinds
     for path in files:
         content = path.read_bytes()
-        assert not any(form in content for form in forms), path
+        assert not any(form in content for form in held), path
 
 
 def test_private_files_are_the_owners_alone(secretive: Run) -> None:
@@ -230,6 +268,34 @@ def test_a_record_that_cannot_be_read_ends_the_run_and_is_quoted_in_private_alon
     assert run.summary["status"] == "failed"
     public = [path for path in run.root.rglob("*") if path.is_file() and "private" not in path.parts]
     assert not any(b"Alice" in path.read_bytes() for path in public)
+
+
+def test_the_rank_that_the_others_wait_for_is_named_in_private_alone(jobs: Jobs) -> None:
+    run = jobs.new("slow")
+    given = ("cluster.devices_per_process=1", "training.steps=120", "checkpoint.every_steps=100", "data.prefetch=1")
+    wait_all(
+        [jobs.train(run, *given, **identity, PACE=f"0.0{rank * 5}") for rank, identity in enumerate(jobs.identities(2))]
+    )
+    reports = lines(run.root / "private/stragglers.jsonl")
+    assert reports
+    for report in reports:
+        assert (report["straggler"], report["host"]) == (1, socket.gethostname())
+        assert 0.5 < report["share_of_step"] <= 1
+    public = [path for path in run.root.rglob("*") if path.is_file() and "private" not in path.parts]
+    assert not any(b"straggler" in path.read_bytes() for path in public)
+
+
+def test_a_second_job_on_a_live_run_is_refused_and_the_first_goes_on(jobs: Jobs, single: Run) -> None:
+    run = jobs.new("twice")
+    running = jobs.train(run, "data.prefetch=1", PACE="0.3")
+    running.wait_for_step(run, 2)
+    ended = [rank.wait() for rank in jobs.ranks(run, 2, 1)]
+    for each in ended:
+        assert each.code == 2
+        assert "is in use by process" in each.err
+    assert running.wait().code == 0
+    assert run.summary["params_sha256"] == single.summary["params_sha256"]
+    assert run.charged == list(range(STEPS))
 
 
 def test_examples_with_nan_add_nothing_and_the_parameters_stay_finite(jobs: Jobs, tmp_path: Path) -> None:
