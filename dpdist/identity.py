@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import numpy as np
+import optax
 
 from dpdist.config import Config, flatten
 from dpdist.plugins import module_file
@@ -55,6 +57,18 @@ def user_code_digest(config: Config) -> str:
     for path in (config.data.source, config.model.name, config.model.loss):
         file = module_file(path.partition(":")[0]) if ":" in path else None
         digest.update(b"\0" if file is None else file.read_bytes())
+    return digest.hexdigest()
+
+
+def step_code_digest(config: Config) -> str:
+    """SHA-256 over what computes gradients and updates outside of the mechanism.
+
+    That is dpdist's models and optimizers, the versions of flax and optax, and `user_code_digest`.
+    """
+    here = Path(__file__).parent
+    digest = hashlib.sha256(f"{user_code_digest(config)} flax {flax.__version__} optax {optax.__version__}".encode())
+    for path in sorted([*(here / "models").rglob("*.py"), here / "gradients.py", here / "optimizer.py"]):
+        digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

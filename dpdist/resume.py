@@ -18,7 +18,7 @@ from dpdist.cluster.job import Job
 from dpdist.cluster.lease import Lease
 from dpdist.config import Config
 from dpdist.errors import InputError
-from dpdist.identity import environment, settings_digest, step_settings, user_code_digest
+from dpdist.identity import environment, settings_digest, step_code_digest, step_settings
 from dpdist.mechanism.keys import Secret, fresh_nonce
 from dpdist.mechanism.ledger import Ledger, LedgerError, Plan
 from dpdist.progress import say
@@ -49,7 +49,7 @@ class Present:
 
     environment: str
     settings: str
-    user_code: str
+    code: str
     data: str
     dataset_size: int
     #: What the order of summation depends on.
@@ -63,7 +63,7 @@ def present(config: Config, job: Job, *, data: str, dataset_size: int) -> Presen
     return Present(
         environment=environment(job.platform),
         settings=settings_digest(config),
-        user_code=user_code_digest(config),
+        code=step_code_digest(config),
         data=data,
         dataset_size=dataset_size,
         topology=json.dumps(shape + rounding),
@@ -159,7 +159,7 @@ def _look(
     from dpdist.plan import plan_on, plan_run  # the accountant takes a second to import, and one process needs it
 
     common: dict[str, Any] = {"dataset_size": now.dataset_size, "environment": now.environment}
-    identity: dict[str, Any] = {"settings": now.settings, "user_code": now.user_code, "data": now.data}
+    identity: dict[str, Any] = {"settings": now.settings, "code": now.code, "data": now.data}
     plan = ledger.plan
     if plan is None:
         if checkpoints.steps():
@@ -266,8 +266,10 @@ def _changes(config: Config, run: RunDirectory, plan: Plan, now: Present, *, sec
         reasons += [f"{name}: {before.get(name)!r} -> {after[name]!r}" for name in changed] or ["a setting changed"]
     if plan.environment != now.environment:
         reasons.append(f"{plan.environment} -> {now.environment}")
-    if plan.user_code != now.user_code:
-        reasons.append("the module:function code that the config names changed")
+    if plan.code != now.code:
+        reasons.append(
+            "the code of the model, the optimizer or the config's module:function changed (or flax or optax)"
+        )
     if secret_lost:
         reasons.append("private/secret.key was lost")
     elif plan.data != now.data:

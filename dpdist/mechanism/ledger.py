@@ -60,10 +60,11 @@ class Plan:
     start: int = 0
     #: What changed, so that a new incarnation had to begin; empty for the first.
     reasons: Sequence[str] = field(default_factory=list)
-    #: What else a step depends on, to notice that it changed: digests of the config and of the user's code, and one of
-    #: the training data that is keyed by the secret (a plain one would let anyone confirm a guess of the data).
+    #: What else a step depends on, to notice that it changed: digests of the config and of the code of model and
+    #: optimizer, and one of the training data that is keyed by the secret (a plain one would let anyone confirm a guess
+    #: of the data).
     settings: str = ""
-    user_code: str = ""
+    code: str = ""
     data: str = ""
     #: The older checkpoint that the user asked to go back to, when this incarnation began.
     resume_step: int | None = None

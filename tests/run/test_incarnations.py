@@ -211,7 +211,7 @@ def test_a_copied_directory_draws_noise_of_its_own(jobs: Jobs, secretive: Run) -
 
 def test_other_data_or_code_is_a_new_incarnation(jobs: Jobs, single: Run) -> None:
     run = single.copy(jobs.new("tampered").root).crash(EVERY)
-    for name, part in (("data", "training data"), ("user_code", "module:function"), ("environment", "elsewhere ->")):
+    for name, part in (("data", "training data"), ("code", "module:function"), ("environment", "elsewhere ->")):
         plans = [i for i, record in enumerate(run.ledger) if record["record"] == "plan"]
         records = run.ledger
         records[plans[-1]][name] = "elsewhere"
