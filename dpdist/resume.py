@@ -253,6 +253,8 @@ def _newest_whole(
             )
         if led_here:
             return step, meta
+        if asked is not None:
+            raise InputError("checkpoint.resume_step", asked, "was left behind by a later incarnation; name another.")
         checkpoints.set_aside(step, run.abandoned)
     return None, None
 

@@ -39,7 +39,10 @@ def train_here(config: Config) -> int:
         elif isinstance(error, QUOTES_NO_DATA):
             print(f"dpdist: failed: {error}", file=sys.stderr)
         else:
-            print(f"dpdist: failed with {type(error).__name__}; what it says is in {log}", file=sys.stderr)
+            kind = type(error).__name__
+            if isinstance(error, OSError) and error.strerror:  # the system's words, such as No space left on device
+                kind += f" ({error.strerror})"
+            print(f"dpdist: failed with {kind}; what it says is in {log}", file=sys.stderr)
         abort(EXIT_FAILED)
     leave()
     return EXIT_PREEMPTED if summary["status"] == "preempted" else EXIT_DONE
