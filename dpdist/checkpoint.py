@@ -119,8 +119,10 @@ class Checkpoints:
         self._background = threading.Thread(target=self._finish, args=(step,), name="dpdist-checkpoint")
         self._background.start()
 
-    def busy(self) -> bool:
-        """Whether a save is still under way on this process."""
+    def busy(self, patience: float = 0.0) -> bool:
+        """Whether a save is still under way on this process, once so many seconds were given to it."""
+        if self._background is not None:
+            self._background.join(patience)
         return self._background is not None and self._background.is_alive()
 
     def check(self) -> None:

@@ -256,6 +256,8 @@ class Checkpoint:
     every_steps: int = 100
     #: Newest checkpoints kept.
     keep: int = 2
+    #: Seconds that training waits at most for the save before; then this one is left out, unless it is the last.
+    stall_timeout: float = 30
     #: Go back, once, to the checkpoint of this step: a new incarnation, in which what came after stays charged.
     resume_step: int | None = None
 
@@ -265,6 +267,7 @@ class Checkpoint:
             self, "resume_step", self.resume_step is None or self.resume_step >= 0, "give the step of a checkpoint."
         )
         _require(self, "keep", self.keep >= 1, "keep at least 1.")
+        _require(self, "stall_timeout", self.stall_timeout >= 0, "give 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,14 +175,14 @@ def _look(
     asked = config.checkpoint.resume_step
     if asked == plan.resume_step:
         asked = None  # gone back to already, when this incarnation began
-    step, meta = _newest_whole(run, ledger, checkpoints, asked)
+    step, meta, damaged = _newest_whole(run, ledger, checkpoints, asked)
     reasons = _changes(config, run, plan, now, secret_lost=secret_lost)
     if ledger.copied:
         reasons.append("the run directory is a copy")
     if asked is not None:
         reasons.append(f"checkpoint.resume_step = {asked}")
     else:
-        reasons += _what_went_missing(ledger, step, now)
+        reasons += _what_went_missing(ledger, step, damaged, now)
     if not reasons:
         return Start(plan=plan, fresh=False, step=step, meta=meta)
     plan = plan_on(
@@ -217,11 +217,15 @@ def _require_one_statement(config: Config, plan: Plan) -> None:
 
 def _newest_whole(
     run: RunDirectory, ledger: Ledger, checkpoints: Checkpoints, asked: int | None
-) -> tuple[int | None, dict[str, Any] | None]:
+) -> tuple[int | None, dict[str, Any] | None, int]:
     """The newest checkpoint that can be read and that led to the current incarnation, or the one asked for.
 
     What is damaged, or was left behind, is moved out of the way: it would count among those that are kept.
+
+    Returns:
+        its step and JSON part, or None; and the newest step of which there is a damaged one, or 0.
     """
+    damaged = 0
     there = checkpoints.steps()
     if asked is not None and asked not in there:
         raise InputError(
@@ -234,6 +238,7 @@ def _newest_whole(
         if problem is not None:
             if asked is not None:
                 raise InputError("checkpoint.resume_step", asked, f"is damaged ({problem}); name another of {there}.")
+            damaged = max(damaged, step)
             to = checkpoints.set_aside(step, run.abandoned)
             say(f"dpdist: checkpoint {step} is damaged ({problem}); moved to {to}, trying the one before it")
             continue
@@ -252,11 +257,11 @@ def _newest_whole(
                 f"its plan is not the one that checkpoint {step} was made under; restore the ledger.",
             )
         if led_here:
-            return step, meta
+            return step, meta, damaged
         if asked is not None:
             raise InputError("checkpoint.resume_step", asked, "was left behind by a later incarnation; name another.")
         checkpoints.set_aside(step, run.abandoned)
-    return None, None
+    return None, None, damaged
 
 
 def _changes(config: Config, run: RunDirectory, plan: Plan, now: Present, *, secret_lost: bool) -> list[str]:
@@ -279,15 +284,17 @@ def _changes(config: Config, run: RunDirectory, plan: Plan, now: Present, *, sec
     return reasons
 
 
-def _what_went_missing(ledger: Ledger, step: int | None, now: Present) -> list[str]:
+def _what_went_missing(ledger: Ledger, step: int | None, damaged: int, now: Present) -> list[str]:
     """Why going on from `step` would not replay what came after it, where that was saved and may have been seen."""
     if step is None and ledger.charged_steps():
         return ["no whole checkpoint is left"]
-    if step is None or step >= ledger.saved_step:
+    newest = max(ledger.saved_step, damaged)
+    if step is None or step >= newest:
         return []
     # On CPU the same programs on the same devices give the same bits, so that nothing new would be released.
-    exact = "cpu" in json.loads(now.topology) and ledger.topologies_since(step) == {now.topology}
-    return [] if exact else [f"checkpoint {ledger.saved_step} is gone, and {step} is older"]
+    known = newest == ledger.saved_step and ledger.topologies_since(step) == {now.topology}
+    exact = known and "cpu" in json.loads(now.topology)
+    return [] if exact else [f"checkpoint {newest} is gone, and {step} is older"]
 
 
 def spending_of(ledger: Ledger | None) -> Callable[[int], float] | None:
@@ -312,6 +319,8 @@ def begin(
     assert ledger is not None
     lease.check()
     ledger.begin(start.plan)  # first: a config without its incarnation would hide what changed
+    if start.meta is not None:
+        ledger.record_saved(start.meta["step"], start.meta["topology"])  # a crash may have come in between
     run.begin(config)
     for step in checkpoints.steps():
         if step > (start.step or 0) or start.step is None:

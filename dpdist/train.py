@@ -98,7 +98,8 @@ def train(config: Config) -> dict[str, Any]:
             if begun.step is not None:
                 state = checkpoints.restore(begun.step, state)
             decide(job, lambda: begin(begun, config, run, lease, ledger, checkpoints))
-            meta = {"config": config_module.to_dict(config), "plan": asdict(plan)} | programs.decisions()
+            meta = {"config": config_module.to_dict(config), "plan": asdict(plan), "topology": now.topology}
+            meta |= programs.decisions()
 
             def save(step: int) -> None:
                 charged = 0
@@ -120,7 +121,7 @@ def train(config: Config) -> dict[str, Any]:
         feed = Feed(dataset.train, planner, job.mesh, data=config.data, start=start, stop=plan.steps)
         cleanup.callback(feed.close)
         stragglers = Stragglers(job)
-        block = config.checkpoint.every_steps
+        block, stall = config.checkpoint.every_steps, config.checkpoint.stall_timeout
         evaluate_every = config.training.evaluate_every or block
         sums, step, saved, measured = step_programs.zero_sums(), start, start, None
 
@@ -168,9 +169,10 @@ def train(config: Config) -> dict[str, Any]:
             leaving = preempted(job)
             checkpoints.check()
             if step == plan.steps or due(step) or leaving or step % block == 0:
-                with watchdog.allow(config.cluster.shutdown_timeout):
+                with watchdog.allow(config.cluster.shutdown_timeout + stall):
                     # A disk slower than the steps must not hold them up: an interim save is left out meanwhile.
-                    if step == plan.steps or leaving or not decide(job, checkpoints.busy):
+                    must = step == plan.steps or leaving
+                    if must or not decide(job, lambda: checkpoints.busy(stall), timeout=job.timeout + stall):
                         save(step)
                         saved = step
             if due(step) and not leaving:

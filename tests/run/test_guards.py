@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import signal
 import socket
@@ -296,6 +297,21 @@ def test_a_second_job_on_a_live_run_is_refused_and_the_first_goes_on(jobs: Jobs,
     assert running.wait().code == 0
     assert run.summary["params_sha256"] == single.summary["params_sha256"]
     assert run.charged == list(range(STEPS))
+
+
+def test_a_job_that_has_lost_the_run_stops_before_it_charges_saves_or_says_anything(jobs: Jobs) -> None:
+    """As one that was frozen for long: another has taken over, and this one wakes."""
+    run = jobs.new("usurped")
+    running = jobs.train(run, "data.prefetch=1", PACE="0.3")
+    running.wait_for_step(run, 1)
+    held = json.loads((run.root / "private/lease.1").read_text())
+    (run.root / "private/lease.2").write_text(json.dumps(held | {"owner": "0" * 32}))
+    ended = running.wait()
+    assert ended.code == 1
+    assert "another job has taken" in ended.err
+    assert run.charged == list(range(EVERY))
+    assert run.checkpoints == [0]
+    assert not (run.root / "summary.json").exists()
 
 
 def test_examples_with_nan_add_nothing_and_the_parameters_stay_finite(jobs: Jobs, tmp_path: Path) -> None:

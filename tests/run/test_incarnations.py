@@ -241,14 +241,27 @@ def lose_the_newest(run: Run) -> None:
 def test_without_its_newest_checkpoint_a_run_ends_as_it_would_have(
     jobs: Jobs, single: Run, harm: Callable[[Run], None]
 ) -> None:
-    run = single.copy(jobs.new("harmed").root).crash(2 * EVERY)
+    run = single.copy(jobs.new("harmed").root)
+    (run.root / "summary.json").unlink()
     harm(run)
     ended = jobs.train(run).wait()
     assert ended.code == 0, ended.err
-    assert ("checkpoint 8 is damaged" in ended.err) == (harm is damage_the_newest)
+    assert (f"checkpoint {STEPS} is damaged" in ended.err) == (harm is damage_the_newest)
     for key in ("params_sha256", "epsilon", "incarnation", "charged_steps", "accuracy"):
         assert run.summary[key] == single.summary[key], key
     assert run.digests == single.digests
+
+
+def test_what_the_ledger_does_not_know_to_be_saved_may_have_been_seen_all_the_same(jobs: Jobs, single: Run) -> None:
+    """The job was killed between the commit of a checkpoint and the ledger's line, and then that was damaged."""
+    run = single.copy(jobs.new("harmed").root).crash(2 * EVERY)
+    saved = {"record": "saved", "incarnation": 0, "step": 2 * EVERY}
+    run.write_ledger([record for record in run.ledger if not saved.items() <= record.items()])
+    damage_the_newest(run)
+    ended = jobs.train(run).wait()
+    assert ended.code == 0, ended.err
+    assert f"checkpoint {2 * EVERY} is gone" in ended.err
+    assert run.summary["incarnation"] == 1
 
 
 def test_on_other_devices_what_was_saved_is_not_drawn_again(jobs: Jobs, single: Run) -> None:
