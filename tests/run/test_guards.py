@@ -314,6 +314,16 @@ def test_a_job_that_has_lost_the_run_stops_before_it_charges_saves_or_says_anyth
     assert not (run.root / "summary.json").exists()
 
 
+def test_not_even_the_private_log_holds_the_secret(jobs: Jobs) -> None:
+    run = jobs.new("leaking")
+    given = ("data.source=userland:leaking", f"data.options.run={run.root}")
+    ended = jobs.train(run, OWN_SECRET, *given).wait()
+    assert ended.code == 1
+    assert "variables: key=b'(secret)'" in run.logs
+    forms = spellings((run.root / "private/secret.key").read_bytes())
+    assert not any(form in text.encode("latin-1", "replace") for form in forms for text in (run.logs, ended.err))
+
+
 def test_examples_with_nan_add_nothing_and_the_parameters_stay_finite(jobs: Jobs, tmp_path: Path) -> None:
     run = jobs.new("nan")
     wait_all([jobs.train(run, "data.source=userland:with_nans", f"data.options.rows={list(range(0, 1000, 7))}")])

@@ -93,6 +93,15 @@ def failing(index: int) -> tuple[Source, None]:
     return Items(train_columns(), {index: fail}), None
 
 
+def leaking(run: str) -> tuple[Source, None]:
+    """Reading the examples raises an error that tells the secret of the run."""
+
+    def fail() -> None:
+        raise ValueError(f"variables: key={(Path(run) / 'private/secret.key').read_bytes()!r}")
+
+    return Items(train_columns(), {index: fail for index in range(100, 900)}), None
+
+
 def malformed(index: int) -> tuple[Source, None]:
     """Example `index` has another shape than all the others."""
     return Items(train_columns(), {index: lambda: {"image": np.zeros(3), "label": np.int32(0)}}), None
