@@ -378,10 +378,8 @@ for number in range(rounds):
     where = f"{directory}/{number}"
     os.mkdir(where)
     (go, start), (judged, wait) = os.pipe(), os.pipe()
-    children = []
     for _ in range(contenders):
-        if child := os.fork():
-            children.append(child)
+        if os.fork():
             continue
         os.close(start), os.close(wait)
         os.read(go, 1)  # ends where the parent closes its end: for all at once
@@ -398,9 +396,14 @@ for number in range(rounds):
         os.read(judged, 1)  # an owner that ended would rightly be replaced
         os._exit(0)
     os.close(go), os.close(judged), os.close(start)
-    time.sleep(0.8)  # longer than contenders look whether the owner is only dying
+    codes, deadline = [], time.monotonic() + 60
+    while len(codes) < contenders - 1 and time.monotonic() < deadline:
+        ended, status = os.waitpid(-1, os.WNOHANG)  # the losers; the owner waits
+        codes += [os.waitstatus_to_exitcode(status)] if ended else []
+        time.sleep(0.005)
     os.close(wait)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    while len(codes) < contenders:
+        codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
     assert not any(codes), (number, codes)
     owners = os.path.getsize(f"{where}/owners")
     assert owners == 1, (number, owners)
