@@ -1,11 +1,13 @@
 """A Python that has imported all of dpdist, has started no JAX backend, and forks children that run things.
 
 It reads one JSON command a line. `start` forks a child that runs the `dpdist` command with `argv`, or calls a
-function of this module and leaves what it returns at `result`; `wait` tells how a child ended.
+function of this module and leaves what it returns at `result`; `wait` tells how a child ended. WARM_IMPORTS, in the
+environment, names further modules to import once.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -141,6 +143,8 @@ def wait(pid: int, seconds: float) -> int | None:
 
 
 def serve() -> None:
+    for name in os.environ.get("WARM_IMPORTS", "").split():
+        importlib.import_module(name)
     children = set()
     for line in sys.stdin:
         command = json.loads(line)
