@@ -6,6 +6,7 @@ waits for the other processes before it tells one that its own save has failed. 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -63,6 +64,7 @@ class Checkpoints:
         self._keep, self._timeout = keep, timeout
         self._main = jax.process_index() == 0
         self._background: threading.Thread | None = None
+        self._saving: int | None = None
         self._failure: SaveFailedError | None = None
 
         # Told who takes part, Orbax meets at the coordination service, within 300 s; otherwise it waits for ever, in a
@@ -96,8 +98,11 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def committed(self, step: int) -> bool:
-        """True where `step` is on disk: Orbax renames a checkpoint to its final name when it is whole."""
-        return self._path(step).is_dir()
+        """True where `step` is whole and would survive a loss of power, so that it may count. For process 0.
+
+        Orbax renames a checkpoint to its final name when it is whole, but synchronises nothing.
+        """
+        return self._path(step).is_dir() and not (step == self._saving and self.busy())
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Begin saving `state` (copied off the devices before this returns) and `meta` (JSON) as `step`.
@@ -116,8 +121,23 @@ class Checkpoints:
         except (OSError, jax.errors.JaxRuntimeError) as error:
             self._fail(step, error)
             self.check()
+        self._saving = step
         self._background = threading.Thread(target=self._finish, args=(step,), name="dpdist-checkpoint")
         self._background.start()
+
+    def synchronise(self, step: int) -> None:
+        """Have the operating system write a checkpoint to the disk, names included. For process 0.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        whole = self._path(step)
+        for path in [*whole.rglob("*"), whole, self.directory]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def busy(self, patience: float = 0.0) -> bool:
         """Whether a save is still under way on this process, once so many seconds were given to it."""
@@ -195,8 +215,11 @@ class Checkpoints:
         """
         try:
             self.wait()
-        finally:
-            self._checkpointer.close()
+        except SaveFailedError:
+            with contextlib.suppress(Exception):  # what Orbax has not written yet fails for the same reason
+                self._checkpointer.close()
+            raise
+        self._checkpointer.close()
 
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
@@ -218,9 +241,11 @@ class Checkpoints:
         )
 
     def _finish(self, step: int) -> None:
-        """In the background: wait for the commit, and only then delete what is older."""
+        """In the background: wait for the commit, and only once that is on the disk delete what is older."""
         try:
             self._checkpointer.wait_until_finished()
+            if self._main:
+                self.synchronise(step)
         except BaseException as error:
             self._fail(step, error)
             return

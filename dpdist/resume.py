@@ -319,8 +319,9 @@ def begin(
     assert ledger is not None
     lease.check()
     ledger.begin(start.plan)  # first: a config without its incarnation would hide what changed
-    if start.meta is not None:
-        ledger.record_saved(start.meta["step"], start.meta["topology"])  # a crash may have come in between
+    if start.step is not None and start.meta is not None:
+        checkpoints.synchronise(start.step)
+        ledger.record_saved(start.step, start.meta["topology"])  # a crash may have come in between
     run.begin(config)
     for step in checkpoints.steps():
         if step > (start.step or 0) or start.step is None:

@@ -18,6 +18,8 @@ from typing import NoReturn
 
 #: What `timeout(1)` returns too.
 EXIT_STUCK = 124
+#: Seconds that writing the stacks may take.
+_DUMPING = 5.0
 
 
 class Watchdog:
@@ -88,13 +90,21 @@ class Watchdog:
         self._end()
 
     def _end(self) -> NoReturn:
-        try:
-            descriptor = os.open(self._dump_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            faulthandler.dump_traceback(descriptor, all_threads=True)
-            where = f"stacks of all threads: {self._dump_path}"
-        except OSError as error:
-            where = f"stacks could not be written: {error}"
-        message = f"watchdog: {self._label} made no progress for {self._allowed:g} s {self._last}; {where}\n"
+        where = [f"stacks could not be written within {_DUMPING:g} s"]
+
+        def dump() -> None:
+            try:
+                descriptor = os.open(self._dump_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                faulthandler.dump_traceback(descriptor, all_threads=True)
+                where.append(f"stacks of all threads: {self._dump_path}")
+            except OSError as error:
+                where.append(f"stacks could not be written: {error}")
+
+        # A thread of its own: what everything waits for may be the file system that the stacks would go to.
+        dumping = threading.Thread(target=dump, daemon=True)
+        dumping.start()
+        dumping.join(_DUMPING)
+        message = f"watchdog: {self._label} made no progress for {self._allowed:g} s {self._last}; {where[-1]}\n"
         # Not print, nor a flush: the stuck thread may hold the lock of sys.stderr's or sys.stdout's buffer.
         os.write(2, message.encode())
         os._exit(EXIT_STUCK)

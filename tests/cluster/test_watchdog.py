@@ -39,8 +39,18 @@ waits_for_a_lost_rank()
     for part in ("rank 3/8", "after step 17", "0.5 s", str(dump)):
         assert part in done.stderr
     assert "waits_for_a_lost_rank" in dump.read_text()
-    assert dump.read_text().count("hread 0x") == 3  # main, feed and the watchdog
+    assert dump.read_text().count("hread 0x") == 4  # main, feed, the watchdog and its writer
     assert stat.S_IMODE(dump.stat().st_mode) == 0o600
+
+
+def test_a_file_system_that_hangs_does_not_keep_the_watchdog_from_ending_the_process(tmp_path: Path) -> None:
+    dump = tmp_path / "stacks"
+    os.mkfifo(dump)  # opening it waits for a reader who never comes
+    began = time.monotonic()
+    done = run("threading.Event().wait()", 0.3, dump)
+    assert done.returncode == 124
+    assert "stacks could not be written within 5 s" in done.stderr
+    assert 5 < time.monotonic() - began < 15
 
 
 def test_a_process_stuck_before_its_first_step_is_ended_too(tmp_path: Path) -> None:

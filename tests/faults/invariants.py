@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jobs import Run
 
 #: Equal on any topology, and equal on the same one.
@@ -81,43 +80,14 @@ def of_finished(run: Run, reference: Run, *, same_topology: bool) -> list[str]:
     if charges(run) != charges(reference):
         found.append(f"the ledger charges {sorted(charges(run))}, not each of {steps} steps once")
     digests, others = digests_of(run), digests_of(reference)
-    unrecorded = unrecorded_steps(run, steps)
     for step in range(steps):
-        if step not in unrecorded and digests.get(step) != others[step]:
+        if digests.get(step) != others[step]:
             found.append(f"step {step} sampled or drew {digests.get(step)}, undisturbed {others[step]}")
     if same_topology:
         for step, accuracies in accuracies_of(run).items():
             if accuracies != accuracies_of(reference).get(step):
                 found.append(f"accuracy of step {step} was shown as {accuracies}")
     return found
-
-
-def of_begun_anew(run: Run, reference: Run) -> list[str]:
-    """What is violated in a run that lost checkpoints and went on as a new incarnation: all is charged, none reused."""
-    summary, expected = run.summary, reference.summary
-    found = of_any(run, expected["steps"])
-    if summary["status"] != "finished":
-        found.append(f"status is {summary['status']!r}")
-    if not summary["epsilon"] > expected["epsilon"]:
-        found.append(f"epsilon is {summary['epsilon']}, no more than that of one incarnation")
-    drawn: dict[str, tuple[int, int]] = {}
-    for record in whole_lines(run.root / "private/diagnostics.jsonl"):
-        step = record["incarnation"], record["step"]
-        if drawn.setdefault(record["noise_sha256"], step) != step:
-            found.append(f"(incarnation, step) {step} drew the noise of {drawn[record['noise_sha256']]}")
-    return found
-
-
-def unrecorded_steps(run: Run, steps: int) -> list[int]:
-    """Steps just before a checkpoint of which there is no record, and there need not be one.
-
-    A step is recorded while the next one runs, so a kill after its checkpoint and before that leaves none, and nobody
-    takes the step again.
-    """
-    saved = {record["step"] for record in whole_lines(run.root / "ledger.jsonl") if record["record"] == "saved"}
-    every = yaml.safe_load((run.root / "config.yaml").read_text())["checkpoint"]["every_steps"]
-    saved.update(range(0, steps + 1, every))
-    return [step for step in range(steps) if step + 1 in saved and step not in digests_of(run)]
 
 
 def digests_of(run: Run) -> dict[int, set[tuple[str, str]]]:

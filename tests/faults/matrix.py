@@ -39,9 +39,7 @@ Two processes on one machine under the real launcher; a rank is held at the phas
 meets the run exactly there. Then the same command is run again. A cell says how the disturbed job ended (the launcher's
 exit code, and the seconds from the fault to the end) or that it went on. Every run has then finished with the
 undisturbed run's parameters, bit for bit, and with its epsilon; every step sampled the same examples and drew the same
-noise whenever it was taken, and the ledger charges each once. Where the disk died, what it had not been told to
-synchronise is gone: the run goes on as another incarnation if that was a checkpoint, with fresh noise and all of it
-charged. A cell in which anything else happened is **bold**. A
+noise whenever it was taken, and the ledger charges each once. A cell in which anything else happened is **bold**. A
 dash stands where the fault makes no sense, see below.
 
 The bounds in the config: heartbeat {heartbeat} s, watchdog {watchdog} s a step, shutdown {shutdown} s, initialization
