@@ -319,6 +319,11 @@ def begin(
     assert ledger is not None
     lease.check()
     ledger.begin(start.plan)  # first: a config without its incarnation would hide what changed
+    if start.fresh and start.plan.reasons:
+        say(
+            f"dpdist: incarnation {start.plan.incarnation} begins at step {start.plan.start}, with fresh samples and "
+            f"noise, since {'; '.join(start.plan.reasons)}. What was taken before stays charged."
+        )
     if start.step is not None and start.meta is not None:
         checkpoints.synchronise(start.step)
         ledger.record_saved(start.step, start.meta["topology"])  # a crash may have come in between

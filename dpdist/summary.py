@@ -9,7 +9,6 @@ from dpdist.cluster.job import Job
 from dpdist.config import Config
 from dpdist.mechanism.ledger import Ledger, Plan
 from dpdist.recorder import Recorder
-from dpdist.resume import Start
 
 
 def summarise(
@@ -78,9 +77,8 @@ def guarantee(config: Config) -> str:
     return "holds"
 
 
-def opening_line(start: Start, job: Job, *, insecure: bool) -> str:
-    """What is about to run, and whether it goes on with a run that was begun otherwise."""
-    plan = start.plan
+def opening_line(plan: Plan, job: Job, *, insecure: bool) -> str:
+    """What is about to run."""
     where = f"{job.num_processes} process(es), {job.device_count} {job.platform} device(s)"
     text = (
         f"dpdist: {plan.steps} steps at q = {plan.sampling_probability:.4g} of {plan.dataset_size} examples on {where}"
@@ -91,11 +89,6 @@ def opening_line(start: Start, job: Job, *, insecure: bool) -> str:
         f"; noise multiplier {plan.noise_multiplier:.4g}, clip norm {plan.clip_norm:g}: "
         f"epsilon {plan.epsilon:.4g} at delta {plan.delta:g}"
     )
-    if start.fresh and plan.reasons:
-        text = (
-            f"dpdist: incarnation {plan.incarnation} begins at step {plan.start}, with fresh samples and noise, since "
-            f"{'; '.join(plan.reasons)}. What was taken before stays charged.\n{text}"
-        )
     if plan.steps < plan.steps_asked:
         text += f"; the budget ends before the {plan.steps_asked} steps asked for"
     if insecure:

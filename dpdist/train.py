@@ -85,7 +85,7 @@ def train(config: Config) -> dict[str, Any]:
             begun = find_start(config, run, ledger, checkpoints, secret, now, job, secret_lost=secret_lost)
             plan, start = begun.plan, begun.step or 0
             if job.is_main:
-                say(opening_line(begun, job, insecure=secret.insecure))
+                say(opening_line(plan, job, insecure=secret.insecure))
 
             # Build: compile every shape that can occur; place the state, new or restored, on the devices.
             programs = build_programs(config, plan, dataset, job, begun.decisions)
@@ -187,7 +187,8 @@ def train(config: Config) -> dict[str, Any]:
         with watchdog.allow(config.cluster.initialization_timeout):
             recorder.flush()
             checkpoints.wait()
-            if ledger is not None:
+            if ledger is not None and lease is not None:
+                lease.check()
                 ledger.record_saved(saved, now.topology)
                 recorder.committed(saved)
             recorder.close()
