@@ -25,6 +25,10 @@ class Stream:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
+    def synchronise(self) -> None:
+        """Have the operating system write to the disk what was written here."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
 
@@ -47,6 +51,10 @@ class Publisher:
     def hold(self, record: dict[str, Any]) -> None:
         """Keep a record that depends on the parameters until `release`."""
         self._pending.append(record)
+
+    def synchronise(self) -> None:
+        """As `Stream.synchronise`, without what is held."""
+        self._stream.synchronise()
 
     def close(self) -> None:
         """Close the stream; what is still held stays unsaid."""

@@ -64,10 +64,13 @@ class Recorder:
             self._stragglers.write(report)
 
     def flush(self) -> None:
-        """Record the newest step too."""
+        """Record the newest step too, on the disk: a run that resumes from its checkpoint will not take it again."""
         if self._latest is not None:
             self._record(*self._latest)
             self._latest = None
+        if self._job.is_main:
+            self._private.synchronise()
+            self._public.synchronise()
 
     def evaluated(self, step: int, accuracy: float) -> None:
         """The parameters after `step` steps have this test accuracy; shown once their checkpoint is committed."""

@@ -173,7 +173,7 @@ def train(config: Config) -> dict[str, Any]:
                     # A disk slower than the steps must not hold them up: an interim save is left out meanwhile.
                     must = step == plan.steps or leaving
                     if must or not decide(job, lambda: checkpoints.busy(stall), timeout=job.timeout + stall):
-                        recorder.flush()  # no step that a resumed run will not take again goes unrecorded
+                        recorder.flush()
                         save(step)
                         saved = step
             if due(step) and not leaving:

@@ -84,6 +84,8 @@ class Fault:
     world: Literal["plain", "host", "pair", "disk"] = "plain"
     #: Undoes it before the job is run again.
     repair: Callable[[Scene], None] = field(default=lambda scene: None)
+    #: A checkpoint that was not yet synchronised may be damaged, so that the run must go on as a new incarnation.
+    may_lose: bool = False
     #: Why it makes no sense at some phases.
     not_at: dict[str, str] = field(default_factory=dict)
 
@@ -182,6 +184,7 @@ FAULTS = {
             UNHEARD,
             world="disk",
             repair=lambda scene: scene.disk.repair(),
+            may_lose=True,
         ),
     )
 }

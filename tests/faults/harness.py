@@ -40,6 +40,8 @@ class Outcome:
     #: How the run ended that was started again, on so many processes and devices each.
     again: int | None = None
     topology: tuple[int, int] = (2, 1)
+    #: The incarnation as which it ended.
+    incarnation: int = 0
     #: What must not be; empty where all is well.
     violations: list[str] = field(default_factory=list)
 
@@ -49,7 +51,8 @@ class Outcome:
         if self.violations:
             return "**" + "; ".join(self.violations[:3])[:300] + "**"
         how = "goes on" if self.code == FINISHED else "ends"
-        return f"{how}: {self.code} after {self.seconds:.1f} s"
+        anew = f"; then incarnation {self.incarnation}" if self.incarnation else ""
+        return f"{how}: {self.code} after {self.seconds:.1f} s{anew}"
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -162,7 +165,7 @@ def disturb(
             running.exit_code(0)
         fault.repair(scene)
         outcome.violations += invariants.of_any(run, STEPS)
-        go_on(bench, run, reference, outcome, environ_again or {})
+        go_on(bench, fault, run, reference, outcome, environ_again or {})
     return outcome
 
 
@@ -219,13 +222,17 @@ def alive(scene: Scene) -> list[int]:
     return found
 
 
-def go_on(bench: Bench, run: Run, reference: Run, outcome: Outcome, environ: dict[str, str]) -> None:
+def go_on(bench: Bench, fault: Fault, run: Run, reference: Run, outcome: Outcome, environ: dict[str, str]) -> None:
     """Run the same command again, and compare what comes out with the undisturbed run."""
     processes, devices = outcome.topology
     ended = [rank.exit_code(AGAIN) for rank in bench.jobs.ranks(run, processes, devices, **environ)]
     outcome.again = next((code for code in ended if code != 0), 0)
     if outcome.again != FINISHED:
         outcome.violations.append(f"run again, its ranks ended with {ended}")
+        return
+    outcome.incarnation = run.summary["incarnation"]
+    if outcome.incarnation and fault.may_lose:
+        outcome.violations += invariants.of_begun_anew(run, reference)
         return
     same = outcome.topology == (2, 1)
     outcome.violations += invariants.of_finished(run, reference, same_topology=same)

@@ -90,6 +90,22 @@ def of_finished(run: Run, reference: Run, *, same_topology: bool) -> list[str]:
     return found
 
 
+def of_begun_anew(run: Run, reference: Run) -> list[str]:
+    """What is violated in a run that lost checkpoints and went on as a new incarnation: all is charged, none reused."""
+    summary, expected = run.summary, reference.summary
+    found = of_any(run, expected["steps"])
+    if summary["status"] != "finished":
+        found.append(f"status is {summary['status']!r}")
+    if not summary["epsilon"] > expected["epsilon"]:
+        found.append(f"epsilon is {summary['epsilon']}, no more than that of one incarnation")
+    drawn: dict[str, tuple[int, int]] = {}
+    for record in whole_lines(run.root / "private/diagnostics.jsonl"):
+        step = record["incarnation"], record["step"]
+        if drawn.setdefault(record["noise_sha256"], step) != step:
+            found.append(f"(incarnation, step) {step} drew the noise of {drawn[record['noise_sha256']]}")
+    return found
+
+
 def digests_of(run: Run) -> dict[int, set[tuple[str, str]]]:
     """What each step sampled and drew, in all its replays: in a good run one pair each."""
     found: dict[int, set[tuple[str, str]]] = {}

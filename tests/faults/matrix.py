@@ -39,8 +39,10 @@ Two processes on one machine under the real launcher; a rank is held at the phas
 meets the run exactly there. Then the same command is run again. A cell says how the disturbed job ended (the launcher's
 exit code, and the seconds from the fault to the end) or that it went on. Every run has then finished with the
 undisturbed run's parameters, bit for bit, and with its epsilon; every step sampled the same examples and drew the same
-noise whenever it was taken, and the ledger charges each once. A cell in which anything else happened is **bold**. A
-dash stands where the fault makes no sense, see below.
+noise whenever it was taken, and the ledger charges each once. Where the disk died, a checkpoint that had its name and
+was not yet synchronised is damaged; it may have been seen, so the run goes on from the one before as another
+incarnation, with fresh noise and all of it charged. A cell in which anything else happened is **bold**. A dash stands
+where the fault makes no sense, see below.
 
 The bounds in the config: heartbeat {heartbeat} s, watchdog {watchdog} s a step, shutdown {shutdown} s, initialization
 {initialization} s. Exit codes: 137 ended by SIGKILL, 134 by SIGABRT (JAX's own end of a rank that misses another), 124
