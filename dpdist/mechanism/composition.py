@@ -79,7 +79,9 @@ def affordable_further_steps(
     """How many of the steps of `further` fit under the target after `before`, by `adaptive_epsilon`; it may be 0."""
     left = _left(before, target_epsilon, order, delta)
     each = _divergences(Phase(further.sampling_probability, further.noise_multiplier, 1), [order])[0]
-    steps = min(further.steps, int(max(0.0, left) / each))
+    if left <= 0:
+        return 0
+    steps = further.steps if each * further.steps <= left else int(left / each)
 
     def fits(steps: int) -> bool:
         phase = Phase(further.sampling_probability, further.noise_multiplier, steps)

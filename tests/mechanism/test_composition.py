@@ -89,6 +89,12 @@ def test_affordable_steps_fit_and_one_more_does_not() -> None:
     assert affordable_further_steps(before, further, target_epsilon=0.1, order=ORDER, delta=DELTA) == 0
 
 
+def test_steps_that_cost_nothing_that_a_float_can_hold_all_fit() -> None:
+    free = Phase(1e-12, 1e4, 1000)
+    assert affordable_further_steps([PLAN], free, target_epsilon=100.0, order=ORDER, delta=DELTA) == 1000
+    assert affordable_further_steps([PLAN], free, target_epsilon=0.1, order=ORDER, delta=DELTA) == 0
+
+
 def test_calibration_spends_what_is_left_and_no_more() -> None:
     before = [PLAN]
     target = 1.4 * adaptive_epsilon(before, order=ORDER, delta=DELTA)
