@@ -12,11 +12,8 @@ from collections.abc import Callable, Sequence
 from dpdist.config import Config
 from dpdist.errors import InputError
 from dpdist.mechanism import accounting, composition
-from dpdist.mechanism.composition import Phase
+from dpdist.mechanism.composition import ADAPTIVE, Phase, charged_phases, phase_of, total_cost
 from dpdist.mechanism.ledger import Ledger, Plan
-
-#: The accountant's name where what is stated holds at every moment, whatever was changed on seeing results.
-ADAPTIVE = "renyi filter"
 
 
 def plan_run(config: Config, *, dataset_size: int, nonce: bytes, environment: str) -> Plan:
@@ -225,33 +222,6 @@ def _further_noise(plan: Plan, config: Config, ledger: Ledger, before: Sequence[
         )
     except accounting.UnreachableBudgetError as error:
         raise _unreachable(target, error) from None
-
-
-def total_cost(first: Plan, before: Sequence[Phase], own: Phase) -> accounting.Spent:
-    """What the run costs that was begun as `first` and charged `before`, once it has taken its `own` steps too."""
-    assert first.noise_multiplier is not None
-    assert first.delta is not None
-    assert first.renyi_order is not None
-    if composition.within(phase_of(first, first.steps), [*before, own]):
-        return accounting.epsilon(
-            sampling_probability=first.sampling_probability,
-            noise_multiplier=first.noise_multiplier,
-            steps=first.steps,
-            delta=first.delta,
-        )
-    epsilon = composition.adaptive_epsilon([*before, own], order=first.renyi_order, delta=first.delta)
-    return accounting.Spent(epsilon, first.delta, epsilon, ADAPTIVE)
-
-
-def charged_phases(ledger: Ledger, incarnations: int) -> list[Phase]:
-    """What the first so many incarnations are charged."""
-    return [phase_of(plan, ledger.charged_to(plan.incarnation)) for plan in ledger.plans[:incarnations]]
-
-
-def phase_of(plan: Plan, steps: int) -> Phase:
-    """So many steps of a plan with noise."""
-    assert plan.noise_multiplier is not None
-    return Phase(plan.sampling_probability, plan.noise_multiplier, steps)
 
 
 def _unreachable(target: float, error: accounting.UnreachableBudgetError) -> InputError:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from dpdist.config import Config
+from dpdist.mechanism.composition import ADAPTIVE, charged_phases, phase_of, total_cost
 from dpdist.mechanism.ledger import Ledger, Plan
-from dpdist.plan import ADAPTIVE, charged_phases, phase_of, total_cost
 from dpdist.summary import guarantee
 
 MECHANISM = (

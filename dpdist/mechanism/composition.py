@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dp_accounting.rdp import RdpAccountant
 
@@ -30,9 +30,15 @@ from dpdist.mechanism.accounting import (
     ORDERS,
     RELATION,
     SMALLEST_NOISE_MULTIPLIER,
+    Spent,
     UnreachableBudgetError,
+    epsilon,
     poisson_gaussian,
 )
+from dpdist.mechanism.ledger import Ledger, Plan
+
+#: The accountant's name where what is stated holds at every moment, whatever was changed on seeing results.
+ADAPTIVE = "renyi filter"
 
 
 @dataclass(frozen=True)
@@ -73,19 +79,45 @@ def within(first: Phase, phases: Sequence[Phase]) -> bool:
     return all(phase.alike(first) for phase in phases) and sum(phase.steps for phase in phases) <= first.steps
 
 
+def total_cost(first: Plan, before: Sequence[Phase], own: Phase) -> Spent:
+    """What the run costs that was begun as `first` and charged `before`, once it has taken its `own` steps too."""
+    assert first.noise_multiplier is not None
+    assert first.delta is not None
+    assert first.renyi_order is not None
+    if within(phase_of(first, first.steps), [*before, own]):
+        return epsilon(
+            sampling_probability=first.sampling_probability,
+            noise_multiplier=first.noise_multiplier,
+            steps=first.steps,
+            delta=first.delta,
+        )
+    adaptive = adaptive_epsilon([*before, own], order=first.renyi_order, delta=first.delta)
+    return Spent(adaptive, first.delta, adaptive, ADAPTIVE)
+
+
+def charged_phases(ledger: Ledger, incarnations: int) -> list[Phase]:
+    """What the first so many incarnations are charged."""
+    return [phase_of(plan, ledger.charged_to(plan.incarnation)) for plan in ledger.plans[:incarnations]]
+
+
+def phase_of(plan: Plan, steps: int) -> Phase:
+    """So many steps of a plan with noise."""
+    assert plan.noise_multiplier is not None
+    return Phase(plan.sampling_probability, plan.noise_multiplier, steps)
+
+
 def affordable_further_steps(
     before: Sequence[Phase], further: Phase, *, target_epsilon: float, order: int, delta: float
 ) -> int:
     """How many of the steps of `further` fit under the target after `before`, by `adaptive_epsilon`; it may be 0."""
     left = _left(before, target_epsilon, order, delta)
-    each = _divergences(Phase(further.sampling_probability, further.noise_multiplier, 1), [order])[0]
+    each = _divergences(replace(further, steps=1), [order])[0]
     if left <= 0:
         return 0
     steps = further.steps if each * further.steps <= left else int(left / each)
 
     def fits(steps: int) -> bool:
-        phase = Phase(further.sampling_probability, further.noise_multiplier, steps)
-        return adaptive_epsilon([*before, phase], order=order, delta=delta) <= target_epsilon
+        return adaptive_epsilon([*before, replace(further, steps=steps)], order=order, delta=delta) <= target_epsilon
 
     while steps > 0 and not fits(steps):  # the quotient was rounded
         steps -= 1
