@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -108,21 +107,7 @@ class Bench:
             "FAULT_AT": str(AFTER.get(phase, LATER)),
             "FAULT_DIR": str(gate),
         }
-        out, err = gate / "out", gate / "err"
-        with out.open("w") as stdout, err.open("w") as stderr:
-            process = subprocess.Popen(
-                command, cwd=jobs.root, env=jobs.environ | told, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
-            )
-
-        def exit_code(seconds: float) -> int | None:
-            try:
-                return process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                process.kill()  # its ranks die with it
-                process.wait()
-                return None
-
-        return Running(process.pid, out, err, exit_code)
+        return jobs.program(command, **told)
 
 
 @contextlib.contextmanager

@@ -261,10 +261,14 @@ class Jobs:
     def launch(self, run: Run, processes: int, devices: int, *overrides: str, **environ: str) -> Running:
         """`dpdist train --processes`, with so many devices each."""
         argv = self._train(run, f"cluster.devices_per_process={devices}", *overrides)
+        return self.program([sys.executable, "-m", "launch", *argv, "--processes", str(processes)], **environ)
+
+    def program(self, command: list[str], **environ: str) -> Running:
+        """A program of its own, whose children die with it."""
         out, err = self._outputs()
         with out.open("w") as stdout, err.open("w") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "launch", *argv, "--processes", str(processes)],
+                command,
                 cwd=self.root,
                 env=self.environ | environ,
                 stdin=subprocess.DEVNULL,
@@ -276,7 +280,7 @@ class Jobs:
             try:
                 return process.wait(seconds)
             except subprocess.TimeoutExpired:
-                process.kill()  # its ranks die with it
+                process.kill()
                 process.wait()
                 return None
 

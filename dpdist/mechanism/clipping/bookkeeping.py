@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32
 
-from dpdist.mechanism.clipping.diagnosis import REFUSALS, unsupported
+from dpdist.mechanism.clipping.diagnosis import NoDerivativeError, deriving, unsupported
 from dpdist.mechanism.clipping.factors import Factors
 from dpdist.mechanism.clipping.graph import Graph, Use, trace
 from dpdist.mechanism.clipping.norms import Side, squared_norm
@@ -53,7 +53,7 @@ def bookkeeping_grad_sum(
         plans, factors = planner(graph, params)
         try:
             return passes(graph, plans, factors, params, batch, mask)
-        except REFUSALS as error:
+        except NoDerivativeError as error:
             if (named := unsupported(graph, params)) is not None:
                 raise named from error
             # Shifts ask for one derivative more than the loss where an opaque equation stops the gradient inside.
@@ -118,7 +118,8 @@ class _Pass:
             return back(jnp.ones_like(value))[0], operands
 
         #: For every use, the gradients at its outputs, and its data operands by number, each with leading axis p.
-        self._at_outputs, self._operands = jax.vmap(one_example, axis_size=examples)(*batch)
+        with deriving():
+            self._at_outputs, self._operands = jax.vmap(one_example, axis_size=examples)(*batch)
         self._instantiated = self._instantiate()
 
     def norms(self) -> tuple[Float32[Array, " p"], Float32[Array, " p"]]:
@@ -230,7 +231,8 @@ class _Pass:
             mine = [self._shared[node.inputs[position]] for position in use.operands]
             return list(jax.vjp(outputs, *mine)[1](list(at_outputs)))
 
-        found = jax.vmap(one_example, axis_size=self._examples)(self._operands[u], self._at_outputs[u])
+        with deriving():
+            found = jax.vmap(one_example, axis_size=self._examples)(self._operands[u], self._at_outputs[u])
         gradients: dict[int, Array] = {}
         for position, gradient in zip(use.operands, found, strict=True):
             number = node.inputs[position]  # the same value may be an operand twice
@@ -251,8 +253,9 @@ class _Pass:
             known = self._graph.compute_params(leaves)
             return [known[number] for number in numbers]
 
-        _, back = jax.vjp(derived, *(self._leaves[n] for n in reached))
-        found = jax.vmap(back)([pending[number] for number in numbers])
+        with deriving():
+            _, back = jax.vjp(derived, *(self._leaves[n] for n in reached))
+            found = jax.vmap(back)([pending[number] for number in numbers])
         return {n: gradient.astype(jnp.float32) for n, gradient in zip(reached, found, strict=True)}
 
 

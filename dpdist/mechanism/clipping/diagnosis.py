@@ -7,7 +7,8 @@ derivative of ever shorter ends of the loss. It is asked only once something has
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -24,6 +25,23 @@ _REMEDIES = {
     "pure_callback": "a vmap_method, and jax.custom_vjp to give it a derivative",
 }
 _SHOWN = 8  # paths of parameters in a message
+
+
+class NoDerivativeError(Exception):
+    """JAX refused a derivative that was asked of it; why is its cause."""
+
+
+@contextmanager
+def deriving() -> Iterator[None]:
+    """For where JAX derives what the user wrote, and nothing else: a mistake of ours must not pass for a refusal.
+
+    Raises:
+        NoDerivativeError: in place of what JAX raises.
+    """
+    try:
+        yield
+    except REFUSALS as error:
+        raise NoDerivativeError(str(error)) from error
 
 
 def unsupported(graph: Graph, params: Any) -> UnsupportedLossError | None:
