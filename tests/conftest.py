@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from jobs import Jobs, Run, wait_all
+
+if TYPE_CHECKING:
+    from dpdist.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +42,17 @@ def four_processes(jobs: Jobs) -> Run:
     run = jobs.new("4x1")
     wait_all(jobs.ranks(run, 4, 1))
     return run
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
+    """Step 1 is saved."""
+    from saves import META, state  # Orbax takes seconds to import, and few tests need it
+
+    from dpdist.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints.save(1, state(), META)
+    checkpoints.wait()
+    yield checkpoints
+    checkpoints.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -12,103 +11,17 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from owners import TIMEOUT, Owners
 
 from dpdist.cluster import holder
 from dpdist.cluster.holder import Holder
 from dpdist.cluster.lease import Lease, LeaseLostError
 from dpdist.errors import InputError
-
-#: Seconds of silence that mean death in these tests.
-TIMEOUT = 1.2
-
-#: What a job's process 0 does, one command a line on its standard input, one answer each. As `remote` it calls itself
-#: a process of another boot, so that no one can look it up.
-OWNER = """
-import json, os, sys
-from dpdist.cluster import holder
-from dpdist.cluster.lease import Lease, LeaseLostError
-from dpdist.errors import InputError
-directory, timeout, where = sys.argv[1:]
-if where == "remote":
-    holder._boot = lambda: f"a boot of its own: {os.getpid()}"
-lease = None
-for command in sys.stdin:
-    try:
-        if command == "acquire\\n":
-            lease = Lease.acquire(directory, float(timeout))
-            answer = {"generation": lease.generation, "taken_from": lease.taken_from}
-        else:
-            answer = {"done": getattr(lease, command.strip())()}
-    except (InputError, LeaseLostError) as error:
-        answer = {"error": f"{type(error).__name__}: {error}"}
-    print(json.dumps(answer), flush=True)
-"""
-
-
-class Owner:
-    """A process that holds a lease, or tries to."""
-
-    def __init__(self, directory: Path, where: str, timeout: float, environment: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", OWNER, str(directory), str(timeout), where],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | environment,
-        )
-        self.pid = self.process.pid
-
-    def say(self, command: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
-
-    def do(self, command: str) -> dict[str, Any]:
-        self.say(command)
-        return self.answer()
-
-    def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-        if number == signal.SIGKILL:
-            self.process.wait()
-
-
-class Owners:
-    """Starts owners on one directory, and ends what is left of them."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._running: list[Owner] = []
-
-    def start(self, where: str = "here", timeout: float = TIMEOUT, **environment: str) -> Owner:
-        self._running.append(Owner(self.directory, where, timeout, environment))
-        return self._running[-1]
-
-    def holding(self, where: str = "here", timeout: float = TIMEOUT, **environment: str) -> Owner:
-        owner = self.start(where, timeout, **environment)
-        assert "generation" in owner.do("acquire")
-        return owner
-
-    def end(self) -> None:
-        for owner in self._running:
-            owner.process.kill()
-            owner.process.communicate()
-
-
-@pytest.fixture
-def owners(tmp_path: Path) -> Iterator[Owners]:
-    owners = Owners(tmp_path)
-    yield owners
-    owners.end()
 
 
 def refusal(directory: Path, timeout: float = TIMEOUT) -> tuple[str, float]:
@@ -368,152 +281,9 @@ def test_a_directory_that_is_not_there_is_an_input_error(tmp_path: Path) -> None
     assert "No such file" in refusal(tmp_path / "gone")[0]
 
 
-RACE = """
-import os, sys, time
-from dpdist.cluster.lease import Lease
-from dpdist.errors import InputError
-
-contenders, rounds, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-for number in range(rounds):
-    where = f"{directory}/{number}"
-    os.mkdir(where)
-    (go, start), (judged, wait) = os.pipe(), os.pipe()
-    for _ in range(contenders):
-        if os.fork():
-            continue
-        os.close(start), os.close(wait)
-        os.read(go, 1)  # ends where the parent closes its end: for all at once
-        try:
-            lease = Lease.acquire(where, 30.0)
-        except InputError:
-            os._exit(0)
-        try:
-            time.sleep(0.02)
-            lease.check()
-        except Exception:
-            os._exit(2)
-        os.write(os.open(f"{where}/owners", os.O_WRONLY | os.O_CREAT | os.O_APPEND), b"x")
-        os.read(judged, 1)  # an owner that ended would rightly be replaced
-        os._exit(0)
-    os.close(go), os.close(judged), os.close(start)
-    codes, deadline = [], time.monotonic() + 60
-    while len(codes) < contenders - 1 and time.monotonic() < deadline:
-        ended, status = os.waitpid(-1, os.WNOHANG)  # the losers; the owner waits
-        codes += [os.waitstatus_to_exitcode(status)] if ended else []
-        time.sleep(0.005)
-    os.close(wait)
-    while len(codes) < contenders:
-        codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
-    assert not any(codes), (number, codes)
-    owners = os.path.getsize(f"{where}/owners")
-    assert owners == 1, (number, owners)
-"""
-
-
-@pytest.mark.parametrize(("contenders", "rounds"), [(2, 6), (8, 6)])
-def test_one_of_several_at_once_wins(tmp_path: Path, contenders: int, rounds: int) -> None:
-    run_script(RACE, contenders, rounds, tmp_path)
-
-
-KILLINGS = """
-import fcntl, os, random, signal, sys, time
-from dpdist.cluster.lease import Lease
-from dpdist.errors import InputError
-
-directory, rounds, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-chance = random.Random(seed)
-
-def contend(seed):
-    \"\"\"Be the owner once; a lock that the kernel drops when its holder is gone witnesses that nobody else is.\"\"\"
-    chance = random.Random(seed)
-    witness = os.open(f"{directory}/witness", os.O_RDWR | os.O_CREAT | os.O_APPEND)
-    while True:
-        try:
-            lease = Lease.acquire(directory, 30.0)
-            break
-        except InputError:
-            time.sleep(chance.uniform(0.0, 0.004))
-    fcntl.flock(witness, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    for _ in range(chance.randrange(4)):
-        lease.check()
-        time.sleep(chance.uniform(0.0, 0.004))
-    lease.check()
-    os.write(witness, b"o")
-    fcntl.flock(witness, fcntl.LOCK_UN)
-    lease.release()
-
-killed = 0
-for number in range(rounds):
-    children = []
-    for _ in range(3):
-        seed = chance.random()
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                contend(seed)
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    time.sleep(chance.uniform(0.0, 0.03))
-    victim = chance.choice(children)
-    os.kill(victim, signal.SIGKILL)
-    for child in children:
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        killed += code == -signal.SIGKILL
-        assert code == 0 or (child == victim and code == -signal.SIGKILL), (number, code)
-print(killed, os.path.getsize(f"{directory}/witness"))
-"""
-
-
-def test_no_two_own_at_once_while_contenders_are_killed(tmp_path: Path) -> None:
-    rounds = 100
-    killed, owned = map(int, run_script(KILLINGS, tmp_path, rounds, 7).split())
-    assert killed > rounds / 4  # otherwise it shows little
-    assert owned >= 2 * rounds  # all who were let live came to own
-
-
-def test_no_two_own_at_once_while_owners_elsewhere_freeze_and_thaw(owners: Owners) -> None:
-    """Each thief takes over from a frozen owner; the thawed ones all find out, whatever the order."""
-    frozen: list[Owner] = []
-    for generation in range(1, 5):
-        owner = owners.start("remote", timeout=0.6)
-        answer = owner.do("acquire")
-        assert answer["generation"] == generation
-        assert (answer["taken_from"] is None) == (generation == 1)
-        if frozen and generation % 2:
-            frozen[-1].signal(signal.SIGCONT)
-            assert "lost" in frozen[-1].do("check")["error"].lower()
-        owner.signal(signal.SIGSTOP)
-        frozen.append(owner)
-    for owner in frozen:
-        owner.signal(signal.SIGCONT)
-    answers = [owner.do("check") for owner in frozen]
-    assert ["error" in answer for answer in answers] == [True, True, True, False]
-
-
 def test_check_is_cheap(tmp_path: Path) -> None:
     with Lease.acquire(tmp_path, TIMEOUT) as lease:
         began = time.perf_counter()
         for _ in range(200):
             lease.check()
         assert time.perf_counter() - began < 0.4  # 2 ms each at the very most; a step takes longer
-
-
-def run_script(script: str, *arguments: object) -> str:
-    """What `script` prints; it runs in a process group of its own, which ends with it."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=120)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, err
-    return out

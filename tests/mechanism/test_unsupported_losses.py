@@ -15,7 +15,7 @@ from jax.experimental import io_callback
 from test_clipping import clipped, flat, one_by_one
 from zoo import normal
 
-from dpdist.mechanism.clipping import METHODS, UnsupportedLossError, clipped_grad_sum
+from dpdist.mechanism.clipping import METHODS, UnsupportedLossError, bookkeeping, clipped_grad_sum
 
 Loss = Callable[[Any, Any], Any]
 PARAMS = {"net": {"w": normal(1, 4, 4), "v": normal(2, 4)}, "head": normal(3, 4)}
@@ -192,3 +192,14 @@ def test_a_complex_parameter_is_refused(method: str) -> None:
     function = clipped_grad_sum(lambda p, e: jnp.sum(jnp.abs(e["x"] * p["w"])), clip_norm=1.0, method=method)
     with pytest.raises(UnsupportedLossError, match="w is complex64: give its real and imaginary parts"):
         function({"w": normal(1, 4).astype(np.complex64)}, BATCH, ONES)
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
+def test_a_mistake_of_ours_is_not_taken_for_a_refusal(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(*_: Any) -> Any:
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr(bookkeeping._Pass, "norms", mistaken)
+    f = clipped_grad_sum(lambda p, e: score(p, hidden(p, e)), clip_norm=1.0, method=method)
+    with pytest.raises(ValueError, match="shapes do not match"):
+        f(PARAMS, BATCH, ONES)
