@@ -13,6 +13,9 @@ from dpdist.mechanism.composition import ADAPTIVE, charged_phases, phase_of, tot
 from dpdist.mechanism.ledger import Ledger, Plan
 from dpdist.summary import guarantee
 
+#: What two versions of the accountant may differ by.
+_VERSIONS_DIFFER = 1e-6
+
 MECHANISM = (
     "DP-SGD (Abadi et al. 2016, arXiv 1607.00133): Poisson subsampling of single records, gradients clipped to an L2 "
     "norm of C each, their sum with Gaussian noise of standard deviation sigma * C drawn once a step, divided by the "
@@ -32,8 +35,6 @@ NOT_COVERED = (
     "its own, and all of them compose",
     "statistics of private data that somebody has put into the config, such as means or a vocabulary",
 )
-#: What two versions of the accountant may differ by.
-_VERSIONS_DIFFER = 1e-6
 ASSUMPTIONS = (
     "the secret of the run stays secret",
     "BLAKE2b, Philox and Threefry are good pseudorandom functions",
