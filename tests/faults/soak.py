@@ -1,6 +1,7 @@
 """Kill a run at random and go on with it, again and again, until told to stop; nothing may tell that it was killed.
 
     python -m tests.faults.soak --minutes 40 --processes 2,4
+    python -m tests.faults.soak --kills 200
     python -m tests.faults.soak --cycles 20 --seed 7
 
 A cycle starts the job, disturbs it at a random moment and checks what it left; the next cycle goes on with the same
@@ -59,6 +60,8 @@ class Tally:
 
     seed: int
     cycles: int = 0
+    #: Cycles in which the disturbance came before the run's end, and ended the job.
+    cut_short: int = 0
     finished: int = 0
     replayed: int = 0
     longest: float = 0.0
@@ -69,6 +72,7 @@ class Tally:
         return {
             "seed": self.seed,
             "cycles": self.cycles,
+            "cut_short": self.cut_short,
             "runs_finished": self.finished,
             "exit_codes": dict(sorted(self.codes.items())),
             "longest_seconds_to_end": round(self.longest, 1),
@@ -139,6 +143,7 @@ class Soak:
         elif code == 0:
             found.append("exit code 0 and not finished")
         tally.cycles += 1
+        tally.cut_short += code not in (0, None) and not finished
         tally.codes[f"{kind}: {code}"] += 1
         tally.longest = max(tally.longest, seconds)
         tally.violations += [f"cycle {tally.cycles}, {run.root}: {violation}" for violation in found]
@@ -260,12 +265,20 @@ def digits(root: Path) -> dict[str, Any]:
     return config
 
 
-def soak(root: Path, seed: int, processes: list[int], *, minutes: float | None, cycles: int | None) -> Tally:
-    """Cycles until the time is over or so many are done."""
+def soak(
+    root: Path,
+    seed: int,
+    processes: list[int],
+    *,
+    minutes: float | None = None,
+    cycles: int | None = None,
+    kills: int | None = None,
+) -> Tally:
+    """Cycles until the time is over, so many are done, or so many runs were cut short."""
     deadline = time.monotonic() + 60 * (minutes if minutes is not None else float("inf"))
     it = Soak(root, seed, processes)
     try:
-        while time.monotonic() < deadline and it.tally.cycles != cycles:
+        while time.monotonic() < deadline and it.tally.cycles != cycles and it.tally.cut_short != kills:
             print(it.cycle(), flush=True)
     finally:
         it.jobs.close()
@@ -277,13 +290,14 @@ def main() -> int:
     until = parser.add_mutually_exclusive_group(required=True)
     until.add_argument("--minutes", type=float, help="how long")
     until.add_argument("--cycles", type=int, help="how many")
+    until.add_argument("--kills", type=int, help="how many that cut a run short")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     parser.add_argument("--processes", default="2,4", help="numbers of processes a run may have")
     given = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="dpdist-soak-"))
     began = time.monotonic()
     processes = [int(number) for number in given.processes.split(",")]
-    tally = soak(root, given.seed, processes, minutes=given.minutes, cycles=given.cycles)
+    tally = soak(root, given.seed, processes, minutes=given.minutes, cycles=given.cycles, kills=given.kills)
     print(json.dumps(tally.record() | {"seconds": round(time.monotonic() - began)}))
     if tally.violations:
         print(f"violated; the runs are in {root}; again: --seed {given.seed} --cycles {tally.cycles}", file=sys.stderr)
