@@ -1,9 +1,8 @@
-"""What a step depends on, as digests: dpdist's source, versions that set the bits, the user's code, the settings."""
+"""What a step depends on beside its settings, as digests: our source, versions that set the bits, the user's code."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +11,8 @@ import jax
 import numpy as np
 import optax
 
-from dpdist.config import Config, flatten
+from dpdist.config import Config
 from dpdist.plugins import module_file
-
-#: What may change between two parts of an incarnation: nothing here alters a sample, a draw or an update beyond the
-#: order of summation. Everything else begins a new one.
-MAY_CHANGE = (
-    "run.",
-    "checkpoint.",
-    "cluster.",
-    "data.workers",
-    "data.prefetch",
-    "data.path",
-    "sampling.assignment",
-    "training.physical_batch_size",
-    "training.evaluate_every",
-    "training.evaluation_batch_size",
-    "training.record_digests",
-)
-
-
-def step_settings(config: Config) -> dict[str, Any]:
-    """The settings that alter a step, by dotted name."""
-    return {name: value for name, value in flatten(config).items() if not name.startswith(MAY_CHANGE)}
-
-
-def settings_digest(config: Config) -> str:
-    """SHA-256 over `step_settings`."""
-    return hashlib.sha256(json.dumps(step_settings(config), sort_keys=True).encode()).hexdigest()
 
 
 def code_digest(room: str = "") -> str:

@@ -168,7 +168,6 @@ def _paying_for_the_past(plan: Plan, config: Config, ledger: Ledger) -> Plan:
         delta=delta,
         target_epsilon=target,
         noise_multiplier=_further_noise(plan, config, ledger, before),
-        renyi_order=order,
     )
     wanted = plan.steps_asked - plan.start
     if target is not None:

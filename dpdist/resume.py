@@ -1,8 +1,6 @@
 """From what lies in a run directory to how the run goes on: secret, ledger, checkpoint, and which incarnation.
 
-An incarnation is kept where its steps would be replayed as they were: from the newest checkpoint, with nothing changed
-that a step depends on. Replaying a step with the same noise but other parameters would give away the difference of two
-gradient sums without noise, so everything else begins a new incarnation, with a fresh nonce in every key.
+The facts are gathered here; what they mean for the incarnation is `dpdist.mechanism.incarnation`'s to say.
 """
 
 from __future__ import annotations
@@ -16,9 +14,10 @@ from dpdist.checkpoint import Checkpoints
 from dpdist.cluster.agreement import decide
 from dpdist.cluster.job import Job
 from dpdist.cluster.lease import Lease
-from dpdist.config import Config
+from dpdist.config import Config, flatten
 from dpdist.errors import InputError
-from dpdist.identity import environment, settings_digest, step_code_digest, step_settings
+from dpdist.identity import environment, step_code_digest
+from dpdist.mechanism.incarnation import Found, Present, reasons_for_a_new_one, settings_digest, step_settings
 from dpdist.mechanism.keys import Secret, fresh_nonce
 from dpdist.mechanism.ledger import Ledger, LedgerError, Plan
 from dpdist.progress import say
@@ -43,30 +42,17 @@ class Start:
         return self.meta if self.meta is not None and self.meta["plan"]["nonce"] == self.plan.nonce else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Present:
-    """What this call's steps would depend on."""
-
-    environment: str
-    settings: str
-    code: str
-    data: str
-    dataset_size: int
-    #: What the order of summation depends on.
-    topology: str
-
-
-def present(config: Config, job: Job, *, data: str, dataset_size: int) -> Present:
+def present(config: Config, job: Job, *, data: str) -> Present:
     """What the steps of this job would depend on; `data` is the keyed tag of the training data."""
     shape = [job.platform, job.num_processes, job.device_count, list(job.host_of_device)]
     rounding = [config.sampling.assignment, config.training.physical_batch_size]
     return Present(
         environment=environment(job.platform),
-        settings=settings_digest(config),
+        settings=settings_digest(flatten(config)),
         code=step_code_digest(config),
         data=data,
-        dataset_size=dataset_size,
         topology=json.dumps(shape + rounding),
+        repeatable=job.platform == "cpu",
     )
 
 
@@ -128,6 +114,7 @@ def find_start(
     job: Job,
     *,
     secret_lost: bool,
+    dataset_size: int,
 ) -> Start:
     """Where and as which incarnation the run goes on, decided by process 0; nothing is written to the ledger yet.
 
@@ -138,8 +125,8 @@ def find_start(
 
     def look() -> dict[str, Any]:
         assert ledger is not None
-        start = _look(config, run, ledger, checkpoints, secret, now, secret_lost=secret_lost)
-        return asdict(start)
+        found = _look(config, run, ledger, checkpoints, secret, now, secret_lost=secret_lost, dataset_size=dataset_size)
+        return asdict(found)
 
     # Calibration takes seconds, minutes in extreme cases: it is part of starting up.
     found = decide(job, look, timeout=config.cluster.initialization_timeout)
@@ -155,10 +142,11 @@ def _look(
     now: Present,
     *,
     secret_lost: bool,
+    dataset_size: int,
 ) -> Start:
     from dpdist.plan import plan_on, plan_run  # the accountant takes a second to import, and one process needs it
 
-    common: dict[str, Any] = {"dataset_size": now.dataset_size, "environment": now.environment}
+    common: dict[str, Any] = {"dataset_size": dataset_size, "environment": now.environment}
     identity: dict[str, Any] = {"settings": now.settings, "code": now.code, "data": now.data}
     plan = ledger.plan
     if plan is None:
@@ -176,13 +164,8 @@ def _look(
     if asked == plan.resume_step:
         asked = None  # gone back to already, when this incarnation began
     step, meta, damaged = _newest_whole(run, ledger, checkpoints, asked)
-    reasons = _changes(config, run, plan, now, secret_lost=secret_lost)
-    if ledger.copied:
-        reasons.append("the run directory is a copy")
-    if asked is not None:
-        reasons.append(f"checkpoint.resume_step = {asked}")
-    else:
-        reasons += _what_went_missing(ledger, step, damaged, now)
+    found = Found(step=step, damaged=damaged, secret_lost=secret_lost, asked=asked is not None)
+    reasons = reasons_for_a_new_one(ledger, now, found, _changed_settings(config, run))
     if not reasons:
         return Start(plan=plan, fresh=False, step=step, meta=meta)
     plan = plan_on(
@@ -264,37 +247,11 @@ def _newest_whole(
     return None, None, damaged
 
 
-def _changes(config: Config, run: RunDirectory, plan: Plan, now: Present, *, secret_lost: bool) -> list[str]:
-    """What a step depends on and is not as it was when the current incarnation began."""
-    reasons = []
-    if plan.settings != now.settings:
-        before, after = run.settings(), step_settings(config)
-        changed = [name for name in after if before and before.get(name) != after[name]]
-        reasons += [f"{name}: {before.get(name)!r} -> {after[name]!r}" for name in changed] or ["a setting changed"]
-    if plan.environment != now.environment:
-        reasons.append(f"{plan.environment} -> {now.environment}")
-    if plan.code != now.code:
-        reasons.append(
-            "the code of the model, the optimizer or the config's module:function changed (or flax or optax)"
-        )
-    if secret_lost:
-        reasons.append("private/secret.key was lost")
-    elif plan.data != now.data:
-        reasons.append("the training data (or the secret) changed")
-    return reasons
-
-
-def _what_went_missing(ledger: Ledger, step: int | None, damaged: int, now: Present) -> list[str]:
-    """Why going on from `step` would not replay what came after it, where that was saved and may have been seen."""
-    if step is None and ledger.charged_steps():
-        return ["no whole checkpoint is left"]
-    newest = max(ledger.saved_step, damaged)
-    if step is None or step >= newest:
-        return []
-    # On CPU the same programs on the same devices give the same bits, so that nothing new would be released.
-    known = newest == ledger.saved_step and ledger.topologies_since(step) == {now.topology}
-    exact = known and "cpu" in json.loads(now.topology)
-    return [] if exact else [f"checkpoint {newest} is gone, and {step} is older"]
+def _changed_settings(config: Config, run: RunDirectory) -> list[str]:
+    """The settings that a step depends on and that `config.yaml` has otherwise, in words."""
+    before, after = run.settings(), step_settings(flatten(config))
+    changed = [name for name in after if before and before.get(name) != after[name]]
+    return [f"{name}: {before.get(name)!r} -> {after[name]!r}" for name in changed]
 
 
 def spending_of(ledger: Ledger | None) -> Callable[[int], float] | None:

@@ -15,7 +15,7 @@ from dpdist import config as config_module
 from dpdist import configfile
 from dpdist.config import Config
 from dpdist.errors import InputError
-from dpdist.identity import step_settings
+from dpdist.mechanism.incarnation import step_settings
 from dpdist.mechanism.keys import SECRET_BYTES, Secret
 
 #: What the summary of a run that has nothing left to do says as its status.
@@ -116,7 +116,7 @@ class RunDirectory:
     def settings(self) -> dict[str, Any]:
         """The settings that alter a step, as `config.yaml` has them; empty where it cannot be read. For process 0."""
         try:
-            return step_settings(config_module.from_dict(configfile.read(self.config)))
+            return step_settings(config_module.flatten(config_module.from_dict(configfile.read(self.config))))
         except InputError:
             return {}
 
@@ -162,7 +162,7 @@ class RunDirectory:
             before = config_module.from_dict(configfile.read(self.config))
         except InputError:
             return summary  # a file that somebody has broken is no request
-        same = step_settings(before) == step_settings(config)
+        same = step_settings(config_module.flatten(before)) == step_settings(config_module.flatten(config))
         return summary if same and before.checkpoint.resume_step == config.checkpoint.resume_step else None
 
     def read_summary(self) -> dict[str, Any] | None:

@@ -148,5 +148,7 @@ def _by_accountants(told: dict[str, Any]) -> str:
             f"{told['epsilon']:.6g} by a Renyi filter of fixed order, as the plan was changed while the run went on: a "
             "bound on the privacy loss at every moment, but for a probability of delta, whatever the changes rested on."
         )
-    pld = f"{told['epsilon_pld']:.6g} by privacy loss distributions, " if told["epsilon_pld"] is not None else ""
-    return f"{pld}{told['epsilon_rdp']:.6g} by Renyi differential privacy; both are upper bounds, for the whole plan."
+    rdp = f"{told['epsilon_rdp']:.6g} by Renyi differential privacy"
+    if told["epsilon_pld"] is None:
+        return f"{rdp}, an upper bound for the whole plan."
+    return f"{told['epsilon_pld']:.6g} by privacy loss distributions, {rdp}; both are upper bounds, for the whole plan."

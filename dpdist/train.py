@@ -81,8 +81,18 @@ def train(config: Config) -> dict[str, Any]:
             checkpoints = Checkpoints(
                 run.checkpoints, keep=config.checkpoint.keep, timeout=config.cluster.shutdown_timeout
             )
-            now = present(config, job, data=data_tag, dataset_size=len(dataset.train))
-            begun = find_start(config, run, ledger, checkpoints, secret, now, job, secret_lost=secret_lost)
+            now = present(config, job, data=data_tag)
+            begun = find_start(
+                config,
+                run,
+                ledger,
+                checkpoints,
+                secret,
+                now,
+                job,
+                secret_lost=secret_lost,
+                dataset_size=len(dataset.train),
+            )
             plan, start = begun.plan, begun.step or 0
             if job.is_main:
                 say(opening_line(plan, job, insecure=secret.insecure))

@@ -54,7 +54,7 @@ class Plan:
     epsilon: float | None = None
     epsilon_rdp: float | None = None
     accountant: str | None = None
-    #: The Renyi order at which changes of the plan will be charged; chosen with the first plan, for good.
+    #: The Renyi order at which changes of the plan will be charged; chosen with the first plan, and not in later ones.
     renyi_order: int | None = None
     #: The first step of this incarnation; those before it were taken by earlier ones.
     start: int = 0

@@ -1,0 +1,161 @@
+"""When the noise may be drawn again: only where a step would be replayed as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpdist.config import Config, Privacy, Training, flatten
+from dpdist.mechanism.incarnation import (
+    MAY_CHANGE,
+    Found,
+    Present,
+    reasons_for_a_new_one,
+    settings_digest,
+    step_settings,
+)
+from dpdist.mechanism.ledger import Ledger, Plan
+
+NOW = Present(environment="jax 1 on cpu", settings="s", code="c", data="d", topology="two hosts", repeatable=True)
+WHOLE = Found(step=20, damaged=0, secret_lost=False, asked=False)
+
+
+def begun(path: Path) -> Ledger:
+    """A run charged for 30 steps, with checkpoints of 10 and 20."""
+    ledger = Ledger(path)
+    plan = Plan(
+        incarnation=0,
+        nonce="ab" * 32,
+        environment=NOW.environment,
+        settings=NOW.settings,
+        code=NOW.code,
+        data=NOW.data,
+        adjacency="zero-out",
+        dataset_size=1000,
+        sampling_probability=0.1,
+        expected_batch_size=100.0,
+        steps=50,
+        steps_asked=50,
+    )
+    ledger.begin(plan)
+    ledger.reserve(0, 30)
+    ledger.record_saved(10, NOW.topology)
+    ledger.record_saved(20, NOW.topology)
+    return ledger
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return begun(tmp_path / "ledger.jsonl")
+
+
+def reasons(ledger: Ledger, now: Present = NOW, *, changed: list[str] | None = None, **found: Any) -> list[str]:
+    return reasons_for_a_new_one(ledger, now, dataclasses.replace(WHOLE, **found), changed or [])
+
+
+def test_the_newest_checkpoint_and_nothing_changed_keep_it_on_any_topology(ledger: Ledger) -> None:
+    assert reasons(ledger) == []
+    assert reasons(ledger, dataclasses.replace(NOW, topology="one host")) == []
+    assert reasons(ledger, dataclasses.replace(NOW, repeatable=False)) == []
+
+
+def test_a_checkpoint_newer_than_any_noted_keeps_it(ledger: Ledger) -> None:
+    assert reasons(ledger, step=30) == []  # saved, and then the process died before it could note that
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"settings": "other"}, "a setting changed"),
+        ({"environment": "jax 2 on cpu"}, "jax 1 on cpu -> jax 2 on cpu"),
+        ({"environment": "jax 1 on gpu"}, "jax 1 on cpu -> jax 1 on gpu"),
+        ({"code": "other"}, "the code of the model"),
+        ({"data": "other"}, "the training data"),
+    ],
+)
+def test_whatever_a_step_depends_on_begins_a_new_one(ledger: Ledger, change: dict[str, Any], told: str) -> None:
+    (reason,) = reasons(ledger, dataclasses.replace(NOW, **change))
+    assert told in reason
+
+
+def test_every_field_of_what_a_step_depends_on_is_looked_at(ledger: Ledger) -> None:
+    for name in {field.name for field in dataclasses.fields(Present)} - {"topology", "repeatable"}:
+        assert reasons(ledger, dataclasses.replace(NOW, **{name: "other"})), name
+
+
+def test_changed_settings_are_named_where_they_are_known(ledger: Ledger) -> None:
+    now, changed = dataclasses.replace(NOW, settings="other"), ["optimizer.learning_rate: 1 -> 2"]
+    assert reasons(ledger, now, changed=changed) == changed
+    assert reasons(ledger, changed=changed) == []  # the digest decides, not the words
+
+
+def test_a_lost_secret_begins_a_new_one_and_is_not_taken_for_other_data(ledger: Ledger) -> None:
+    assert reasons(ledger, dataclasses.replace(NOW, data="other"), secret_lost=True) == ["private/secret.key was lost"]
+    assert reasons(ledger, secret_lost=True) == ["private/secret.key was lost"]
+
+
+def test_a_checkpoint_asked_for_begins_a_new_one_the_newest_included(ledger: Ledger) -> None:
+    for step in (10, 20):
+        assert reasons(ledger, step=step, asked=True) == [f"checkpoint.resume_step = {step}"]
+
+
+def test_a_copy_begins_a_new_one_and_a_moved_run_does_not(ledger: Ledger, tmp_path: Path) -> None:
+    moved, copied = tmp_path / "moved.jsonl", tmp_path / "copied.jsonl"
+    shutil.copy(ledger.path, copied)
+    ledger.path.rename(moved)
+    assert reasons(Ledger(moved)) == []
+    assert reasons(Ledger(copied)) == ["the run directory is a copy"]
+
+
+def test_without_a_checkpoint_a_new_one_begins_once_a_step_was_charged(ledger: Ledger, tmp_path: Path) -> None:
+    assert reasons(ledger, step=None) == ["no whole checkpoint is left"]
+    new = Ledger(tmp_path / "new.jsonl")
+    assert ledger.plan is not None
+    new.begin(ledger.plan)
+    assert reasons(new, step=None) == []
+
+
+OLDER = ["checkpoint 20 is gone, and 10 is older"]
+
+
+def test_behind_a_saved_checkpoint_it_is_kept_only_where_the_replay_gives_the_same_bits(ledger: Ledger) -> None:
+    assert reasons(ledger, step=10, damaged=20) == []
+    assert reasons(ledger, step=10) == []
+    assert reasons(ledger, dataclasses.replace(NOW, repeatable=False), step=10, damaged=20) == OLDER
+    assert reasons(ledger, dataclasses.replace(NOW, topology="one host"), step=10) == OLDER
+
+
+def test_behind_checkpoints_of_two_topologies_no_replay_gives_the_same_bits(ledger: Ledger) -> None:
+    ledger.record_saved(30, "one host")
+    assert reasons(ledger, step=20) == ["checkpoint 30 is gone, and 20 is older"]
+    assert reasons(ledger, dataclasses.replace(NOW, topology="one host"), step=20) == []
+    assert reasons(ledger, dataclasses.replace(NOW, topology="one host"), step=10) != []
+
+
+def test_a_damaged_checkpoint_that_nobody_noted_may_have_been_any_topology_s(ledger: Ledger) -> None:
+    assert reasons(ledger, step=20, damaged=25) == ["checkpoint 25 is gone, and 20 is older"]
+    assert reasons(ledger, step=10, damaged=25) == ["checkpoint 25 is gone, and 10 is older"]
+
+
+def test_what_may_change_is_a_list_of_settings_that_exist_and_everything_else_counts() -> None:
+    settings = flatten(Config(privacy=Privacy(enabled=False), training=Training(steps=1)))
+    for free in MAY_CHANGE:
+        assert any(name.startswith(free) if free.endswith(".") else name == free for name in settings), free
+    counted = step_settings(settings)
+    for name in settings:
+        changed = settings_digest(settings | {name: "other"}) != settings_digest(settings)
+        assert changed == (name in counted), name
+    assert {name.partition(".")[0] for name in counted} == {
+        "data", "model", "optimizer", "privacy", "sampling", "training"
+    }  # fmt: skip
+    assert not [
+        name for name in settings if name.startswith(("privacy.", "optimizer.", "model.")) and name not in counted
+    ]
+
+
+def test_a_setting_whose_name_begins_like_a_free_one_counts() -> None:
+    assert step_settings({"data.path": 1, "data.path_of_labels": 2, "run.dir": 3}) == {"data.path_of_labels": 2}
