@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from dpdist.config import Config
-from dpdist.plugins import module_file
+from dpdist.plugins import module_sources
 
 
 def code_digest(room: str = "") -> str:
@@ -25,11 +25,13 @@ def code_digest(room: str = "") -> str:
 
 
 def user_code_digest(config: Config) -> str:
-    """SHA-256 over the modules that a config names as `module:function`, but not what they import."""
+    """SHA-256 over the modules that a config names as `module:function`, and what they import of the user's own."""
     digest = hashlib.sha256()
     for path in (config.data.source, config.model.name, config.model.loss):
-        file = module_file(path.partition(":")[0]) if ":" in path else None
-        digest.update(b"\0" if file is None else file.read_bytes())
+        sources = module_sources(path.partition(":")[0]) if ":" in path else {}
+        for name, file in sources.items():
+            digest.update(f"{name}\0".encode() + file.read_bytes() + b"\0")
+        digest.update(b"\0")
     return digest.hexdigest()
 
 
