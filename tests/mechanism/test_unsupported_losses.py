@@ -15,7 +15,7 @@ from jax.experimental import io_callback
 from test_clipping import clipped, flat, one_by_one
 from zoo import normal
 
-from dpdist.mechanism.clipping import METHODS, UnsupportedLossError, bookkeeping, clipped_grad_sum
+from dpdist.mechanism.clipping import METHODS, UnsupportedLossError, bookkeeping, clipped_grad_sum, plain_grad_sum
 
 Loss = Callable[[Any, Any], Any]
 PARAMS = {"net": {"w": normal(1, 4, 4), "v": normal(2, 4)}, "head": normal(3, 4)}
@@ -111,17 +111,22 @@ EXACT: dict[str, Loss] = {
 }
 
 
+def summed(loss_fn: Loss, method: str) -> Any:
+    """The clipped gradient sum, or for `plain` the one of plain SGD, which must say as much."""
+    return plain_grad_sum(loss_fn) if method == "plain" else clipped_grad_sum(loss_fn, clip_norm=1.0, method=method)
+
+
 def line_of(primitive: str) -> int:
     """The line of this file that says it holds `primitive`."""
     lines = Path(__file__).read_text().splitlines()
     return next(number for number, line in enumerate(lines, 1) if line.endswith(f"# LINE: {primitive}"))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "plain"])
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_has_no_derivative_is_named_with_its_line_and_parameters(name: str, method: str) -> None:
     loss_fn, primitive, behind = UNSUPPORTED[name]
-    function = jax.jit(clipped_grad_sum(loss_fn, clip_norm=1.0, method=method))
+    function = jax.jit(summed(loss_fn, method))
     with pytest.raises(UnsupportedLossError) as caught:
         function(PARAMS, BATCH, ONES)
     message = str(caught.value)
@@ -166,9 +171,9 @@ def test_frozen_parameters_need_no_derivative(method: str) -> None:
     assert np.allclose(sums["head"], np.sum(2 * h**2 * PARAMS["head"], axis=0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "plain"])
 def test_a_mistake_in_the_loss_itself_stays_what_it_is(method: str) -> None:
-    function = clipped_grad_sum(lambda p, e: jnp.sum(e["x"] @ p["head"][:3]), clip_norm=1.0, method=method)
+    function = summed(lambda p, e: jnp.sum(e["x"] @ p["head"][:3]), method)
     with pytest.raises(TypeError, match="contracting dimensions"):
         function(PARAMS, BATCH, ONES)
 
@@ -186,10 +191,10 @@ def test_a_loss_that_is_no_scalar_is_refused(method: str) -> None:
         function({"w": normal(1, 4)}, BATCH, ONES)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "plain"])
 def test_a_complex_parameter_is_refused(method: str) -> None:
     """Its gradient is complex, and to float32 only the real part would be left."""
-    function = clipped_grad_sum(lambda p, e: jnp.sum(jnp.abs(e["x"] * p["w"])), clip_norm=1.0, method=method)
+    function = summed(lambda p, e: jnp.sum(jnp.abs(e["x"] * p["w"])), method)
     with pytest.raises(UnsupportedLossError, match="w is complex64: give its real and imaginary parts"):
         function({"w": normal(1, 4).astype(np.complex64)}, BATCH, ONES)
 

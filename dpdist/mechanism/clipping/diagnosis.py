@@ -7,14 +7,14 @@ derivative of ever shorter ends of the loss. It is asked only once something has
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dpdist.mechanism.clipping.graph import FLAT, Graph, Node, UnsupportedLossError, bodies
+from dpdist.mechanism.clipping.graph import FLAT, Graph, Node, UnsupportedLossError, bodies, trace
 from dpdist.mechanism.clipping.paths import paths_of
 
 #: What JAX raises for a primitive without a rule, for a wrong rule of the user's own, and for a while loop.
@@ -42,6 +42,24 @@ def deriving() -> Iterator[None]:
         yield
     except REFUSALS as error:
         raise NoDerivativeError(str(error)) from error
+
+
+@contextmanager
+def naming_the_fault(
+    loss_fn: Callable[[Any, Any], Any], params: Any, batch: Any, frozen: Collection[str]
+) -> Iterator[None]:
+    """For where JAX derives `loss_fn` for a `batch` of examples as a whole.
+
+    Raises:
+        UnsupportedLossError: in place of what JAX raises, where the equation at fault is found.
+    """
+    try:
+        yield
+    except REFUSALS as error:
+        example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+        if (named := unsupported(trace(loss_fn, params, example, frozen), params)) is not None:
+            raise named from error
+        raise
 
 
 def unsupported(graph: Graph, params: Any) -> UnsupportedLossError | None:

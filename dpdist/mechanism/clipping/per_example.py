@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from dpdist.mechanism.clipping.diagnosis import REFUSALS, unsupported
-from dpdist.mechanism.clipping.graph import refuse_complex, trace
+from dpdist.mechanism.clipping.diagnosis import naming_the_fault
+from dpdist.mechanism.clipping.graph import refuse_complex
 from dpdist.mechanism.clipping.paths import trainable, with_frozen
 from dpdist.mechanism.clipping.weights import weigh, weighted_sum
 
@@ -26,13 +26,8 @@ def per_example_grad_sum(
             return loss_fn(with_frozen(moving, params), example)
 
         refuse_complex(params, frozen)
-        try:
+        with naming_the_fault(loss_fn, params, batch, frozen):
             grads = jax.vmap(jax.grad(loss), in_axes=(None, 0))(trainable(params, frozen), batch)
-        except REFUSALS as error:
-            example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-            if (named := unsupported(trace(loss_fn, params, example, frozen), params)) is not None:
-                raise named from error
-            raise
         flat = [g.reshape(g.shape[0], -1).astype(jnp.float32) for g in jax.tree.leaves(grads)]
         norms = jnp.sqrt(sum((jnp.sum(g * g, axis=1) for g in flat), jnp.zeros(mask.shape)))
         scale, used = weigh(norms, mask, clip_norm)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
+from dpdist.mechanism.clipping.diagnosis import naming_the_fault
+from dpdist.mechanism.clipping.graph import refuse_complex
 from dpdist.mechanism.clipping.paths import trainable, with_frozen
 
 
@@ -19,9 +21,13 @@ def plain_grad_sum(
     """`f(params, batch, mask) -> (sums, norms)` without any bound: no privacy, and norms all 0.
 
     One backward pass over the masked sum of losses, as an ordinary trainer does it.
+
+    Raises:
+        UnsupportedLossError: when `f` is called or traced, as for `clipped_grad_sum`.
     """
 
     def grad_sum(params: Any, batch: Any, mask: Float[Array | np.ndarray, " p"]) -> tuple[Any, Float32[Array, " p"]]:
+        refuse_complex(params, frozen)
         # Padding of zeros may have no gradient (0 * inf is NaN), so a real row stands in for it, with weight 0.
         used = mask > 0
         rows = jnp.where(used, jnp.arange(mask.shape[0]), jnp.argmax(used))
@@ -31,7 +37,8 @@ def plain_grad_sum(
             losses = jax.vmap(loss_fn, in_axes=(None, 0))(with_frozen(moving, params), real)
             return jnp.sum(jnp.where(used, losses, 0.0))
 
-        gradient = jax.grad(total)(trainable(params, frozen))
+        with naming_the_fault(loss_fn, params, batch, frozen):
+            gradient = jax.grad(total)(trainable(params, frozen))
         sums = jax.tree.map(lambda g: jnp.where(used.any(), g, 0).astype(jnp.float32), gradient)
         return sums, jnp.zeros(mask.shape, jnp.float32)
 
