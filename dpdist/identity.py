@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from dpdist.config import Config
-from dpdist.plugins import module_sources
+from dpdist.usercode import module_sources
 
 
 def code_digest(room: str = "") -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from dpdist.config import Config, Data, Model, Privacy, Training
 from dpdist.identity import user_code_digest
-from dpdist.plugins import module_sources
+from dpdist.usercode import module_sources
 
 FILES = {
     "mine.py": "import numpy as np, helpers.layers\nfrom package import inner\nimport os\n",
