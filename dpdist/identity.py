@@ -26,12 +26,10 @@ def code_digest(room: str = "") -> str:
 
 def user_code_digest(config: Config) -> str:
     """SHA-256 over the modules that a config names as `module:function`, and what they import of the user's own."""
+    named = (config.data.source, config.model.name, config.model.loss)
     digest = hashlib.sha256()
-    for path in (config.data.source, config.model.name, config.model.loss):
-        sources = module_sources(path.partition(":")[0]) if ":" in path else {}
-        for name, file in sources.items():
-            digest.update(f"{name}\0".encode() + file.read_bytes() + b"\0")
-        digest.update(b"\0")
+    for name, file in module_sources({path.partition(":")[0] for path in named if ":" in path}).items():
+        digest.update(f"{name}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

@@ -1,24 +1,25 @@
-"""Which files a module of the user's own is made of, found without running any of them."""
+"""Which files the modules of the user's own are made of, found without running any of them."""
 
 from __future__ import annotations
 
 import ast
 import sys
 import sysconfig
+from collections.abc import Collection
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 from dpdist.plugins import find_modules_here
 
 
-def module_sources(module_name: str) -> dict[str, Path]:
-    """The source files of a module and of all that it imports, by module name, in order of name; none is run.
+def module_sources(modules: Collection[str]) -> dict[str, Path]:
+    """The source files of modules and of all that they import, by module name, in order of name; none is run.
 
     Left out are libraries that are installed, dpdist itself, and what is imported under a name made at run time.
     """
     find_modules_here()
     found: dict[str, Path] = {}
-    wanted = {module_name}
+    wanted = set(modules)
     while wanted:
         name = wanted.pop()
         spec = _find_spec(name)

@@ -56,7 +56,7 @@ def digest(function: str = "mine:f") -> str:
 
 def test_all_that_is_imported_of_the_users_own_is_found_and_nothing_is_run(here: Path) -> None:
     before = set(sys.modules)
-    found: Mapping[str, Path] = module_sources("mine")
+    found: Mapping[str, Path] = module_sources(["mine"])
     assert set(found) == USED
     assert found["helpers.deeper"] == here / "helpers/deeper/__init__.py"
     assert list(found) == sorted(found)
@@ -64,16 +64,16 @@ def test_all_that_is_imported_of_the_users_own_is_found_and_nothing_is_run(here:
 
 
 def test_a_module_in_a_package_brings_the_package(here: Path) -> None:
-    assert set(module_sources("package.inner")) == {"package.inner", "package", "broken"}
+    assert set(module_sources(["package.inner"])) == {"package.inner", "package", "broken"}
 
 
 def test_what_is_not_there_or_reaches_out_of_no_package_is_left_out(here: Path) -> None:
-    assert module_sources("gone") == {} == module_sources("gone.deeper") == module_sources("mine.deeper")
-    assert set(module_sources("apart")) == {"apart"}
+    assert module_sources(["gone"]) == {} == module_sources(["gone.deeper"]) == module_sources(["mine.deeper"])
+    assert set(module_sources(["apart"])) == {"apart"}
 
 
 def test_an_installed_module_stands_for_itself(here: Path) -> None:
-    assert set(module_sources("optax.losses")) == {"optax.losses"}
+    assert set(module_sources(["optax.losses"])) == {"optax.losses"}
 
 
 def test_the_digest_depends_on_every_file_that_is_used_and_on_no_other(here: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_ledger import PLAN
 
 from dpdist.config import Config, Privacy, Training, flatten
 from dpdist.mechanism.incarnation import (
@@ -18,39 +19,22 @@ from dpdist.mechanism.incarnation import (
     settings_digest,
     step_settings,
 )
-from dpdist.mechanism.ledger import Ledger, Plan
+from dpdist.mechanism.ledger import Ledger
 
 NOW = Present(environment="jax 1 on cpu", settings="s", code="c", data="d", topology="two hosts", repeatable=True)
 WHOLE = Found(step=20, damaged=0, secret_lost=False, asked=False)
 
 
-def begun(path: Path) -> Ledger:
-    """A run charged for 30 steps, with checkpoints of 10 and 20."""
-    ledger = Ledger(path)
-    plan = Plan(
-        incarnation=0,
-        nonce="ab" * 32,
-        environment=NOW.environment,
-        settings=NOW.settings,
-        code=NOW.code,
-        data=NOW.data,
-        adjacency="zero-out",
-        dataset_size=1000,
-        sampling_probability=0.1,
-        expected_batch_size=100.0,
-        steps=50,
-        steps_asked=50,
-    )
-    ledger.begin(plan)
-    ledger.reserve(0, 30)
-    ledger.record_saved(10, NOW.topology)
-    ledger.record_saved(20, NOW.topology)
-    return ledger
-
-
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    return begun(tmp_path / "ledger.jsonl")
+    """Of a run charged for 30 steps, with checkpoints of 10 and 20."""
+    opened = Ledger(tmp_path / "ledger.jsonl")
+    known = {"environment": NOW.environment, "settings": NOW.settings, "code": NOW.code, "data": NOW.data}
+    opened.begin(dataclasses.replace(PLAN, **known))
+    opened.reserve(0, 30)
+    opened.record_saved(10, NOW.topology)
+    opened.record_saved(20, NOW.topology)
+    return opened
 
 
 def reasons(ledger: Ledger, now: Present = NOW, *, changed: list[str] | None = None, **found: Any) -> list[str]:

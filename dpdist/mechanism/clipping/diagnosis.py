@@ -18,7 +18,7 @@ from dpdist.mechanism.clipping.graph import FLAT, Graph, Node, UnsupportedLossEr
 from dpdist.mechanism.clipping.paths import paths_of
 
 #: What JAX raises for a primitive without a rule, for a wrong rule of the user's own, and for a while loop.
-REFUSALS = (NotImplementedError, TypeError, ValueError)
+_REFUSALS = (NotImplementedError, TypeError, ValueError)
 _REMEDY = "jax.custom_vjp to give it the rule that is missing"
 _REMEDIES = {
     "while": "lax.scan, or lax.fori_loop with a trip count known when it is traced",
@@ -40,7 +40,7 @@ def deriving() -> Iterator[None]:
     """
     try:
         yield
-    except REFUSALS as error:
+    except _REFUSALS as error:
         raise NoDerivativeError(str(error)) from error
 
 
@@ -55,7 +55,7 @@ def naming_the_fault(
     """
     try:
         yield
-    except REFUSALS as error:
+    except _REFUSALS as error:
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
         if (named := unsupported(trace(loss_fn, params, example, frozen), params)) is not None:
             raise named from error
@@ -143,6 +143,6 @@ def _refusal(
     shapes = {i: jax.ShapeDtypeStruct(two[axis] + graph.aval(i).shape, graph.aval(i).dtype) for i, axis in axes.items()}
     try:
         jax.eval_shape(jax.vmap(gradients, in_axes=(axes,)), shapes)
-    except REFUSALS as error:
+    except _REFUSALS as error:
         return error
     return None
