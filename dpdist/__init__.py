@@ -6,16 +6,14 @@
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpdist.config import Config, from_dict
-    from dpdist.configfile import load as load_config
+    from dpdist.config.file import load as load_config
     from dpdist.errors import InputError
-    from dpdist.release import TrainedRun, load
-    from dpdist.train import train
+    from dpdist.release.trained_run import TrainedRun, load
+    from dpdist.trainer import train
 
 __all__ = ["Config", "InputError", "TrainedRun", "from_dict", "load", "load_config", "train"]
 
@@ -23,22 +21,12 @@ __all__ = ["Config", "InputError", "TrainedRun", "from_dict", "load", "load_conf
 _HOME = {
     "Config": ("dpdist.config", "Config"),
     "InputError": ("dpdist.errors", "InputError"),
-    "TrainedRun": ("dpdist.release", "TrainedRun"),
+    "TrainedRun": ("dpdist.release.trained_run", "TrainedRun"),
     "from_dict": ("dpdist.config", "from_dict"),
-    "load": ("dpdist.release", "load"),
-    "load_config": ("dpdist.configfile", "load"),
-    "train": ("dpdist.train", "train"),
+    "load": ("dpdist.release.trained_run", "load"),
+    "load_config": ("dpdist.config.file", "load"),
+    "train": ("dpdist.trainer", "train"),
 }
-
-
-class _Facade(types.ModuleType):
-    """This package. Importing the module `dpdist.train` binds it to the name of its function: the function wins."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value.train if name == "train" and isinstance(value, types.ModuleType) else value)
-
-
-sys.modules[__name__].__class__ = _Facade
 
 
 def __getattr__(name: str) -> Any:

@@ -6,17 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from launch.job import JobFailedError, TrainingJob, attach
-    from launch.slurm import submit
+    from dpdist_launch.slurm.job import JobFailedError, TrainingJob, attach
+    from dpdist_launch.slurm.submit import submit
 
 __all__ = ["JobFailedError", "TrainingJob", "attach", "submit"]
 
 # Resolved on first use: `dpdist` commands that submit nothing do not wait for submitit.
 _HOME = {
-    "JobFailedError": "launch.job",
-    "TrainingJob": "launch.job",
-    "attach": "launch.job",
-    "submit": "launch.slurm",
+    "JobFailedError": "dpdist_launch.slurm.job",
+    "TrainingJob": "dpdist_launch.slurm.job",
+    "attach": "dpdist_launch.slurm.job",
+    "submit": "dpdist_launch.slurm.submit",
 }
 
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpdist.errors import InputError
-from launch import sbatch
-from launch.bench import command as bench
-from launch.scaling import command as scaling
+from dpdist_launch.measure.bench import command as bench
+from dpdist_launch.measure.scaling import command as scaling
+from dpdist_launch.slurm import options as sbatch
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
@@ -121,25 +121,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from dpdist import configfile
+    from dpdist.config import file as configfile
 
     overrides = list(options.overrides)
     if options.run_dir is not None:
         overrides.append(f"run.dir={json.dumps(options.run_dir)}")
     config = configfile.load(options.config, overrides)  # before any process is started
     if options.processes is not None:
-        from launch.local import run_local
+        from dpdist_launch.local import run_local
 
         return run_local(["train", options.config, *overrides], options.processes, config.cluster.devices_per_process)
-    from launch.training import train_here
+    from dpdist_launch.training import train_here
 
     return train_here(config)
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from dpdist import configfile
-    from launch.job import JobFailedError, attach
-    from launch.slurm import submit
+    from dpdist.config import file as configfile
+    from dpdist_launch.slurm.job import JobFailedError, attach
+    from dpdist_launch.slurm.submit import submit
 
     overrides = list(options.overrides)
     if options.run_dir is not None:
@@ -175,8 +175,8 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from dpdist import configfile
-    from launch.plan import plan_report, text
+    from dpdist.config import file as configfile
+    from dpdist_launch.plan import plan_report, text
 
     config = configfile.load(options.config, options.overrides)
     report = plan_report(config, nodes=options.nodes, gpus_per_node=options.gpus_per_node)
@@ -185,7 +185,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from dpdist.export import export
+    from dpdist.release.export import export
 
     told = export(options.run_dir, options.to, without_guarantee=options.without_guarantee)
     names = ("guarantee", "epsilon", "delta", "released_after_step", "params_sha256")

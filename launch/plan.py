@@ -13,14 +13,13 @@ from dpdist.cluster.join import join
 from dpdist.config import Config
 from dpdist.data import open_dataset
 from dpdist.errors import InputError
-from dpdist.gradients import plan_strategies
-from dpdist.identity import environment
-from dpdist.mechanism.clipping import LeafPlan
+from dpdist.mechanism.clipping import LeafStrategy
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
-from dpdist.plan import plan_run
-from dpdist.programs import Programs, build_programs, memory_limit, with_key
-from dpdist.train import make_planner
-from launch.scaling.point import shape_of_work
+from dpdist.program.assignments import make_assigner, shape_of_work
+from dpdist.program.build import TrainingSetup, build_setup, memory_limit, with_key
+from dpdist.program.gradients import strategies_for
+from dpdist.run.fingerprints import environment
+from dpdist.run.plan import plan_run
 
 #: Steps that are sampled, with a throw-away secret, to see how the work would be shared out.
 _STEPS = 50
@@ -39,24 +38,26 @@ def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int 
     for name, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
         if value is not None and value < 1:
             raise InputError(name, value, "give at least 1.")
-    job = join(config.cluster)
-    if job.num_processes > 1:
-        raise InputError("dpdist plan", f"{job.num_processes} processes", "run it in one process.")
+    world = join(config.cluster)
+    if world.num_processes > 1:
+        raise InputError("dpdist plan", f"{world.num_processes} processes", "run it in one process.")
     if nodes is not None:
-        job = dataclasses.replace(job, host_of_device=tuple(i // gpus_per_node for i in range(nodes * gpus_per_node)))
+        world = dataclasses.replace(
+            world, host_of_device=tuple(i // gpus_per_node for i in range(nodes * gpus_per_node))
+        )
     dataset = open_dataset(config.data)
     secret = Secret.fresh()
     plan = plan_run(
-        config, dataset_size=len(dataset.train), nonce=fresh_nonce(secret), environment=environment(job.platform)
+        config, dataset_size=len(dataset.train), nonce=fresh_nonce(secret), environment=environment(world.platform)
     )
-    programs = build_programs(config, plan, dataset, job, earlier=None)
-    planner = make_planner(config, plan, programs, Keys(secret, bytes.fromhex(plan.nonce)), job)
-    work = shape_of_work(tuple(planner(step) for step in range(min(_STEPS, plan.steps))))
-    leaves: list[LeafPlan] = []
+    setup = build_setup(config, plan, dataset, world, earlier=None)
+    assigner = make_assigner(config, plan, setup, Keys(secret, bytes.fromhex(plan.nonce)), world)
+    work = shape_of_work(tuple(assigner(step) for step in range(min(_STEPS, plan.steps))))
+    leaves: list[LeafStrategy] = []
     if plan.clip_norm is not None and config.training.clipping != "per_example":
-        loss_fn = models.example_loss(programs.model)
-        example = with_key(programs.example, programs.model)
-        leaves = plan_strategies(config, loss_fn, programs.initial.params, example, job)
+        loss_fn = models.example_loss(setup.model)
+        example = with_key(setup.example, setup.model)
+        leaves = strategies_for(config, loss_fn, setup.initial.params, example, world)
     return {
         "privacy": {
             name: getattr(plan, name)
@@ -66,12 +67,12 @@ def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int 
         "dataset_size": plan.dataset_size,
         "expected_batch_size": plan.expected_batch_size,
         "steps": plan.steps,
-        "devices": len(job.host_of_device),
-        "nodes": max(job.host_of_device) + 1,
-        "physical_batch_size": programs.physical,
-        "tail_batch_size": programs.tail,
+        "devices": len(world.host_of_device),
+        "nodes": max(world.host_of_device) + 1,
+        "physical_batch_size": setup.physical,
+        "tail_batch_size": setup.tail,
         **work,
-        "memory": _memory(programs, memory_limit(config, job), noisy=plan.noise_multiplier is not None),
+        "memory": _memory(setup, memory_limit(config, world), noisy=plan.noise_multiplier is not None),
         "clipping": {
             "method": config.training.clipping if plan.clip_norm is not None else "none",
             "parameters": [dataclasses.asdict(leaf) | {"seconds": dict(leaf.seconds)} for leaf in leaves],
@@ -79,14 +80,14 @@ def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int 
     }
 
 
-def _memory(programs: Programs, limit: float, *, noisy: bool) -> dict[str, float]:
+def _memory(setup: TrainingSetup, limit: float, *, noisy: bool) -> dict[str, float]:
     """Parameters by number, and bytes on one device."""
     return {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(programs.initial.params)),
-        "trainable_parameters": programs.step.parameters,
-        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(programs.initial)),
-        "sums_and_noise_bytes": 4 * programs.step.parameters * (2 if noisy else 1),
-        "temporary_bytes": programs.step.peak_bytes(),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(setup.initial.params)),
+        "trainable_parameters": setup.step_programs.parameters,
+        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(setup.initial)),
+        "sums_and_noise_bytes": 4 * setup.step_programs.parameters * (2 if noisy else 1),
+        "temporary_bytes": setup.step_programs.peak_bytes(),
         "limit_bytes": limit,
     }
 

@@ -6,14 +6,14 @@ import logging
 import sys
 import traceback
 
-from dpdist.checkpoint import SaveFailedError
 from dpdist.cluster.join import abort, leave
 from dpdist.cluster.lease import LeaseLostError
 from dpdist.config import Config
 from dpdist.errors import InputError
 from dpdist.mechanism.ledger import LedgerError
-from dpdist.privatelog import record_exception
-from dpdist.train import train
+from dpdist.run.checkpoint import SaveFailedError
+from dpdist.run.private_log import record_exception
+from dpdist.trainer import train
 
 #: Errors whose texts are dpdist's own, about files and processes.
 QUOTES_NO_DATA = (LedgerError, SaveFailedError, LeaseLostError)

@@ -10,7 +10,7 @@ import pytest
 from jobs import Jobs, Run, wait_all
 
 if TYPE_CHECKING:
-    from dpdist.checkpoint import Checkpoints
+    from dpdist.run.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,7 @@ def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
     """Step 1 is saved."""
     from saves import META, state  # Orbax takes seconds to import, and few tests need it
 
-    from dpdist.checkpoint import Checkpoints
+    from dpdist.run.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     checkpoints.save(1, state(), META)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launch.cli import main
+from dpdist_launch.cli import main
 
 PLAN = ("--sampling-probability", "0.01", "--steps", "1000", "--delta", "1e-5")
 
@@ -127,7 +127,7 @@ def test_help_tells_what_there_is(capsys: pytest.CaptureFixture[str], argv: list
 
 def test_questions_are_answered_without_starting_jax() -> None:
     """`python -m launch` is the same command; help must not wait for an import of seconds."""
-    code = "import sys, launch.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: print('jax' in sys.modules)"
+    code = "import sys, dpdist_launch.cli as c\ntry: c.main(['--help'])\nexcept SystemExit: print('jax' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.splitlines()[-1] == "False"
     result = subprocess.run(
@@ -137,6 +137,6 @@ def test_questions_are_answered_without_starting_jax() -> None:
 
 
 def test_dpdist_train_is_the_function_whatever_was_imported_before() -> None:
-    code = "import dpdist.train, launch.training, dpdist; print(dpdist.train.__name__, callable(dpdist.train))"
+    code = "import dpdist.trainer, dpdist_launch.training, dpdist; print(dpdist.train.__name__, callable(dpdist.train))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "train True\n"

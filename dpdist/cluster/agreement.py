@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # The client has no public name; Orbax takes it from here too.
 
-from dpdist.cluster.job import Job
+from dpdist.cluster.world import World
 from dpdist.errors import InputError
 
 #: Keys are never used twice: the store keeps them, and a late reader must not find another value.
@@ -31,7 +31,7 @@ _MARGIN = 10.0
 _SHOWN = 200
 
 
-def broadcast(value: Any, job: Job) -> Any:
+def broadcast(value: Any, world: World) -> Any:
     """Process 0's `value` on every process, through JSON: tuples become lists, keys become strings.
 
     Args:
@@ -40,10 +40,10 @@ def broadcast(value: Any, job: Job) -> Any:
     Raises:
         TimeoutError: process 0 did not send it within `job.timeout` seconds.
     """
-    return _broadcast(value, job, job.timeout)
+    return _broadcast(value, world, world.timeout)
 
 
-def decide(job: Job, function: Callable[[], Any], *, timeout: float | None = None) -> Any:
+def decide(world: World, function: Callable[[], Any], *, timeout: float | None = None) -> Any:
     """What process 0 gets from `function()`, on every process; for whatever depends on files or clocks.
 
     Args:
@@ -55,19 +55,19 @@ def decide(job: Job, function: Callable[[], Any], *, timeout: float | None = Non
         TimeoutError: process 0 did not answer in time.
     """
     answer: dict[str, Any] = {}
-    if job.is_main:
+    if world.is_main:
         try:
             answer["value"] = function()
         except InputError as error:
             value = error.value if isinstance(error.value, str | int | float | None) else str(error.value)
             answer["error"] = [error.field, value, error.remedy]
-    answer = _broadcast(answer, job, job.timeout if timeout is None else timeout)
+    answer = _broadcast(answer, world, world.timeout if timeout is None else timeout)
     if "error" in answer:
         raise InputError(*answer["error"])
     return answer["value"]
 
 
-def gather(value: Any, job: Job, *, timeout: float | None = None) -> list[Any]:
+def all_gather(value: Any, world: World, *, timeout: float | None = None) -> list[Any]:
     """Every process's `value`, in the order of ranks, on every process, through JSON.
 
     Args:
@@ -76,30 +76,30 @@ def gather(value: Any, job: Job, *, timeout: float | None = None) -> list[Any]:
     Raises:
         TimeoutError: on all processes that are there; it names the ranks that did not answer.
     """
-    seconds = job.timeout if timeout is None else timeout
-    if job.num_processes == 1:
+    seconds = world.timeout if timeout is None else timeout
+    if world.num_processes == 1:
         return [json.loads(json.dumps(value))]
     key = f"dpdist/gather/{next(_serial)}"
-    client().key_value_set(f"{key}/{job.process_id}", json.dumps(value))
+    client().key_value_set(f"{key}/{world.process_id}", json.dumps(value))
     answer: dict[str, list[Any]] = {"values": [], "missing": []}
-    if job.is_main:
+    if world.is_main:
         deadline = time.monotonic() + seconds
-        for rank in range(job.num_processes):
+        for rank in range(world.num_processes):
             try:
                 text = _get(f"{key}/{rank}", rank, max(0.01, deadline - time.monotonic()))
                 answer["values"].append(json.loads(text))
             except TimeoutError:
                 answer["missing"].append(rank)
-    answer = _broadcast(answer, job, seconds + _MARGIN)
+    answer = _broadcast(answer, world, seconds + _MARGIN)
     if answer["missing"]:
         raise TimeoutError(
-            f"{_ranks(answer['missing'])} of {job.num_processes} did not answer within {seconds:g} s; "
+            f"{_ranks(answer['missing'])} of {world.num_processes} did not answer within {seconds:g} s; "
             "what they logged last says where they are."
         )
     return answer["values"]
 
 
-def require_same(fields: Mapping[str, Any], job: Job, hidden: Collection[str] = ()) -> None:
+def require_same(fields: Mapping[str, Any], world: World, hidden: Collection[str] = ()) -> None:
     """Stop all processes unless each has the same `fields` as process 0.
 
     Args:
@@ -112,9 +112,9 @@ def require_same(fields: Mapping[str, Any], job: Job, hidden: Collection[str] = 
         TimeoutError: a process did not take part.
     """
     own = {name: json.dumps(value, sort_keys=True) for name, value in fields.items()}
-    expected: dict[str, str] = broadcast(own, job)
+    expected: dict[str, str] = broadcast(own, world)
     differing = [name for name in sorted({*expected, *own}) if expected.get(name) != own.get(name)]
-    found = gather({name: _shown(own.get(name), name in hidden) for name in differing}, job)
+    found = all_gather({name: _shown(own.get(name), name in hidden) for name in differing}, world)
     names = sorted({name for report in found for name in report})
     if not names:
         return
@@ -125,7 +125,7 @@ def require_same(fields: Mapping[str, Any], job: Job, hidden: Collection[str] = 
     )
 
 
-def barrier(name: str, job: Job, timeout: float | None = None) -> None:
+def barrier(name: str, world: World, timeout: float | None = None) -> None:
     """Wait until every process has come to the barrier called `name`.
 
     `multihost_utils.sync_global_devices` is a device collective and would wait for ever; this is not one.
@@ -136,22 +136,22 @@ def barrier(name: str, job: Job, timeout: float | None = None) -> None:
     Raises:
         TimeoutError: someone did not come in time; it names the barrier and the ranks that are missing.
     """
-    if job.num_processes == 1:
+    if world.num_processes == 1:
         return
-    seconds = job.timeout if timeout is None else timeout
+    seconds = world.timeout if timeout is None else timeout
     try:
         client().wait_at_barrier(f"dpdist/{name}", round(seconds * 1000))
     except jax.errors.JaxRuntimeError as error:
         raise TimeoutError(
-            f"barrier {name!r} was not passed within {seconds:g} s on {job.membership.label}: {error}"
+            f"barrier {name!r} was not passed within {seconds:g} s on {world.membership.label}: {error}"
         ) from error
 
 
-def _broadcast(value: Any, job: Job, timeout: float) -> Any:
-    if job.num_processes == 1:
+def _broadcast(value: Any, world: World, timeout: float) -> Any:
+    if world.num_processes == 1:
         return json.loads(json.dumps(value))
     key = f"dpdist/broadcast/{next(_serial)}"
-    if not job.is_main:
+    if not world.is_main:
         return json.loads(_get(key, 0, timeout))
     text = json.dumps(value)
     client().key_value_set(key, text)

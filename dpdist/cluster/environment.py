@@ -21,7 +21,7 @@ from dpdist.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-#: What `launch.local` gives each process it starts.
+#: What `dpdist_launch.local` gives each process it starts.
 LOCAL_VARIABLES = ("DPDIST_PROCESS_ID", "DPDIST_NUM_PROCESSES", "DPDIST_COORDINATOR")
 
 #: What every task of an `srun` step has. A batch shell, a shell of salloc and an ssh login have only some.

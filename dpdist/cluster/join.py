@@ -23,7 +23,7 @@ from jax._src import distributed, xla_bridge  # There is no public way to ask wi
 from dpdist import config
 from dpdist.cluster import agreement
 from dpdist.cluster.environment import Membership, detect
-from dpdist.cluster.job import AXIS, Job
+from dpdist.cluster.world import AXIS, World
 from dpdist.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _LAST_TO_LEAVE = 2.0
 
 
-def join(cluster: config.Cluster, membership: Membership | None = None) -> Job:
+def join(cluster: config.Cluster, membership: Membership | None = None) -> World:
     """Become a process of the job, wait for all the others, and check that the devices are those asked for.
 
     `jax.distributed` is initialised for one process too: without it the preemption sync point never fires.
@@ -61,26 +61,26 @@ def join(cluster: config.Cluster, membership: Membership | None = None) -> Job:
         _initialize(cluster, membership)
 
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    job = Job(
+    world = World(
         membership=membership,
         mesh=jax.sharding.Mesh(np.array(devices), (AXIS,)),
         host_of_device=(),
         timeout=cluster.shutdown_timeout,
         distributed=distributed,
     )
-    reports = agreement.gather(
+    reports = agreement.all_gather(
         {
             "platform": jax.default_backend(),
             "devices": jax.local_device_count(),
             "host": membership.host_index,
             "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS"),
         },
-        job,
+        world,
     )
     _check_platforms(cluster, reports)
     _check_device_counts(cluster, reports)
     hosts = tuple(reports[device.process_index]["host"] for device in devices)
-    return dataclasses.replace(job, host_of_device=hosts)
+    return dataclasses.replace(world, host_of_device=hosts)
 
 
 def leave() -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 
 from dpdist.cluster import agreement
-from dpdist.cluster.job import Job
+from dpdist.cluster.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Judge:
 class Stragglers:
     """Times every `every`-th step of the loop, and finds the stragglers on process 0. Does nothing with one process.
 
-    Construction is collective; it raises what `agreement.gather` does. After it, nothing here waits for another
+    Construction is collective; it raises what `agreement.all_gather` does. After it, nothing here waits for another
     process or fails for want of one: an answer that is missing is skipped. Only an error of the computation itself
     comes out where it is waited for.
 
@@ -94,10 +94,10 @@ class Stragglers:
         every: steps from sample to sample. A sampled step can't overlap with its neighbours, so sample seldom.
     """
 
-    def __init__(self, job: Job, every: int = 20) -> None:
-        self._job, self._every = job, every
+    def __init__(self, world: World, every: int = 20) -> None:
+        self._world, self._every = world, every
         self._key = f"dpdist/straggler/{next(_serial)}"
-        self._judge = Judge(agreement.gather(socket.gethostname(), job))
+        self._judge = Judge(agreement.all_gather(socket.gethostname(), world))
         self._began = self._own = math.nan
         #: On process 0: the newest sample, which others may still be sending.
         self._open: int | None = None
@@ -105,7 +105,7 @@ class Stragglers:
 
     def due(self, step: int) -> bool:
         """Whether `step` is sampled. Not a multiple of `every`: after one the loop tends to save and evaluate."""
-        return self._job.num_processes > 1 and step % self._every == self._every // 2
+        return self._world.num_processes > 1 and step % self._every == self._every // 2
 
     def began(self, step: int, state: Any) -> None:
         """Call before the step's first batch is asked for, with what the step before has computed."""
@@ -126,7 +126,7 @@ class Stragglers:
         jax.block_until_ready(state)
         whole = time.perf_counter() - self._began
         try:
-            if self._job.is_main and self._open is not None:
+            if self._world.is_main and self._open is not None:
                 self._close(self._open)
             self._send(step, self._own, whole)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
@@ -145,7 +145,7 @@ class Stragglers:
     def _send(self, step: int, own: float, whole: float) -> None:
         # Overwriting, or a step that is taken anew in the same process would be refused.
         agreement.client().key_value_set(
-            f"{self._key}/{step}/{self._job.process_id}", json.dumps([own, whole]), allow_overwrite=True
+            f"{self._key}/{step}/{self._world.process_id}", json.dumps([own, whole]), allow_overwrite=True
         )
 
     def _close(self, step: int) -> None:

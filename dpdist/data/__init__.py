@@ -6,6 +6,6 @@ a `Dataset` or `(train, test)`; each is any object with `__len__` and `__getitem
 
 from dpdist.data.checks import check_labels, fingerprint
 from dpdist.data.datasets import Dataset, open_dataset
-from dpdist.data.sources import ArraySource, Source, Subset, gather
+from dpdist.data.sources import ArraySource, Source, Subset, read_rows
 
-__all__ = ["ArraySource", "Dataset", "Source", "Subset", "check_labels", "fingerprint", "gather", "open_dataset"]
+__all__ = ["ArraySource", "Dataset", "Source", "Subset", "check_labels", "fingerprint", "open_dataset", "read_rows"]

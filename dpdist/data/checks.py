@@ -8,7 +8,7 @@ import json
 import numpy as np
 from jaxtyping import Int64
 
-from dpdist.data.sources import ArraySource, Source, Subset, gather, schema
+from dpdist.data.sources import ArraySource, Source, Subset, read_rows, schema
 from dpdist.errors import InputError
 
 #: Examples whose labels are looked at where each costs a call of the user's code.
@@ -55,7 +55,7 @@ def _labels(source: Source) -> np.ndarray | None:
     if isinstance(base, ArraySource):
         labels = base.arrays.get("label")
         return labels if labels is None or indices is None else labels[indices]
-    return gather(source, np.arange(min(len(source), LABELS_CHECKED))).get("label")
+    return read_rows(source, np.arange(min(len(source), LABELS_CHECKED))).get("label")
 
 
 def fingerprint(source: Source) -> bytes:
@@ -68,11 +68,11 @@ def fingerprint(source: Source) -> bytes:
     A hash of private data lets anyone who has it confirm a guess of that data: key it with the run's
     secret before it is stored or sent anywhere.
     """
-    first = gather(source, np.zeros(1, np.int64))
+    first = read_rows(source, np.zeros(1, np.int64))
     digest = hashlib.sha256(json.dumps([len(source), schema(first)]).encode())
     indices = _hashed(source, sum(rows.nbytes for rows in first.values()))
     for start in range(0, len(indices), BLOCK):
-        rows = gather(source, indices[start : start + BLOCK])
+        rows = read_rows(source, indices[start : start + BLOCK])
         for name in sorted(rows):
             digest.update(np.ascontiguousarray(rows[name]).data)
     return digest.digest()

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from dpdist.config import Data
+from dpdist.config.plugins import load_function
 from dpdist.data.cifar import CIFAR10, CIFAR100, Format, read_cifar
 from dpdist.data.idx import read_mnist
 from dpdist.data.npy import read_npy
 from dpdist.data.sources import ArraySource, Source, Subset, schema
 from dpdist.errors import InputError
-from dpdist.plugins import load_function
 
 
 @dataclass(frozen=True, kw_only=True)

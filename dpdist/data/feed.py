@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from dpdist.config import Data
 from dpdist.data.placement import Placement
 from dpdist.data.sources import Source
-from dpdist.mechanism.sampling import StepPlan
+from dpdist.mechanism.sampling import Assignment
 from dpdist.mechanism.step import Microbatch
 
 
@@ -23,7 +23,7 @@ class Feed:
 
     Args:
         source: training examples; only rows of this process's devices are read.
-        plan: step number to `StepPlan`; pure, called on the feed's thread.
+        plan: step number to `Assignment`; pure, called on the feed's thread.
         mesh: the job's devices.
         data: how far ahead to work (`prefetch`), and with how many threads (`workers`).
 
@@ -31,22 +31,22 @@ class Feed:
     """
 
     def __init__(
-        self, source: Source, plan: Callable[[int], StepPlan], mesh: Mesh, *, data: Data, start: int, stop: int
+        self, source: Source, plan: Callable[[int], Assignment], mesh: Mesh, *, data: Data, start: int, stop: int
     ) -> None:
         self._plan, self._placement = plan, Placement(source, mesh, workers=data.workers)
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=data.prefetch)
         self._closed = threading.Event()
         #: Seconds spent sampling and planning (on the thread), and waited for data (by the consumer).
-        self.plan_seconds = 0.0
+        self.assign_seconds = 0.0
         self.wait_seconds = 0.0
         self._thread = threading.Thread(target=self._run, args=(start, stop), name="dpdist-feed", daemon=True)
         self._thread.start()
 
-    def next_plan(self) -> StepPlan:
+    def next_assignment(self) -> Assignment:
         """The plan of the next step; call it once, then read all its `microbatches`."""
         return self._get()
 
-    def microbatches(self, plan: StepPlan) -> Iterator[Microbatch]:
+    def microbatches(self, plan: Assignment) -> Iterator[Microbatch]:
         """The microbatches of that step, on the devices."""
         for _ in plan.microbatches:
             yield self._get()
@@ -79,7 +79,7 @@ class Feed:
             for step in range(start, stop):
                 began = time.perf_counter()
                 plan = self._plan(step)
-                self.plan_seconds += time.perf_counter() - began
+                self.assign_seconds += time.perf_counter() - began
                 self._put(plan)
                 for microbatch in range(len(plan.microbatches)):
                     if self._closed.is_set():
@@ -88,7 +88,7 @@ class Feed:
         except BaseException as error:  # re-raised where the batch is awaited
             self._put(error)
 
-    def assemble(self, plan: StepPlan, microbatch: int) -> Microbatch:
+    def assemble(self, plan: Assignment, microbatch: int) -> Microbatch:
         """One microbatch: this process's rows, gathered, zero-padded and sent to its devices."""
         place = self._placement
         rows = np.concatenate([plan.rows(device, microbatch) for device in place.local])

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int64, Shaped
 
-from dpdist.data.sources import Source, gather
+from dpdist.data.sources import Source, read_rows
 
 
 class Placement:
@@ -38,7 +38,7 @@ class Placement:
         """
         real = rows >= 0
         data = {}
-        for name, values in gather(self.source, rows[real], self._pool).items():
+        for name, values in read_rows(self.source, rows[real], self._pool).items():
             padded = np.zeros((len(rows), *values.shape[1:]), values.dtype)
             padded[real] = values
             data[name] = self.send(padded)

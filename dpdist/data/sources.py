@@ -124,10 +124,10 @@ class Subset:
 
     def take(self, indices: Int64[np.ndarray, " n"]) -> Rows:
         """Rows at `indices` of this view, in their order."""
-        return gather(self, indices)
+        return read_rows(self, indices)
 
 
-def gather(source: Source, indices: Int64[np.ndarray, " n"], pool: Executor | None = None) -> Rows:
+def read_rows(source: Source, indices: Int64[np.ndarray, " n"], pool: Executor | None = None) -> Rows:
     """The examples at `indices`, stacked: `{"image": uint8[n, 28, 28, 1], "label": int32[n]}`.
 
     Args:
@@ -139,11 +139,11 @@ def gather(source: Source, indices: Int64[np.ndarray, " n"], pool: Executor | No
         InputError: an example is not a dict of arrays, or two differ in columns, dtypes or shapes.
     """
     if isinstance(source, Subset):  # before `take`, which would leave the pool unused
-        return gather(source.source, source.indices[indices], pool)
+        return read_rows(source.source, source.indices[indices], pool)
     if isinstance(source, TakeSource):
         return source.take(indices)
     if len(indices) == 0:  # a Poisson sample may be empty; example 0 lends its shapes, not its content
-        return {name: rows[:0] for name, rows in gather(source, np.array([0], np.int64)).items()}
+        return {name: rows[:0] for name, rows in read_rows(source, np.array([0], np.int64)).items()}
     read = pool.map if pool else map
     examples = [
         _columns(example, index)

@@ -48,7 +48,7 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Present:
+class StepInputs:
     """What this call's steps would depend on; the first four stand in the plan of the incarnation they belong to."""
 
     environment: str
@@ -74,7 +74,9 @@ class Found:
     asked: bool
 
 
-def reasons_for_a_new_one(ledger: Ledger, now: Present, found: Found, changed_settings: list[str]) -> list[str]:
+def reasons_for_new_incarnation(
+    ledger: Ledger, now: StepInputs, found: Found, changed_settings: list[str]
+) -> list[str]:
     """Why the current incarnation cannot be kept, for people to read; empty where it is kept.
 
     Args:
@@ -91,7 +93,7 @@ def reasons_for_a_new_one(ledger: Ledger, now: Present, found: Found, changed_se
     return reasons + _losses(ledger, now, found)
 
 
-def _changes(plan: Plan, now: Present, changed_settings: list[str], *, secret_lost: bool) -> list[str]:
+def _changes(plan: Plan, now: StepInputs, changed_settings: list[str], *, secret_lost: bool) -> list[str]:
     """What a step depends on and is not as it was when the current incarnation began."""
     reasons = []
     if plan.settings != now.settings:
@@ -109,7 +111,7 @@ def _changes(plan: Plan, now: Present, changed_settings: list[str], *, secret_lo
     return reasons
 
 
-def _losses(ledger: Ledger, now: Present, found: Found) -> list[str]:
+def _losses(ledger: Ledger, now: StepInputs, found: Found) -> list[str]:
     """Why going on from there would not replay what came after it, where that was saved and may have been seen."""
     if found.step is None:
         return ["no whole checkpoint is left"] if ledger.charged_steps() else []

@@ -64,7 +64,7 @@ def shard_bounds(dataset_size: int, hosts: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class Assignment:
     """Who processes which example of one step.
 
     `sample` is the whole Poisson sample, sorted. Device d processes `sample[slices[d][0]:slices[d][1]]` in
@@ -100,7 +100,7 @@ def microbatch_sizes(largest: int, physical: int, tail: int) -> tuple[int, ...]:
     return (physical,) * full + (tail,) * small
 
 
-def plan_step(
+def assign(
     step: int,
     sample: Int64[np.ndarray, " n"],
     *,
@@ -109,7 +109,7 @@ def plan_step(
     host_of_device: Sequence[int],
     physical: int,
     tail: int,
-) -> StepPlan:
+) -> Assignment:
     """Assign the sampled examples to devices.
 
     `balanced`: device d takes the d-th equal slice of the sorted sample. `shard`: each host takes what
@@ -125,7 +125,7 @@ def plan_step(
         by_host = [iter(_split(int(cuts[h]), int(cuts[h + 1]), list(host_of_device).count(h))) for h in range(hosts)]
         slices = [next(by_host[host]) for host in host_of_device]
     largest = max(end - begin for begin, end in slices)
-    return StepPlan(step, sample, tuple(slices), microbatch_sizes(largest, physical, tail))
+    return Assignment(step, sample, tuple(slices), microbatch_sizes(largest, physical, tail))
 
 
 def _split(begin: int, end: int, parts: int) -> list[tuple[int, int]]:

@@ -64,7 +64,7 @@ def initial_state(
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(moving), average)
 
 
-class Step:
+class StepPrograms:
     """The programs of a run, compiled for one mesh.
 
     Args:

@@ -16,8 +16,8 @@ import optax
 from jaxtyping import Array
 
 from dpdist import config as config_module
+from dpdist.config.plugins import load_function
 from dpdist.errors import InputError
-from dpdist.plugins import load_function
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ report(
     local=[d.id for d in job.mesh.local_devices],
 )
 report(again=join(cluster()).host_of_device)
-report(broadcast=agreement.broadcast({"from": rank, "pair": (1, 2)}, job), gather=agreement.gather([rank], job))
+report(broadcast=agreement.broadcast({"from": rank, "pair": (1, 2)}, job), gather=agreement.all_gather([rank], job))
 
 def decision():
     assert rank == 0
@@ -187,7 +187,7 @@ for step in range(500):
         break
     time.sleep(0.02)
 report(distributed=job.distributed, hosts=job.host_of_device, step=step)
-report(broadcast=agreement.broadcast((1, 2), job), gather=agreement.gather((1,), job))
+report(broadcast=agreement.broadcast((1, 2), job), gather=agreement.all_gather((1,), job))
 report(same=error_of(agreement.require_same, {{"a": 1}}, job), barrier=error_of(agreement.barrier, "b", job))
 leave()
 """,
@@ -214,7 +214,7 @@ def test_a_notebook_that_has_used_jax_goes_on_alone_and_is_warned() -> None:
         USED_BEFORE
         + """
 job = join(cluster(devices_per_process=None))
-report(distributed=job.distributed, devices=job.device_count, gather=agreement.gather(7, job))
+report(distributed=job.distributed, devices=job.device_count, gather=agreement.all_gather(7, job))
 report(count=error_of(join, cluster(devices_per_process=64)))
 leave()
 """,

@@ -13,7 +13,7 @@ import pytest
 from cifar_archive import dumps, write_archive, write_directory
 
 from dpdist.config import Data
-from dpdist.data import Dataset, gather, open_dataset
+from dpdist.data import Dataset, open_dataset, read_rows
 from dpdist.data.cifar import CIFAR10, CIFAR100, Format
 from dpdist.errors import InputError
 
@@ -58,7 +58,7 @@ def test_the_official_format_reads_back(tmp_path: Path, source: str, form: str) 
     assert dataset.test is not None
     assert (len(dataset.train), len(dataset.test), dataset.classes) == (6 * len(kind.train), 6, kind.classes)
     assert dataset.label_names == tuple(f"class {i}" for i in range(kind.classes))
-    rows = gather(dataset.train, np.arange(len(dataset.train)))
+    rows = read_rows(dataset.train, np.arange(len(dataset.train)))
     assert (rows["image"].dtype, rows["label"].dtype) == (np.uint8, np.int32)
     assert rows["image"].shape == (6 * len(kind.train), 32, 32, 3)
     for batch in range(len(kind.train)):  # red, green, blue; each row by row, as the authors say
@@ -66,7 +66,7 @@ def test_the_official_format_reads_back(tmp_path: Path, source: str, form: str) 
             expected = pixels(6, batch)[row, 1024 * colour :][:1024].reshape(32, 32)
             np.testing.assert_array_equal(rows["image"][6 * batch + row, :, :, colour], expected)
     np.testing.assert_array_equal(rows["label"][:6], np.arange(6))
-    assert gather(dataset.test, np.arange(6))["label"].tolist() == [
+    assert read_rows(dataset.test, np.arange(6))["label"].tolist() == [
         (len(kind.train) + i) % kind.classes for i in range(6)
     ]
 

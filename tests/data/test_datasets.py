@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dpdist.config import Data
-from dpdist.data import ArraySource, Dataset, gather, open_dataset
+from dpdist.data import ArraySource, Dataset, open_dataset, read_rows
 from dpdist.data.datasets import split_indices
 from dpdist.errors import InputError
 
@@ -49,7 +49,7 @@ def test_digits_splits_1797_images_into_1437_and_360() -> None:
     dataset = open_dataset(Data(source="digits"))
     assert dataset.test is not None
     assert (len(dataset.train), len(dataset.test), dataset.classes, dataset.name) == (1437, 360, 10, "digits")
-    rows = gather(dataset.train, np.arange(1437))
+    rows = read_rows(dataset.train, np.arange(1437))
     assert (rows["image"].shape, rows["image"].dtype) == ((1437, 8, 8, 1), np.uint8)
     assert (rows["image"].min(), rows["image"].max()) == (0, 16)
     assert rows["label"].dtype == np.int32
@@ -65,7 +65,7 @@ def test_digits_are_those_of_scikit_learn_read_without_importing_it() -> None:
     kept, held_out = split_indices(1797, Data())
     for source, rows in ((dataset.train, kept), (dataset.test, held_out)):
         assert source is not None
-        found = gather(source, np.arange(len(rows)))
+        found = read_rows(source, np.arange(len(rows)))
         np.testing.assert_array_equal(found["image"][..., 0], digits.images[rows])
         np.testing.assert_array_equal(found["label"], digits.target[rows])
 

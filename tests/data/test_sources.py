@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpdist.data import ArraySource, Subset, gather
+from dpdist.data import ArraySource, Subset, read_rows
 from dpdist.errors import InputError
 
 IMAGES = np.arange(10 * 6, dtype=np.uint8).reshape(10, 2, 3, 1)
@@ -63,7 +63,7 @@ def test_an_array_source_gives_one_example_as_an_array_and_a_scalar(arrays: Arra
 def test_every_kind_of_source_gives_the_same_rows_in_the_order_asked(arrays: ArraySource) -> None:
     indices = index_array(3, 9, 0, 3)
     for source in (arrays, Items(), Subset(arrays, np.arange(10)), Subset(Items(), np.arange(10))):
-        rows = gather(source, indices)
+        rows = read_rows(source, indices)
         np.testing.assert_array_equal(rows["image"], IMAGES[indices])
         np.testing.assert_array_equal(rows["label"], LABELS[indices])
         assert (rows["image"].dtype, rows["label"].dtype) == (np.uint8, np.int32)
@@ -71,7 +71,7 @@ def test_every_kind_of_source_gives_the_same_rows_in_the_order_asked(arrays: Arr
 
 def test_no_indices_give_columns_of_length_zero(arrays: ArraySource) -> None:
     for source in (arrays, Items(), Subset(arrays, index_array(1, 2)), Subset(Items(), index_array(1, 2))):
-        rows = gather(source, index_array())
+        rows = read_rows(source, index_array())
         assert {name: (rows[name].shape, rows[name].dtype) for name in rows} == {
             "image": ((0, 2, 3, 1), np.uint8),
             "label": ((0,), np.int32),
@@ -99,28 +99,31 @@ def test_rows_come_out_in_native_byte_order() -> None:
         def __getitem__(self, index: int) -> Any:
             return {"label": foreign[index : index + 1]}
 
-    for rows in (gather(ArraySource({"label": foreign}), index_array(2, 5)), gather(ForeignItems(), index_array(2, 5))):
+    for rows in (
+        read_rows(ArraySource({"label": foreign}), index_array(2, 5)),
+        read_rows(ForeignItems(), index_array(2, 5)),
+    ):
         assert rows["label"].dtype.isnative
         assert rows["label"].ravel().tolist() == [2, 5]
 
 
 def test_gather_prefers_take(arrays: ArraySource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ArraySource, "__getitem__", lambda self, index: pytest.fail("read one by one"))
-    assert gather(arrays, index_array(4))["label"].tolist() == [LABELS[4]]
+    assert read_rows(arrays, index_array(4))["label"].tolist() == [LABELS[4]]
 
 
 @pytest.mark.parametrize("view", [False, True])
 def test_user_code_runs_on_the_pools_threads(pool: ThreadPoolExecutor, view: bool) -> None:
     items = Items()
     source = Subset(items, np.arange(10)) if view else items
-    rows = gather(source, index_array(8, 1, 5), pool)
+    rows = read_rows(source, index_array(8, 1, 5), pool)
     np.testing.assert_array_equal(rows["label"], LABELS[[8, 1, 5]])
     assert items.threads
     assert all(name.startswith("reader") for name in items.threads)
 
 
 def test_numbers_in_examples_become_columns() -> None:
-    rows = gather([{"x": 1.5, "label": 3}, {"x": 2.5, "label": 4}], index_array(0, 1))
+    rows = read_rows([{"x": 1.5, "label": 3}, {"x": 2.5, "label": 4}], index_array(0, 1))
     assert rows["x"].tolist() == [1.5, 2.5]
     assert rows["label"].tolist() == [3, 4]
 
@@ -137,7 +140,7 @@ def test_numbers_in_examples_become_columns() -> None:
 )
 def test_examples_that_differ_are_refused_by_index(odd: dict[str, Any], pool: ThreadPoolExecutor) -> None:
     with pytest.raises(InputError, match=r"example 6 .* differs from example 2"):
-        gather(Items({6: odd}), index_array(2, 6, 7), pool)
+        read_rows(Items({6: odd}), index_array(2, 6, 7), pool)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +155,7 @@ def test_examples_that_differ_are_refused_by_index(odd: dict[str, Any], pool: Th
 )
 def test_an_example_that_is_not_a_dict_of_arrays_is_refused(odd: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        gather(Items({6: odd}), index_array(6))
+        read_rows(Items({6: odd}), index_array(6))
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ class Bench:
         }
         for name, value in (("MIN_COMPILE_TIME_SECS", "0"), ("MIN_ENTRY_SIZE_BYTES", "-1")):
             self.jobs.environ[f"JAX_PERSISTENT_CACHE_{name}"] = value
-        self.jobs.environ["WARM_IMPORTS"] = "dpdist.mechanism.accounting dpdist.plots"
+        self.jobs.environ["WARM_IMPORTS"] = "dpdist.mechanism.accounting dpdist.run.plots"
         self.jobs.config.write_text(yaml.safe_dump(config))
         self._references: dict[tuple[int, int], Run] = {}
 

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import NoReturn
 
-from launch.local import run_local
+from dpdist_launch.local import run_local
 
 
 def main() -> int:

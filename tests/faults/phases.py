@@ -24,10 +24,10 @@ import userland
 from orbax.checkpoint._src.checkpointers import async_checkpointer
 from orbax.checkpoint._src.path import atomicity
 
-from dpdist.checkpoint import Checkpoints
 from dpdist.data import Source
-from dpdist.evaluate import Evaluator
-from dpdist.mechanism.step import Step
+from dpdist.mechanism.step import StepPrograms
+from dpdist.program.evaluate import Evaluator
+from dpdist.run.checkpoint import Checkpoints
 
 #: In the order in which a run comes through them.
 PHASES = (
@@ -92,9 +92,9 @@ def wrap(owner: Any, name: str, gate: Gate, *, before: str = "", after: str = ""
 
 def watch_steps(gate: Gate) -> None:
     """Stop around the one program that reduces, adds the noise and updates; count the steps."""
-    apply = Step.apply
+    apply = StepPrograms.apply
 
-    def wrapper(self: Step, *arguments: Any) -> Any:
+    def wrapper(self: StepPrograms, *arguments: Any) -> Any:
         gate.hold("all-reduce")
         result = apply(self, *arguments)
         if gate.phase == "update":
@@ -103,7 +103,7 @@ def watch_steps(gate: Gate) -> None:
         gate.steps += 1
         return result
 
-    Step.apply = wrapper  # type: ignore[method-assign]
+    StepPrograms.apply = wrapper  # type: ignore[method-assign]
 
 
 def watch_commits(gate: Gate) -> None:
@@ -123,7 +123,7 @@ def watch_commits(gate: Gate) -> None:
 
 def watch_the_end(gate: Gate) -> None:
     """Stop before the last barrier: the summary is written, nobody has left."""
-    module = sys.modules["dpdist.train"]
+    module = sys.modules["dpdist.trainer"]
     barrier = module.barrier
 
     def wrapper(name: str, *arguments: Any, **keywords: Any) -> None:
@@ -136,8 +136,8 @@ def watch_the_end(gate: Gate) -> None:
 
 def draw_other_noise() -> None:
     """The defect: every step draws what belongs to another step."""
-    draw = Step.draw
-    Step.draw = lambda self, keys, step: draw(self, keys, step + 1000)  # type: ignore[method-assign]
+    draw = StepPrograms.draw
+    StepPrograms.draw = lambda self, keys, step: draw(self, keys, step + 1000)  # type: ignore[method-assign]
 
 
 def install() -> Gate:
@@ -147,8 +147,8 @@ def install() -> Gate:
         draw_other_noise()
     if gate.phase is not None:
         wrap(jax.stages.Lowered, "compile", gate, before="first compile")
-        wrap(Step, "accumulate", gate, after="mid-accumulate")
-        wrap(Step, "draw", gate, before="noise")
+        wrap(StepPrograms, "accumulate", gate, after="mid-accumulate")
+        wrap(StepPrograms, "draw", gate, before="noise")
         watch_steps(gate)
         wrap(Checkpoints, "save", gate, before="save begin")
         wrap(async_checkpointer, "_background_wait_for_commit_futures", gate, before="save middle")

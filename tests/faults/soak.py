@@ -96,7 +96,7 @@ class Soak:
         threads = {"NPROC": "1", "OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
         cache = {"MIN_COMPILE_TIME_SECS": "0", "MIN_ENTRY_SIZE_BYTES": "-1"}
         self.jobs.environ |= threads | {f"JAX_PERSISTENT_CACHE_{name}": value for name, value in cache.items()}
-        self.jobs.environ["WARM_IMPORTS"] = "sklearn.datasets dpdist.mechanism.accounting dpdist.plots"  # 2 s a rank
+        self.jobs.environ["WARM_IMPORTS"] = "sklearn.datasets dpdist.mechanism.accounting dpdist.run.plots"
         self.draw, self.processes, self.between = random.Random(seed), processes, between
         self.tally = Tally(seed)
         self.references: dict[int, Run] = {}

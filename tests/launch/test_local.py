@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from dpdist.errors import InputError
-from launch import local
-from launch.local import run_local
+from dpdist_launch import local
+from dpdist_launch.local import run_local
 
 #: What the ranks run: the program is an argument, as `train CONFIG` would be.
 PYTHON = (sys.executable, "-c")
@@ -49,7 +49,7 @@ def run(program: str, processes: int, *arguments: str, **environ: str) -> int:
 def start_launcher(program: str, processes: int, *arguments: str) -> subprocess.Popen[str]:
     """A launcher in a process of its own, for tests that signal or kill it."""
     code = (
-        "import sys; from launch.local import run_local;"
+        "import sys; from dpdist_launch.local import run_local;"
         f"sys.exit(run_local(sys.argv[1:], {processes}, None, program={PYTHON!r}))"
     )
     return subprocess.Popen(

@@ -19,12 +19,12 @@ import pytest
 from dpdist.config import Model
 from dpdist.mechanism.clipping import METHODS, paths_of
 from dpdist.models import build
-from launch.bench import arms, clipping, naive, peers, table
-from launch.bench.clipping import Request, distance, measure
-from launch.bench.program import LARGEST, Arm, Compiled, Program, Sums, largest_batch
-from launch.bench.rounds import interleaved, ratios
-from launch.bench.tasks import TASKS, Problem, Task, problem_of
-from launch.cli import main
+from dpdist_launch.cli import main
+from dpdist_launch.measure.bench import arms, clipping, naive, peers, table
+from dpdist_launch.measure.bench.clipping import Request, distance, measure
+from dpdist_launch.measure.bench.program import LARGEST, Arm, Compiled, Program, Sums, largest_batch
+from dpdist_launch.measure.bench.rounds import interleaved, ratios
+from dpdist_launch.measure.bench.tasks import TASKS, Problem, Task, problem_of
 
 IMAGE = {"image": ((16, 16, 1), "uint8"), "label": ((), "int32")}
 BOUNDS = {"image": 256, "label": 10}

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from jobs import CONFIG, Ended, Jobs
 
-from launch.plan import _size
+from dpdist_launch.plan import _size
 
 
 @pytest.fixture(scope="module")

@@ -12,26 +12,27 @@ import pytest
 
 import dpdist
 from dpdist.cluster.environment import Membership
-from dpdist.cluster.job import AXIS, Job
+from dpdist.cluster.world import AXIS, World
 from dpdist.config import Config
 from dpdist.data import open_dataset
 from dpdist.data.feed import Feed
 from dpdist.errors import InputError
-from dpdist.identity import environment
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
-from dpdist.mechanism.sampling import StepPlan, plan_step
+from dpdist.mechanism.sampling import Assignment, assign
 from dpdist.mechanism.step import DIAGNOSTICS
-from dpdist.plan import plan_run
-from dpdist.programs import build_programs
-from dpdist.train import make_planner
-from launch.scaling import point
-from launch.scaling.arms import ARMS, DP, SGD, SGD_SYNC, Share, accumulate_step, all_reduces, config_of
+from dpdist.program.assignments import shape_of_work
+from dpdist.program.build import build_setup
+from dpdist.run.fingerprints import environment
+from dpdist.run.plan import plan_run
+from dpdist.trainer import make_assigner
+from dpdist_launch.measure.scaling import point
+from dpdist_launch.measure.scaling.arms import ARMS, DP, SGD, SGD_SYNC, Share, accumulate_step, all_reduces, config_of
 
 jax.config.update("jax_num_cpu_devices", 8)  # before any backend is used
 STEPS = 5
 
 
-def job_of(devices: int) -> Job:
+def job_of(devices: int) -> World:
     alone = Membership(
         process_id=0,
         num_processes=1,
@@ -42,7 +43,7 @@ def job_of(devices: int) -> Job:
         launcher="single",
     )
     mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:devices]), (AXIS,))
-    return Job(membership=alone, mesh=mesh, host_of_device=(0,) * devices, timeout=10, distributed=False)
+    return World(membership=alone, mesh=mesh, host_of_device=(0,) * devices, timeout=10, distributed=False)
 
 
 def config(run_dir: Path, **changes: dict[str, Any]) -> Config:
@@ -67,40 +68,40 @@ class Counting(Share):
         return super().__call__(sums)
 
 
-def trained(arm: str, asked: Config, job: Job) -> tuple[list[Any], list[tuple[int, int, list[float]]], list[str]]:
+def trained(arm: str, asked: Config, world: World) -> tuple[list[Any], list[tuple[int, int, list[float]]], list[str]]:
     """Parameters after `STEPS` steps, the third an empty one; (microbatches, reductions, diagnostics); programs."""
     plain, dataset, secret = config_of(arm, asked), open_dataset(asked.data), Secret.from_insecure_seed(3)
     plan = plan_run(plain, dataset_size=len(dataset.train), nonce=fresh_nonce(secret), environment=environment("cpu"))
-    programs = build_programs(plain, plan, dataset, job, earlier=None)
-    step, keys = programs.step, Keys(secret, bytes.fromhex(plan.nonce))
-    state, sums = step.place(programs.initial), step.zero_sums()
-    share = Counting(sums, job.mesh) if arm == SGD_SYNC else None
-    usual = make_planner(plain, plan, programs, keys, job)
+    setup = build_setup(plain, plan, dataset, world, earlier=None)
+    step, keys = setup.step_programs, Keys(secret, bytes.fromhex(plan.nonce))
+    state, sums = step.place(setup.initial), step.zero_sums()
+    share = Counting(sums, world.mesh) if arm == SGD_SYNC else None
+    usual = make_assigner(plain, plan, setup, keys, world)
 
-    def planner(number: int) -> StepPlan:
+    def assigner(number: int) -> Assignment:
         if number != 2:
             return usual(number)
         nobody = np.empty(0, np.int64)
-        return plan_step(
+        return assign(
             number,
             nobody,
             assignment="balanced",
             dataset_size=plan.dataset_size,
-            host_of_device=job.host_of_device,
-            physical=programs.physical,
-            tail=programs.tail,
+            host_of_device=world.host_of_device,
+            physical=setup.physical,
+            tail=setup.tail,
         )
 
-    feed = Feed(dataset.train, planner, job.mesh, data=plain.data, start=0, stop=STEPS)
+    feed = Feed(dataset.train, assigner, world.mesh, data=plain.data, start=0, stop=STEPS)
     steps = []
     for number in range(STEPS):
-        step_plan, before = feed.next_plan(), 0 if share is None else share.calls
-        count, key = len(step_plan.microbatches), step.loss_key(keys, number)
-        batches = feed.microbatches(step_plan)
+        assignment, before = feed.next_assignment(), 0 if share is None else share.calls
+        count, key = len(assignment.microbatches), step.loss_key(keys, number)
+        batches = feed.microbatches(assignment)
         sums = accumulate_step(step, share, state.params, sums, batches, count, key)
         state, sums, diagnostics = step.apply(state, sums, step.draw(keys, number)[0])
         reductions = 1 + (0 if share is None else share.calls - before)  # apply's own is always there
-        steps.append((count, reductions, [len(step_plan.sample), *np.asarray(diagnostics).tolist()]))
+        steps.append((count, reductions, [len(assignment.sample), *np.asarray(diagnostics).tolist()]))
     feed.close()
     texts = [*step.program_texts().values(), *([share.program_text()] if share else [])]
     return jax.tree.map(np.asarray, jax.tree.leaves(state.params)), steps, texts
@@ -108,12 +109,12 @@ def trained(arm: str, asked: Config, job: Job) -> tuple[list[Any], list[tuple[in
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_reducing_after_every_batch_changes_when_and_not_what(devices: int, tmp_path: Path) -> None:
-    asked, job = config(tmp_path), job_of(devices)
-    late, steps_late, _ = trained(SGD, asked, job)
-    soon, steps_soon, texts = trained(SGD_SYNC, asked, job)
+    asked, world = config(tmp_path), job_of(devices)
+    late, steps_late, _ = trained(SGD, asked, world)
+    soon, steps_soon, texts = trained(SGD_SYNC, asked, world)
     for a, b in zip(late, soon, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
-    initial = initial_parameters(asked, job)
+    initial = initial_parameters(asked, world)
     assert max(float(np.abs(a - b).max()) for a, b in zip(late, initial, strict=True)) > 1e-2  # it did train
     assert [count for count, _, _ in steps_late] == [count for count, _, _ in steps_soon]
     assert steps_soon[2][0] == 0  # the empty step
@@ -127,10 +128,10 @@ def test_reducing_after_every_batch_changes_when_and_not_what(devices: int, tmp_
         assert [len(re.findall(r" all-reduce\(", text)) for text in texts] == [0] * (len(texts) - 2) + [1, 1]
 
 
-def initial_parameters(asked: Config, job: Job) -> list[Any]:
+def initial_parameters(asked: Config, world: World) -> list[Any]:
     plain, dataset, secret = config_of(SGD, asked), open_dataset(asked.data), Secret.from_insecure_seed(3)
     plan = plan_run(plain, dataset_size=len(dataset.train), nonce=fresh_nonce(secret), environment=environment("cpu"))
-    return jax.tree.leaves(build_programs(plain, plan, dataset, job, earlier=None).initial.params)
+    return jax.tree.leaves(build_setup(plain, plan, dataset, world, earlier=None).initial.params)
 
 
 @pytest.mark.parametrize(("arm", "placement"), [(DP, "designated"), (DP, "fused"), (SGD, "designated")])
@@ -186,14 +187,14 @@ def test_warming_up_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_padding_and_imbalance_by_hand() -> None:
-    first = StepPlan(0, np.arange(10), ((0, 6), (6, 10)), (4, 4))  # 16 slots for 10; 6 on one of two, 5 on average
-    second = StepPlan(1, np.arange(8), ((0, 4), (4, 8)), (4,))
-    nobody = StepPlan(2, np.arange(0), ((0, 0), (0, 0)), ())
-    found = point.shape_of_work((first, second, nobody))
+    first = Assignment(0, np.arange(10), ((0, 6), (6, 10)), (4, 4))  # 16 slots for 10; 6 on one of two, 5 on average
+    second = Assignment(1, np.arange(8), ((0, 4), (4, 8)), (4,))
+    nobody = Assignment(2, np.arange(0), ((0, 0), (0, 0)), ())
+    found = shape_of_work((first, second, nobody))
     assert found["padding"] == pytest.approx(1 - 18 / 24)
     assert found["imbalance"] == pytest.approx((6 / 5 + 1) / 2)
     assert found["microbatches_per_step"] == pytest.approx(1)
-    assert point.shape_of_work((nobody,)) == {"padding": 0.0, "imbalance": 1.0, "microbatches_per_step": 0}
+    assert shape_of_work((nobody,)) == {"padding": 0.0, "imbalance": 1.0, "microbatches_per_step": 0}
 
 
 def test_all_arms_compute_the_physical_batch_that_the_private_one_can_hold(tmp_path: Path) -> None:
@@ -204,12 +205,12 @@ def test_all_arms_compute_the_physical_batch_that_the_private_one_can_hold(tmp_p
         "training": {"physical_batch_size": "auto", "clipping": "per_example"},
         "sampling": {"expected_batch_size": 256},
     }
-    asked, job = config(tmp_path, **changes), job_of(1)
-    found = [point.measure(asked, arm, 1, job) for arm in (DP, SGD)]
+    asked, world = config(tmp_path, **changes), job_of(1)
+    found = [point.measure(asked, arm, 1, world) for arm in (DP, SGD)]
     sizes = {measured["physical_batch_size"] for measured in found if measured is not None}
     dataset, plain = open_dataset(asked.data), config_of(SGD, asked)
     plan = plan_run(plain, dataset_size=len(dataset.train), nonce=b"", environment="")
-    assert build_programs(plain, plan, dataset, job, earlier=None).physical > sizes.pop()
+    assert build_setup(plain, plan, dataset, world, earlier=None).physical > sizes.pop()
     assert not sizes
 
 

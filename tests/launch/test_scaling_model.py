@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from launch.scaling.model import fraction_of_ideal, parallel_fraction, speed_up
+from dpdist_launch.measure.scaling.model import fraction_of_ideal, parallel_fraction, speed_up
 
 
 def throughput(fraction: float, nodes: tuple[int, ...]) -> dict[int, list[float]]:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from dpdist.errors import InputError
-from launch.scaling import report
-from launch.scaling.arms import ARMS, DP, SGD, SGD_SYNC
-from launch.scaling.directory import Point, SweepDirectory, grid
-from launch.scaling.markdown import shares_cores
-from launch.scaling.model import speed_up
+from dpdist_launch.measure.scaling import report
+from dpdist_launch.measure.scaling.arms import ARMS, DP, SGD, SGD_SYNC
+from dpdist_launch.measure.scaling.directory import Point, SweepDirectory, grid
+from dpdist_launch.measure.scaling.markdown import shares_cores
+from dpdist_launch.measure.scaling.model import speed_up
 
 NODES, REPEATS = (1, 2, 4), 3
 #: Examples per second on one node, and Amdahl's fraction.

@@ -18,10 +18,10 @@ from test_scaling_report import measured
 
 import dpdist
 from dpdist.errors import InputError
-from launch.cli import main
-from launch.scaling.arms import ARMS, DP, SGD, SGD_SYNC
-from launch.scaling.directory import Point, SweepDirectory, grid
-from launch.scaling.sweep import Request, collect, sweep
+from dpdist_launch.cli import main
+from dpdist_launch.measure.scaling.arms import ARMS, DP, SGD, SGD_SYNC
+from dpdist_launch.measure.scaling.directory import Point, SweepDirectory, grid
+from dpdist_launch.measure.scaling.sweep import Request, collect, sweep
 
 SOURCE = Path(dpdist.__file__).parents[1]
 TREE: dict[str, dict[str, Any]] = {
@@ -258,7 +258,7 @@ def test_other_code_is_refused_in_the_directory(
     made_up: MadeUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert sweep(request(tmp_path)) == 0
-    monkeypatch.setattr("launch.scaling.sweep.measuring_code", lambda: "changed")
+    monkeypatch.setattr("dpdist_launch.measure.scaling.sweep.measuring_code", lambda: "changed")
     with pytest.raises(InputError, match="code = 'changed'"):
         sweep(request(tmp_path))
 

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from dpdist.mechanism.clipping import clipped_grad_sum, plain_grad_sum
 from dpdist.mechanism.keys import Keys, Secret
-from dpdist.mechanism.sampling import plan_step
-from dpdist.mechanism.step import Microbatch, Step, TrainState, initial_state
+from dpdist.mechanism.sampling import assign
+from dpdist.mechanism.step import Microbatch, StepPrograms, TrainState, initial_state
 
 jax.config.update("jax_num_cpu_devices", 8)  # before any backend is used
 
@@ -61,7 +61,7 @@ class Rig:
         self.optimizer = optimizer or optax.sgd(1.0)
         params = {"a": jnp.zeros(shapes[0], dtype), "b": jnp.zeros(shapes[1], dtype)}
         self.initial = initial_state(params, self.optimizer, averaged=average_decay > 0)
-        self.step = Step(
+        self.step = StepPrograms(
             grad_sum=clipped_grad_sum(loss_fn, clip_norm=self.clip_norm) if private else plain_grad_sum(loss_fn),
             state=self.initial,
             example={"x": jax.ShapeDtypeStruct((2,), jnp.float32)},
@@ -96,7 +96,7 @@ class Rig:
         self, state: TrainState, sums: Any, sample: Sequence[int], step: int, *, padding: float, physical: int
     ) -> Any:
         """Feed a sample through the microbatches of its plan; rows of padding hold `padding`."""
-        plan = plan_step(
+        plan = assign(
             step,
             np.asarray(sample, np.int64),
             assignment="balanced",

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from test_clipping import clipped, flat, one_by_one
 from zoo import EXAMPLES, ZOO, Case, mixed_precision, normal
 
-from dpdist.mechanism.clipping import clipped_grad_sum, plan_clipping, trainable
+from dpdist.mechanism.clipping import choose_strategies, clipped_grad_sum, trainable
 from dpdist.mechanism.clipping.norms import Side, squared_norm
 
 #: method, strategies, and the relative deviation allowed: forced on long products, ghost takes a wider margin.
@@ -120,7 +120,7 @@ def test_strategies_are_what_the_uses_allow() -> None:
     def plan(name: str) -> dict[str, str]:
         (loss_fn, params, batch), *_ = reference(name)
         example = jax.tree.map(lambda x: x[0], batch)
-        leaves = plan_clipping(loss_fn, params, example, strategies={"*": "ghost"})
+        leaves = choose_strategies(loss_fn, params, example, strategies={"*": "ghost"})
         return {leaf.path: leaf.reason or leaf.strategy for leaf in leaves}
 
     assert plan("tied embeddings") == {"table": "ghost", "w": "ghost"}

@@ -14,14 +14,14 @@ from dpdist.config import Config, Privacy, Training, flatten
 from dpdist.mechanism.incarnation import (
     MAY_CHANGE,
     Found,
-    Present,
-    reasons_for_a_new_one,
+    StepInputs,
+    reasons_for_new_incarnation,
     settings_digest,
     step_settings,
 )
 from dpdist.mechanism.ledger import Ledger
 
-NOW = Present(environment="jax 1 on cpu", settings="s", code="c", data="d", topology="two hosts", repeatable=True)
+NOW = StepInputs(environment="jax 1 on cpu", settings="s", code="c", data="d", topology="two hosts", repeatable=True)
 WHOLE = Found(step=20, damaged=0, secret_lost=False, asked=False)
 
 
@@ -37,8 +37,8 @@ def ledger(tmp_path: Path) -> Ledger:
     return opened
 
 
-def reasons(ledger: Ledger, now: Present = NOW, *, changed: list[str] | None = None, **found: Any) -> list[str]:
-    return reasons_for_a_new_one(ledger, now, dataclasses.replace(WHOLE, **found), changed or [])
+def reasons(ledger: Ledger, now: StepInputs = NOW, *, changed: list[str] | None = None, **found: Any) -> list[str]:
+    return reasons_for_new_incarnation(ledger, now, dataclasses.replace(WHOLE, **found), changed or [])
 
 
 def test_the_newest_checkpoint_and_nothing_changed_keep_it_on_any_topology(ledger: Ledger) -> None:
@@ -67,7 +67,7 @@ def test_whatever_a_step_depends_on_begins_a_new_one(ledger: Ledger, change: dic
 
 
 def test_every_field_of_what_a_step_depends_on_is_looked_at(ledger: Ledger) -> None:
-    for name in {field.name for field in dataclasses.fields(Present)} - {"topology", "repeatable"}:
+    for name in {field.name for field in dataclasses.fields(StepInputs)} - {"topology", "repeatable"}:
         assert reasons(ledger, dataclasses.replace(NOW, **{name: "other"})), name
 
 

@@ -16,7 +16,7 @@ from scipy import stats
 from dpdist.mechanism.clipping import clipped_grad_sum
 from dpdist.mechanism.keys import Keys, Secret
 from dpdist.mechanism.sampling import poisson_sample
-from dpdist.mechanism.step import DIAGNOSTICS, Microbatch, Step, initial_state
+from dpdist.mechanism.step import DIAGNOSTICS, Microbatch, StepPrograms, initial_state
 
 RigOf = Callable[..., Any]
 PLACED = pytest.mark.parametrize("placement", ["designated", "fused"])
@@ -301,7 +301,7 @@ def randomised_sums(devices: int, size: int, indices: list[int], keys: Keys, at:
     def loss_fn(params: Any, example: Any) -> Any:
         return jnp.sum(params["w"] * jax.random.normal(example["key"], (16,))) + 0 * example["x"]
 
-    step = Step(
+    step = StepPrograms(
         grad_sum=clipped_grad_sum(loss_fn, clip_norm=1e3),
         state=initial_state(params, optax.sgd(1.0), False),
         example={"x": jax.ShapeDtypeStruct((), jnp.float32)},

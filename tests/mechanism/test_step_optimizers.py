@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpdist import optimizer
 from dpdist.config import Optimizer
 from dpdist.mechanism.step import flatten, unflatten
+from dpdist.program import optimizer
 
 SMALL = ((3, 4), (5,))
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpdist.mechanism.sampling import StepPlan, microbatch_sizes, plan_step, shard_bounds
+from dpdist.mechanism.sampling import Assignment, assign, microbatch_sizes, shard_bounds
 
 property_test = settings(derandomize=True, deadline=None, max_examples=120)
 
@@ -35,7 +35,7 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def processed(plan: StepPlan, device: int) -> tuple[list[int], int]:
+def processed(plan: Assignment, device: int) -> tuple[list[int], int]:
     """(the examples of one device in order, its rows of padding)."""
     rows = [plan.rows(device, m) for m in range(len(plan.microbatches))]
     assert [len(r) for r in rows] == list(plan.microbatches)
@@ -51,7 +51,7 @@ def processed(plan: StepPlan, device: int) -> tuple[list[int], int]:
 def test_every_sampled_example_is_processed_once(
     situation: dict[str, Any], assignment: Literal["balanced", "shard"]
 ) -> None:
-    plan = plan_step(0, assignment=assignment, **situation)
+    plan = assign(0, assignment=assignment, **situation)
     devices = range(len(situation["host_of_device"]))
     everything = [example for device in devices for example in processed(plan, device)[0]]
     assert sorted(everything) == situation["sample"].tolist()
@@ -60,7 +60,7 @@ def test_every_sampled_example_is_processed_once(
 @given(situations())
 @property_test
 def test_balanced_gives_every_device_the_same_number_but_one(situation: dict[str, Any]) -> None:
-    plan = plan_step(0, assignment="balanced", **situation)
+    plan = assign(0, assignment="balanced", **situation)
     counts = [len(processed(plan, device)[0]) for device in range(len(situation["host_of_device"]))]
     assert max(counts) - min(counts) <= 1
 
@@ -68,7 +68,7 @@ def test_balanced_gives_every_device_the_same_number_but_one(situation: dict[str
 @given(situations())
 @property_test
 def test_shard_gives_a_host_only_its_own_shard(situation: dict[str, Any]) -> None:
-    plan = plan_step(0, assignment="shard", **situation)
+    plan = assign(0, assignment="shard", **situation)
     hosts = situation["host_of_device"]
     bounds = shard_bounds(situation["dataset_size"], max(hosts) + 1)
     for device, host in enumerate(hosts):
@@ -83,7 +83,7 @@ def test_shard_gives_a_host_only_its_own_shard(situation: dict[str, Any]) -> Non
 def test_only_the_two_compiled_shapes_occur(
     situation: dict[str, Any], assignment: Literal["balanced", "shard"]
 ) -> None:
-    plan = plan_step(0, assignment=assignment, **situation)
+    plan = assign(0, assignment=assignment, **situation)
     assert set(plan.microbatches) <= {situation["physical"], situation["tail"]}
 
 
@@ -100,7 +100,7 @@ def test_microbatches_cover_the_batch_and_waste_less_than_a_tail(largest: int, p
 
 @pytest.mark.parametrize("assignment", ["balanced", "shard"])
 def test_an_empty_sample_needs_no_microbatch(assignment: Literal["balanced", "shard"]) -> None:
-    plan = plan_step(
+    plan = assign(
         0,
         np.empty(0, np.int64),
         assignment=assignment,
@@ -115,7 +115,7 @@ def test_an_empty_sample_needs_no_microbatch(assignment: Literal["balanced", "sh
 @pytest.mark.parametrize("assignment", ["balanced", "shard"])
 def test_a_larger_sample_takes_more_microbatches_of_the_same_shapes(assignment: Literal["balanced", "shard"]) -> None:
     plans = [
-        plan_step(
+        assign(
             0,
             np.arange(0, 10_000, stride),
             assignment=assignment,
@@ -134,7 +134,7 @@ def test_a_larger_sample_takes_more_microbatches_of_the_same_shapes(assignment: 
 def test_the_plan_depends_on_nothing_but_its_arguments() -> None:
     sample = np.arange(3, 90, 4)
     plans = [
-        plan_step(5, sample.copy(), assignment="balanced", dataset_size=100, host_of_device=(0, 1), physical=8, tail=2)
+        assign(5, sample.copy(), assignment="balanced", dataset_size=100, host_of_device=(0, 1), physical=8, tail=2)
         for _ in range(2)
     ]
     assert (plans[0].slices, plans[0].microbatches) == (plans[1].slices, plans[1].microbatches)

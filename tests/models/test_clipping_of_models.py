@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from dpdist import config, models
-from dpdist.mechanism.clipping import GradSum, clipped_grad_sum, plain_grad_sum, plan_clipping
+from dpdist.mechanism.clipping import GradSum, choose_strategies, clipped_grad_sum, plain_grad_sum
 
 MASK = np.array([1, 1, 0, 1], np.float32)
 
@@ -57,7 +57,7 @@ def test_every_method_gives_the_references_sums_and_norms(name: str, method: str
 def test_every_matrix_of_a_transformer_can_be_clipped_by_its_factors(name: str) -> None:
     loss_fn, params, batch = problem(name)
     example = jax.tree.map(lambda x: x[0], batch)
-    leaves = plan_clipping(loss_fn, params, example, strategies={"*": "ghost"})
+    leaves = choose_strategies(loss_fn, params, example, strategies={"*": "ghost"})
     others = {leaf.path for leaf in leaves if leaf.strategy != "ghost"}
     assert {path.split("/")[-1] for path in others} <= {"bias", "scale", "class_token", "positions"}
     expected, expected_norms = reference(name)

@@ -238,7 +238,7 @@ class Jobs:
     """Starts runs from one working directory, which holds `base.yaml` and the user's module.
 
     Several processes run under the real launcher. A fresh process spends seconds on importing JAX, so what needs
-    only one runs in a fork of `warm.py`: `launch.cli.main` with real arguments, output and exit code.
+    only one runs in a fork of `warm.py`: `dpdist_launch.cli.main` with real arguments, output and exit code.
     """
 
     def __init__(self, root: Path) -> None:

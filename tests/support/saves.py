@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpdist.checkpoint import Checkpoints
 from dpdist.mechanism.step import TrainState
+from dpdist.run.checkpoint import Checkpoints
 
 META = {"config": {"learning_rate": 0.5, "name": "Alice"}, "pair": (1, 2), "nothing": float("nan")}
 

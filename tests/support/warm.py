@@ -22,12 +22,11 @@ import numpy as np
 import userland
 
 import dpdist
-import dpdist.resume
-import launch.cli
-import launch.training
-from dpdist import saved
-from dpdist.data import gather, open_dataset
-from dpdist.recorder import Recorder
+import dpdist.run.resume
+import dpdist_launch.cli
+import dpdist_launch.training
+from dpdist.data import open_dataset, read_rows
+from dpdist.run.recorder import Recorder
 
 
 def train_all(configs: list[dict[str, Any]]) -> list[Any]:
@@ -56,7 +55,7 @@ def load(runs: dict[str, str], to: str) -> dict[str, Any]:
         keys = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
         np.savez(Path(to) / f"{name}.npz", **dict(zip(keys, (leaf for _, leaf in leaves), strict=True)))
         test = open_dataset(run.config.data).test
-        examples = userland.test_columns() if test is None else gather(test, np.arange(len(test)))
+        examples = userland.test_columns() if test is None else read_rows(test, np.arange(len(test)))
         logits = run.predict({"image": examples["image"]})
         told[name] = {
             "step": run.step,
@@ -71,20 +70,21 @@ def parameters(run: str, steps: list[int], to: str) -> None:
     """The parameters after so many steps, one array a name, in `to`/STEP.npz."""
     for step in steps:
         np.savez(
-            Path(to) / f"{step}.npz", **saved.read_state(Path(run) / "checkpoints" / str(step) / saved.STATE)["params"]
+            Path(to) / f"{step}.npz",
+            **integrity.read_state(Path(run) / "checkpoints" / str(step) / integrity.STATE)["params"],
         )
 
 
 def reseal(path: str, content: dict[str, Any]) -> None:
     """Write the JSON part of a checkpoint, made to look whole."""
-    digests = (saved.META_DIGEST,)
+    digests = (integrity.META_DIGEST,)
     plain = {name: value for name, value in content.items() if name not in digests}
-    Path(path).write_text(json.dumps(plain | {saved.META_DIGEST: saved.json_digest(plain)}))
+    Path(path).write_text(json.dumps(plain | {integrity.META_DIGEST: integrity.json_digest(plain)}))
 
 
 def train_unprotected(config: dict[str, Any]) -> Any:
     """A run that takes changed settings for unchanged ones: what incarnations are there to prevent."""
-    dpdist.resume.reasons_for_a_new_one = lambda *_, **__: []
+    dpdist.run.resume.reasons_for_new_incarnation = lambda *_, **__: []
     return dpdist.train(dpdist.from_dict(config))
 
 
@@ -122,7 +122,7 @@ def child(command: dict[str, Any]) -> NoReturn:
     os.environ.update(command["environ"])
     if "argv" in command:
         sys.argv = ["dpdist", *command["argv"]]
-        sys.exit(launch.cli.main())
+        sys.exit(dpdist_launch.cli.main())
     result = globals()[command["call"]](**command["keywords"])
     Path(command["result"]).write_text(json.dumps(result))
     sys.exit(0)

@@ -16,13 +16,13 @@ from dpdist.mechanism.clipping.graph import UnsupportedLossError, trace
 from dpdist.mechanism.clipping.paths import matching, paths_of, trainable, with_frozen
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
 from dpdist.mechanism.clipping.plain import plain_grad_sum
-from dpdist.mechanism.clipping.strategy import LeafPlan, Machine, cheaper, plan_leaves, smaller
+from dpdist.mechanism.clipping.strategy import DeviceRates, LeafStrategy, cheaper, plan_leaves, smaller
 
 #: f(params, batch, mask) -> (sums, norms); see `clipped_grad_sum`.
 GradSum = Callable[[Any, Any, Any], tuple[Any, Any]]
 METHODS = ("auto", "per_example", "ghost", "bookkeeping")
-#: Two CPU cores of 2024, for whom no machine is named.
-TWO_CORES = Machine(flops_float64=4e10, bandwidth=1e10)
+#: Two CPU cores of 2024, for which no rates are given.
+TWO_CORES = DeviceRates(flops_float64=4e10, bandwidth=1e10)
 
 __all__ = [
     "METHODS",
@@ -46,7 +46,7 @@ def clipped_grad_sum(
     *,
     clip_norm: float,
     method: str = "auto",
-    machine: Machine = TWO_CORES,
+    rates: DeviceRates = TWO_CORES,
     strategies: Mapping[str, str] | None = None,
     frozen: Collection[str] = frozenset(),
 ) -> GradSum:
@@ -58,8 +58,8 @@ def clipped_grad_sum(
         method: how the same sum is computed. `per_example`: the reference, `vmap` of `grad`. `bookkeeping`: one
             forward and one backward pass, each parameter's norm in the way that needs less memory. `ghost`: the same
             with the passes made twice and less kept between them. `auto`: as `bookkeeping`, each parameter's norm in
-            the way that is faster on `machine`.
-        machine: the device's rates, for `auto`.
+            the way that is faster on `rates`.
+        rates: the device's rates, for `auto`.
         strategies: `ghost` or `instantiate` by parameter path (`layers/0/kernel`; `*` matches anything), instead of
             what the method would choose; not for `per_example`.
         frozen: paths of parameters that do not train: they cost no norm and no gradient.
@@ -83,28 +83,28 @@ def clipped_grad_sum(
         raise ValueError(f"unknown clipping method {method!r}; there are {', '.join(METHODS)}")
     if method == "per_example":
         return per_example_grad_sum(loss_fn, clip_norm=clip_norm, frozen=frozen)
-    choose = cheaper(machine) if method == "auto" else smaller
+    choose = cheaper(rates) if method == "auto" else smaller
     return bookkeeping_grad_sum(
         loss_fn,
         clip_norm=clip_norm,
-        planner=lambda graph, params: plan_leaves(graph, params, choose, strategies or {}),
+        assigner=lambda graph, params: plan_leaves(graph, params, choose, strategies or {}),
         twice=method == "ghost",
         frozen=frozen,
     )
 
 
-def plan_clipping(
+def choose_strategies(
     loss_fn: Callable[[Any, Any], Any],
     params: Any,
     example: Any,
     *,
     method: str = "auto",
-    machine: Machine = TWO_CORES,
+    rates: DeviceRates = TWO_CORES,
     strategies: Mapping[str, str] | None = None,
     frozen: Collection[str] = frozenset(),
-) -> list[LeafPlan]:
+) -> list[LeafStrategy]:
     """What `clipped_grad_sum` does for each parameter that trains, from the shapes of `params` and of one `example`."""
-    choose = cheaper(machine) if method == "auto" else smaller
+    choose = cheaper(rates) if method == "auto" else smaller
     params, example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, example))
     plans, _ = plan_leaves(trace(loss_fn, params, example, frozen), params, choose, strategies or {})
     return [plan for plan in plans if plan.path not in frozen]

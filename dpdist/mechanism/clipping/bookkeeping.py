@@ -24,18 +24,18 @@ from dpdist.mechanism.clipping.graph import Graph, Use, trace
 from dpdist.mechanism.clipping.norms import Side, squared_norm
 from dpdist.mechanism.clipping.paths import trainable
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
-from dpdist.mechanism.clipping.strategy import LeafPlan, sides_swapped
+from dpdist.mechanism.clipping.strategy import LeafStrategy, sides_swapped
 from dpdist.mechanism.clipping.weights import weigh, weighted_sum
 
 #: params, graph -> (a plan for every leaf, the factors of every use); see `strategy.plan_leaves`.
-Planner = Callable[[Graph, Any], tuple[list[LeafPlan], list[Factors | None]]]
+Planner = Callable[[Graph, Any], tuple[list[LeafStrategy], list[Factors | None]]]
 
 
 def bookkeeping_grad_sum(
     loss_fn: Callable[[Any, Any], Any],
     *,
     clip_norm: float,
-    planner: Planner,
+    assigner: Planner,
     twice: bool,
     frozen: Collection[str] = frozenset(),
 ) -> Callable[[Any, Any, Any], tuple[Any, Float32[Array, " p"]]]:
@@ -50,7 +50,7 @@ def bookkeeping_grad_sum(
         params, batch, mask = jax.tree.map(jnp.asarray, (params, batch, mask))
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
         graph = trace(loss_fn, params, example, frozen)
-        plans, factors = planner(graph, params)
+        plans, factors = assigner(graph, params)
         try:
             return passes(graph, plans, factors, params, batch, mask)
         except NoDerivativeError as error:
@@ -61,7 +61,12 @@ def bookkeeping_grad_sum(
             return per_example_grad_sum(loss_fn, clip_norm=clip_norm, frozen=frozen)(params, batch, mask)
 
     def passes(
-        graph: Graph, plans: Sequence[LeafPlan], factors: Sequence[Factors | None], params: Any, batch: Any, mask: Any
+        graph: Graph,
+        plans: Sequence[LeafStrategy],
+        factors: Sequence[Factors | None],
+        params: Any,
+        batch: Any,
+        mask: Any,
     ) -> tuple[Any, Float32[Array, " p"]]:
         leaves, structure = jax.tree.flatten(params)
         first = _Pass(graph, plans, factors, leaves, jax.tree.leaves(batch), mask.shape[0])
@@ -91,7 +96,7 @@ class _Pass:
     def __init__(
         self,
         graph: Graph,
-        plans: Sequence[LeafPlan],
+        plans: Sequence[LeafStrategy],
         factors: Sequence[Factors | None],
         leaves: Sequence[Array],
         batch: Sequence[Array],

@@ -2,7 +2,7 @@
 
 Both are exact. Ghost costs 2 t^2 (m + n) operations for a gradient [m, n] over t positions and keeps nothing;
 instantiating costs no operation that plain training would not make, but writes the gradient of every example and reads
-it twice. Which is cheaper depends on the machine: see `Machine`.
+it twice. Which is cheaper depends on the rates: see `DeviceRates`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STRATEGIES: tuple[Strategy, ...] = ("ghost", "instantiate")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
+class DeviceRates:
     """What a device does in a second; only the ratio matters for a choice."""
 
     #: Floating-point operations of a float64 matrix product.
@@ -32,7 +32,7 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeafPlan:
+class LeafStrategy:
     """What is known of one parameter before anything is computed."""
 
     path: str
@@ -56,8 +56,8 @@ def smaller(groups: Sequence[Sequence[Factors]]) -> tuple[Strategy, dict[str, fl
     return ("ghost" if ghost < gradient else "instantiate"), {}
 
 
-def cheaper(machine: Machine) -> Choose:
-    """The strategy that takes less time on `machine`, by a roofline: operations and bytes, each over their rate."""
+def cheaper(rates: DeviceRates) -> Choose:
+    """The strategy that takes less time on `rates`, by a roofline: operations and bytes, each over their rate."""
 
     def choose(groups: Sequence[Sequence[Factors]]) -> tuple[Strategy, dict[str, float]]:
         ghost = instantiate = 0.0
@@ -67,9 +67,9 @@ def cheaper(machine: Machine) -> Choose:
             inner = t * (t + 1) * wide * f.groups
             # Both factors are converted to float64, and the two [t, t] products written and read.
             moved = 12 * t * wide * f.groups + 32 * t * t * f.groups
-            ghost += inner / machine.flops_float64 + moved / machine.bandwidth
+            ghost += inner / rates.flops_float64 + moved / rates.bandwidth
             # The weighted sum of ghost is the product that instantiating makes anyway.
-            instantiate += 12 * _size(f) / machine.bandwidth
+            instantiate += 12 * _size(f) / rates.bandwidth
         return ("ghost" if ghost < instantiate else "instantiate"), {"ghost": ghost, "instantiate": instantiate}
 
     return choose
@@ -77,7 +77,7 @@ def cheaper(machine: Machine) -> Choose:
 
 def plan_leaves(
     graph: Graph, params: Any, choose: Choose, overrides: Mapping[str, str]
-) -> tuple[list[LeafPlan], list[Factors | None]]:
+) -> tuple[list[LeafStrategy], list[Factors | None]]:
     """The plan of every leaf, and the factors of every use.
 
     Args:
@@ -104,7 +104,7 @@ def plan_leaves(
             asked = next((s for pattern, s in overrides.items() if fnmatchcase(path, pattern)), strategy)
             strategy = "ghost" if asked == "ghost" else "instantiate"
         plans.append(
-            LeafPlan(
+            LeafStrategy(
                 path=path,
                 shape=shape,
                 strategy=strategy,

@@ -1,0 +1,1 @@
+"""From config and data size to compiled programs: gradients, microbatches, optimizer, evaluation."""

@@ -1,0 +1,53 @@
+"""Who processes what in each step of a run, and how evenly that fills the devices."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from dpdist.cluster.world import World
+from dpdist.config import Config
+from dpdist.mechanism.keys import Keys
+from dpdist.mechanism.ledger import Plan
+from dpdist.mechanism.sampling import Assignment, assign, poisson_sample
+from dpdist.program.build import TrainingSetup
+
+
+def make_assigner(
+    config: Config, plan: Plan, setup: TrainingSetup, keys: Keys, world: World
+) -> Callable[[int], Assignment]:
+    """step -> `Assignment`, the same on every process; called on the feed's thread."""
+
+    def assign_one(step: int) -> Assignment:
+        sample = poisson_sample(keys.sampling(step), plan.sampling_probability, 0, plan.dataset_size)
+        return assign(
+            step,
+            sample,
+            assignment=config.sampling.assignment,
+            dataset_size=plan.dataset_size,
+            host_of_device=world.host_of_device,
+            physical=setup.physical,
+            tail=setup.tail,
+        )
+
+    return assign_one
+
+
+def shape_of_work(assignments: Sequence[Assignment]) -> dict[str, float]:
+    """How evenly the sampled examples filled the devices, over all of `assignments`.
+
+    `padding`: the fraction of computed slots that held no example. `imbalance`: mean over steps of the most
+    examples on a device over the mean of all devices; 1 is even. `microbatches_per_step`: mean.
+    """
+    slots = sum(len(each.slices) * sum(each.microbatches) for each in assignments)
+    sampled = sum(len(each.sample) for each in assignments)
+    uneven = [
+        max(stop - start for start, stop in each.slices) * len(each.slices) / len(each.sample)
+        for each in assignments
+        if len(each.sample)
+    ]
+    return {
+        "padding": 1 - sampled / slots if slots else 0.0,
+        "imbalance": statistics.mean(uneven) if uneven else 1.0,
+        "microbatches_per_step": statistics.mean(len(each.microbatches) for each in assignments),
+    }

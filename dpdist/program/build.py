@@ -1,0 +1,194 @@
+"""From config and plan to what runs: the model, the optimizer and the compiled step, within device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpdist import models
+from dpdist.cluster.agreement import all_gather
+from dpdist.cluster.world import World
+from dpdist.config import Config
+from dpdist.data import Dataset
+from dpdist.data.sources import Source
+from dpdist.errors import InputError
+from dpdist.mechanism.clipping import UnsupportedLossError
+from dpdist.mechanism.ledger import Plan
+from dpdist.mechanism.step import StepPrograms, TrainState, initial_state
+from dpdist.program import optimizer as optimizers
+from dpdist.program.evaluate import Evaluator
+from dpdist.program.gradients import build_gradients
+from dpdist.program.microbatches import LARGEST, choose_physical_batch, largest_that_fits, tail_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSetup:
+    """What is compiled for a run, and the state it starts from."""
+
+    model: models.Model
+    step_programs: StepPrograms
+    initial: TrainState
+    #: Shapes and dtypes of one training example, by column.
+    example: dict[str, jax.ShapeDtypeStruct]
+    #: None where there is nothing to evaluate on.
+    evaluator: Evaluator | None
+    classes: int | None
+    #: Physical batch sizes: the full microbatch and the small one for the rest.
+    physical: int
+    tail: int
+    #: How the norm of each parameter's gradient is had, by path; None where every gradient is materialised.
+    strategies: dict[str, str] | None
+
+    def decisions(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a resumed run and a loaded one compile the same programs."""
+        example = {name: [list(x.shape), x.dtype.name] for name, x in self.example.items()}
+        return {
+            "physical_batch_size": self.physical,
+            "devices": self.step_programs.devices,
+            "classes": self.classes,
+            "example": example,
+            "clipping": self.strategies,
+            "leaves": {
+                jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+                for path, leaf in jax.tree_util.tree_leaves_with_path(self.initial)
+            },
+        }
+
+
+def example_spec(source: Source) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of one example, by column.
+
+    Raises:
+        InputError: a column has the name that a randomised model's key goes by.
+    """
+    if "key" in source[0]:
+        raise InputError("data.source", "column 'key'", "is the name of the random key of an example; rename it.")
+    return {name: jax.ShapeDtypeStruct(np.shape(value), np.asarray(value).dtype) for name, value in source[0].items()}
+
+
+def with_key(example: dict[str, jax.ShapeDtypeStruct], model: models.Model) -> dict[str, Any]:
+    """One example as the loss sees it while it trains."""
+    return example | {"key": jax.eval_shape(lambda: jax.random.key(0))} if model.randomised else example
+
+
+def build_setup(
+    config: Config, plan: Plan, dataset: Dataset, world: World, earlier: dict[str, Any] | None
+) -> TrainingSetup:
+    """Compile everything a run needs, before its first step.
+
+    Args:
+        earlier: the `decisions` of an earlier part of the run, or None for a new one.
+
+    Raises:
+        InputError: the model or the physical batch size cannot be used.
+    """
+    example = example_spec(dataset.train)
+    classes = config.model.classes or dataset.classes
+    model = models.build(config.model, example=example, classes=classes)
+    loss_fn = models.example_loss(model)
+    optimizer = optimizers.build(config.optimizer, plan.steps_asked)
+    params = model.init(jax.random.key(config.training.seed))
+    gradients = build_gradients(config, plan, loss_fn, params, with_key(example, model), world, earlier)
+    initial = initial_state(params, optimizer, averaged=config.optimizer.average_decay > 0, frozen=gradients.frozen)
+    clip_norm, sigma = plan.clip_norm, plan.noise_multiplier
+
+    @cache
+    def compiled(physical: int) -> StepPrograms:
+        try:
+            return StepPrograms(
+                grad_sum=gradients.grad_sum,
+                state=initial,
+                example=example,
+                optimizer=optimizer,
+                mesh=world.mesh,
+                batch_sizes=(physical, tail_of(physical)),
+                normaliser=plan.expected_batch_size,
+                clip_norm=float("inf") if clip_norm is None else clip_norm,
+                noise_scale=None if clip_norm is None or sigma is None else sigma * clip_norm,
+                placement=config.privacy.noise_placement,
+                randomised=model.randomised,
+                average_decay=config.optimizer.average_decay,
+                frozen=gradients.frozen,
+            )
+        except UnsupportedLossError as error:
+            raise InputError("training.clipping", config.training.clipping, f"{error}.") from None
+
+    def needed(physical: int) -> int:
+        own = compiled(physical).peak_bytes()
+        return max(all_gather(own, world, timeout=config.cluster.initialization_timeout))
+
+    physical = _physical_batch(config, plan, world, earlier, needed)
+    evaluator = None
+    if dataset.test is not None:
+        evaluator = Evaluator(
+            model,
+            initial.params,
+            dataset.test,
+            world.mesh,
+            batch_size=config.training.evaluation_batch_size,
+            workers=config.data.workers,
+        )
+    return TrainingSetup(
+        model=model,
+        step_programs=compiled(physical),
+        initial=initial,
+        example=example,
+        evaluator=evaluator,
+        physical=physical,
+        tail=tail_of(physical),
+        classes=classes,
+        strategies=gradients.strategies,
+    )
+
+
+def _physical_batch(
+    config: Config, plan: Plan, world: World, earlier: dict[str, Any] | None, needed: Callable[[int], int]
+) -> int:
+    """The physical batch size that is asked for, was decided, or pads least among those that fit the memory.
+
+    Args:
+        needed: bytes of temporary memory a device, by physical batch size; each call compiles.
+
+    Raises:
+        InputError: what is asked for, or the smallest there is, does not fit.
+    """
+    limit, asked = memory_limit(config, world), config.training.physical_batch_size
+    if asked != "auto":
+        physical = asked
+    elif earlier is not None and earlier["devices"] == world.device_count:
+        physical = int(earlier["physical_batch_size"])  # kept while the devices are as many, so that resuming is exact
+    else:
+
+        def choose(largest: int) -> int:
+            return choose_physical_batch(
+                dataset_size=plan.dataset_size,
+                sampling_probability=plan.sampling_probability,
+                host_of_device=world.host_of_device,
+                balanced=config.sampling.assignment == "balanced",
+                largest=largest,
+            )
+
+        physical = largest_that_fits(choose, LARGEST.get(world.platform, LARGEST["gpu"]), needed, limit)
+    if (size := needed(physical)) > limit:
+        raise InputError(
+            "training.physical_batch_size",
+            physical,
+            f"needs {size / 2**30:.2f} GiB of temporary memory "
+            f"a device, of {limit / 2**30:.2f}; give a smaller one (or raise cluster.memory_per_device).",
+        )
+    return physical
+
+
+def memory_limit(config: Config, world: World) -> float:
+    """Bytes of temporary memory on a device: what the backend reports, or the config's where it does not.
+
+    The smallest over all processes, so that all decide alike.
+    """
+    statistics = world.mesh.local_devices[0].memory_stats() or {}
+    own = float(statistics.get("bytes_limit", config.cluster.memory_per_device * 2**30))
+    return min(all_gather(own, world))

@@ -1,0 +1,104 @@
+"""What a run has trained, in a directory to give away: parameters, config, privacy statement, and nothing private."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+from safetensors.numpy import save_file
+
+from dpdist import config as config_module
+from dpdist.config import Config
+from dpdist.config.file import YamlDumper
+from dpdist.errors import InputError
+from dpdist.release.statement import as_text
+from dpdist.release.trained_run import load
+from dpdist.run.directory import RunDirectory
+from dpdist.run.fingerprints import params_digest
+
+#: Sections that say where and how the run ran, not what was trained.
+_LEFT_OUT = ("run", "checkpoint", "cluster")
+_REMOVED = "(path removed)"
+_PATH = re.compile(r"(?<![\w.])(~|\.{0,2})/[^\s'\",}\]]*")
+
+
+def export(run_dir: str | Path, to: str | Path, *, without_guarantee: bool = False) -> dict[str, Any]:
+    """Write `params.safetensors`, `config.yaml`, `privacy.json` and `PRIVACY.md` into the new directory `to`.
+
+    Args:
+        without_guarantee: export also where no guarantee holds; the statement then says so.
+
+    Returns:
+        The statement, as in `privacy.json`.
+
+    Raises:
+        InputError: there is nothing to export, `to` holds something, or no guarantee holds.
+    """
+    run, to = RunDirectory(Path(run_dir)), Path(to)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise InputError("--to", str(to), "is there already; name a new or empty directory.")
+    trained = load(run.root)
+    told = dict(trained.privacy)
+    if run.secret.exists() and (mode := stat.S_IMODE(run.secret.stat().st_mode)) & 0o077:
+        told["guarantee"] = (
+            f"void: private/secret.key can be read by others (mode {mode:o}), who could subtract the noise"
+        )
+    if not told["guarantee"].startswith("holds") and not without_guarantee:
+        raise InputError(
+            "guarantee",
+            told["guarantee"],
+            "a model without its guarantee is not exported, unless you ask for that (--without-guarantee); the "
+            "statement then says so.",
+        )
+    for incarnation in told["incarnations"]:
+        incarnation["reasons"] = [_PATH.sub(_REMOVED, reason) for reason in incarnation["reasons"]]
+    leaves = jax.tree_util.tree_leaves_with_path(trained.params)
+    arrays = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.ascontiguousarray(leaf) for path, leaf in leaves
+    }
+    digest = params_digest(trained.params)
+    told |= {"params_sha256": digest}
+    to.parent.mkdir(parents=True, exist_ok=True)
+    # In a directory of its own first: what is there under the final name is whole.
+    made = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}."))
+    try:
+        save_file(
+            arrays, made / "params.safetensors", metadata={"params_sha256": digest, "guarantee": told["guarantee"]}
+        )
+        settings = yaml.dump(shareable(trained.config), Dumper=YamlDumper, sort_keys=False)
+        (made / "config.yaml").write_text(settings)
+        (made / "privacy.json").write_text(json.dumps(told, indent=2) + "\n")
+        (made / "PRIVACY.md").write_text(as_text(told))
+        for path in made.iterdir():
+            path.chmod(0o644)
+        made.chmod(0o755)
+        made.replace(to)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    return told
+
+
+def shareable(config: Config) -> dict[str, dict[str, Any]]:
+    """The settings of what was trained, without what only this site knows: places, processes, files."""
+    tree = config_module.to_dict(config)
+    return {section: _without_paths(values) for section, values in tree.items() if section not in _LEFT_OUT}
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _REMOVED if key in ("path", "pretrained") and inner else _without_paths(inner)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [_without_paths(inner) for inner in value]
+    return _REMOVED if isinstance(value, str) and _PATH.match(value) else value

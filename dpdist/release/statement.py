@@ -1,0 +1,154 @@
+"""The privacy statement of a run: what was released, what it cost by which accountant, and on what that rests.
+
+It is made from the ledger, which alone knows what every incarnation is charged, and worked out again from the ledger's
+constants, so that a number that somebody has edited is noticed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpdist.config import Config
+from dpdist.mechanism.composition import ADAPTIVE, charged_phases, phase_of, total_cost
+from dpdist.mechanism.ledger import Ledger, Plan
+from dpdist.run.summary import guarantee
+
+#: What two versions of the accountant may differ by.
+_VERSIONS_DIFFER = 1e-6
+
+MECHANISM = (
+    "DP-SGD (Abadi et al. 2016, arXiv 1607.00133): Poisson subsampling of single records, gradients clipped to an L2 "
+    "norm of C each, their sum with Gaussian noise of standard deviation sigma * C drawn once a step, divided by the "
+    "constant B"
+)
+COVERED = (
+    "the parameters at every checkpoint of the run, its public metrics as far as they depend on the parameters only, "
+    "and whatever is computed from these without the training data"
+)
+UNIT = "one training record, not one person: somebody with k records has about k times the epsilon"
+PUBLIC = ("N", "q", "B", "T", "sigma", "C", "delta", "the split into training and test records by index", "the config")
+NOT_COVERED = (
+    "whatever is under private/ of the run directory",
+    "how long steps take",
+    "test records, and so the test accuracy with respect to them",
+    "hyper-parameters that were chosen on runs over the same records: every run, copies included, has an epsilon of "
+    "its own, and all of them compose",
+    "statistics of private data that somebody has put into the config, such as means or a vocabulary",
+)
+ASSUMPTIONS = (
+    "the secret of the run stays secret",
+    "BLAKE2b, Philox and Threefry are good pseudorandom functions",
+    "float32 arithmetic stands for real numbers, for the noise (each value is made of four draws) and for sums of "
+    "clipped gradients",
+    "nobody listens to the traffic between the devices of a job",
+)
+
+
+def statement(config: Config, ledger: Ledger, *, step: int) -> dict[str, Any]:
+    """What holds for the parameters after `step` steps, as JSON holds it.
+
+    `epsilon` is that of all that is charged and of all that is planned, also where the run has stopped early: a stop
+    may have been decided on results.
+
+    Raises:
+        ValueError: the ledger states less than its constants cost.
+    """
+    plan, first = ledger.plans[-1], ledger.plans[0]
+    told = {
+        "guarantee": guarantee(config),
+        "epsilon": plan.epsilon,
+        "delta": plan.delta,
+        "accountant": plan.accountant,
+        "epsilon_pld": None,
+        "epsilon_rdp": plan.epsilon_rdp,
+        "target_epsilon": plan.target_epsilon,
+        "mechanism": MECHANISM,
+        "adjacency": plan.adjacency,
+        "unit": UNIT,
+        "noise_multiplier": plan.noise_multiplier,
+        "clip_norm": plan.clip_norm,
+        "sampling_probability": plan.sampling_probability,
+        "expected_batch_size": plan.expected_batch_size,
+        "steps": plan.steps,
+        "dataset_size": plan.dataset_size,
+        "dataset_size_is_public": True,
+        "public": list(PUBLIC),
+        "released_after_step": step,
+        "charged_steps": ledger.charged_steps(),
+        "incarnations": [_incarnation(each, ledger) for each in ledger.plans],
+        "covered": COVERED,
+        "not_covered": list(NOT_COVERED),
+        "assumptions": list(ASSUMPTIONS),
+        "environment": plan.environment,
+    }
+    if plan.noise_multiplier is None or plan.epsilon is None:
+        return told
+    cost = total_cost(first, charged_phases(ledger, plan.incarnation), phase_of(plan, plan.steps - plan.start))
+    if plan.epsilon < cost.epsilon * (1 - _VERSIONS_DIFFER):
+        raise ValueError(f"the ledger states epsilon {plan.epsilon:.6g}, but what it charges costs {cost.epsilon:.6g}")
+    told["epsilon_pld"] = plan.epsilon if plan.accountant == "pld" else None
+    return told
+
+
+def _incarnation(plan: Plan, ledger: Ledger) -> dict[str, Any]:
+    names = (
+        "incarnation", "start", "reasons", "sampling_probability", "noise_multiplier", "clip_norm", "dataset_size",
+        "environment",
+    )  # fmt: skip
+    told = {name: getattr(plan, name) for name in names}
+    return told | {"reasons": list(plan.reasons), "charged_steps": ledger.charged_to(plan.incarnation)}
+
+
+def as_text(told: dict[str, Any]) -> str:
+    """The statement as Markdown, for people."""
+    holds = told["guarantee"].startswith("holds")
+    lines = ["# Privacy statement", ""]
+    if not holds:
+        lines += [f"**THIS MODEL COMES WITHOUT A PRIVACY GUARANTEE.** {told['guarantee'].capitalize()}.", ""]
+    if told["noise_multiplier"] is None:
+        return "\n".join(lines)
+    verb = "is" if holds else "would be, if that were not so,"
+    lines += [
+        f"Released were {told['covered']}. All of it together {verb} "
+        f"**({told['epsilon']:.4g}, {told['delta']:g})-differentially private**.",
+        "",
+        f"- Guarantee: {told['guarantee']}.",
+        f"- Neighbouring datasets: {told['adjacency']}, which contributes nothing; epsilon is that of add/remove.",
+        f"- Unit: {told['unit']}.",
+        f"- Mechanism: {told['mechanism']}.",
+        f"- Constants: q = {told['sampling_probability']:.6g}, sigma = {told['noise_multiplier']:.6g}, "
+        f"C = {told['clip_norm']:g}, B = {told['expected_batch_size']:g}, N = {told['dataset_size']}, "
+        f"T = {told['steps']}; {told['charged_steps']} steps are charged, and the parameters are those after step "
+        f"{told['released_after_step']}.",
+        f"- Epsilon: {_by_accountants(told)}",
+        f"- Public, and taken as known to everyone: {', '.join(told['public'])}.",
+        "",
+        "## Incarnations",
+        "",
+        "Where something a step depends on was changed, the run drew anew and stayed charged for all it had taken.",
+        "",
+        "| incarnation | from step | steps charged | q | sigma | C | N | begun because |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for each in told["incarnations"]:
+        why = "; ".join(each["reasons"]).replace("|", "\\|") or "the run began"
+        lines.append(
+            f"| {each['incarnation']} | {each['start']} | {each['charged_steps']} "
+            f"| {each['sampling_probability']:.6g} | {each['noise_multiplier']:.6g} | {each['clip_norm']:g} "
+            f"| {each['dataset_size']} | {why} |"
+        )
+    lines += ["", "## Not covered", "", *(f"- {item}" for item in told["not_covered"])]
+    lines += ["", "## Assumed", "", *(f"- {item}" for item in told["assumptions"]), ""]
+    return "\n".join(lines)
+
+
+def _by_accountants(told: dict[str, Any]) -> str:
+    if told["accountant"] == ADAPTIVE:
+        return (
+            f"{told['epsilon']:.6g} by a Renyi filter of fixed order, as the plan was changed while the run went on: a "
+            "bound on the privacy loss at every moment, but for a probability of delta, whatever the changes rested on."
+        )
+    rdp = f"{told['epsilon_rdp']:.6g} by Renyi differential privacy"
+    if told["epsilon_pld"] is None:
+        return f"{rdp}, an upper bound for the whole plan."
+    return f"{told['epsilon_pld']:.6g} by privacy loss distributions, {rdp}; both are upper bounds, for the whole plan."

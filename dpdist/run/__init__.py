@@ -1,0 +1,1 @@
+"""What lies in a run directory, and how a run goes on from it."""

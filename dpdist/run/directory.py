@@ -1,0 +1,187 @@
+"""The run directory: what lies where, who may read it, and whether it belongs to this run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpdist import config as config_module
+from dpdist.config import Config
+from dpdist.config import file as configfile
+from dpdist.errors import InputError
+from dpdist.mechanism.incarnation import step_settings
+from dpdist.mechanism.keys import SECRET_BYTES, Secret
+
+#: What the summary of a run that has nothing left to do says as its status.
+DONE = ("finished", "budget_exhausted")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run; all but `private` may be shown."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "ledger.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def abandoned(self) -> Path:
+        """Checkpoints that are damaged, or that a later incarnation has gone back behind."""
+        return self.root / "abandoned"
+
+    @property
+    def plots(self) -> Path:
+        return self.root / "plots"
+
+    @property
+    def private(self) -> Path:
+        return self.root / "private"
+
+    @property
+    def secret(self) -> Path:
+        return self.private / "secret.key"
+
+    @property
+    def diagnostics(self) -> Path:
+        return self.private / "diagnostics.jsonl"
+
+    @property
+    def stragglers(self) -> Path:
+        return self.private / "stragglers.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        return self.private / "logs"
+
+    def prepare(self) -> None:
+        """Make the directory, or check that what is in it is a run. For process 0.
+
+        Raises:
+            InputError: it cannot be written, or holds something else.
+        """
+        known = {"private", "checkpoints", "ledger.jsonl"}  # what a start leaves that did not come far
+        if self.root.is_dir() and not self.config.exists() and {p.name for p in self.root.iterdir()} - known:
+            raise InputError("run.dir", str(self.root), "holds files but no run; name a new or empty directory.")
+        try:
+            self.private.mkdir(parents=True, exist_ok=True)
+            self.private.chmod(0o700)
+            self.logs.mkdir(mode=0o700, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root) as probe:
+                probe.write(b"writable")
+        except OSError as error:
+            raise InputError(
+                "run.dir", str(self.root), f"cannot be written ({error.strerror}); name another directory."
+            ) from None
+
+    def begin(self, config: Config) -> None:
+        """Write the config of a run that is about to begin or to go on; its last summary is no longer true."""
+        write_atomically(self.config, configfile.dump(config))
+        self.summary.unlink(missing_ok=True)
+
+    def create_secret(self) -> bool:
+        """Make the secret of a new run, or another one where it is gone. For process 0.
+
+        Returns:
+            True where the run had begun with one that is lost.
+        """
+        if self.secret.exists():
+            return False
+        write_atomically(self.secret, Secret.fresh().reveal(), mode=0o600)
+        return self.ledger.exists()
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that alter a step, as `config.yaml` has them; empty where it cannot be read. For process 0."""
+        try:
+            return step_settings(config_module.flatten(config_module.from_dict(configfile.read(self.config))))
+        except InputError:
+            return {}
+
+    def read_secret(self) -> Secret:
+        """The secret of the run, on any process.
+
+        Raises:
+            InputError: missing, malformed, or readable by others.
+        """
+        try:
+            mode = stat.S_IMODE(self.secret.stat().st_mode)
+            key = self.secret.read_bytes()
+        except OSError as error:
+            raise InputError(
+                "run.dir",
+                str(self.root),
+                f"private/secret.key cannot be read ({error.strerror}); the run directory "
+                "must be on a file system that all nodes share.",
+            ) from None
+        if mode & 0o077:
+            raise InputError(
+                "private/secret.key",
+                oct(mode),
+                "others may read it; run `chmod 600` on it, or start a new run "
+                "if someone may have: who has it can subtract the noise.",
+            )
+        if len(key) != SECRET_BYTES:
+            raise InputError(
+                "private/secret.key", f"{len(key)} bytes", f"must hold {SECRET_BYTES}; restore it from a backup."
+            )
+        return Secret(key)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Replace `summary.json` as a whole."""
+        write_atomically(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def ended(self, config: Config) -> dict[str, Any] | None:
+        """The summary, where the run has nothing left to do and `config` asks for nothing else. For process 0."""
+        summary = self.read_summary()
+        if summary is None or summary["status"] not in DONE:
+            return None
+        try:
+            before = config_module.from_dict(configfile.read(self.config))
+        except InputError:
+            return summary  # a file that somebody has broken is no request
+        same = step_settings(config_module.flatten(before)) == step_settings(config_module.flatten(config))
+        return summary if same and before.checkpoint.resume_step == config.checkpoint.resume_step else None
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary, or None where the run has not ended yet."""
+        return json.loads(self.summary.read_text()) if self.summary.exists() else None
+
+
+def write_atomically(path: Path, content: str | bytes, mode: int = 0o644) -> None:
+    """Write a file so that a crash leaves either the old one or the new one, whole."""
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(name).unlink()
+        raise

@@ -1,0 +1,63 @@
+"""What a step depends on beside its settings, as digests: our source, versions that set the bits, the user's code."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import optax
+
+from dpdist.config import Config
+from dpdist.config.user_code import module_sources
+
+_PACKAGE = Path(__file__).parents[1]
+#: Files of `dpdist/program/` that decide what a step computes.
+_STEP_FILES = ("gradients.py", "optimizer.py")
+
+
+def code_digest(room: str = "") -> str:
+    """SHA-256 over the source files of this package, or of one room of it, to tell two installations apart."""
+    digest = hashlib.sha256()
+    root = _PACKAGE / room
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def user_code_digest(config: Config) -> str:
+    """SHA-256 over the modules that a config names as `module:function`, and what they import of the user's own."""
+    named = (config.data.source, config.model.name, config.model.loss)
+    digest = hashlib.sha256()
+    for name, file in module_sources({path.partition(":")[0] for path in named if ":" in path}).items():
+        digest.update(f"{name}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def step_code_digest(config: Config) -> str:
+    """SHA-256 over what computes gradients and updates outside of the mechanism.
+
+    That is dpdist's models and optimizers, the versions of flax and optax, and `user_code_digest`.
+    """
+    digest = hashlib.sha256(f"{user_code_digest(config)} flax {flax.__version__} optax {optax.__version__}".encode())
+    for path in sorted([*(_PACKAGE / "models").rglob("*.py"), *(_PACKAGE / "program" / name for name in _STEP_FILES)]):
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def environment(platform: str) -> str:
+    """What turns keys into bits; another JAX, platform or trusted base may draw other bits from the same keys."""
+    return f"jax {jax.__version__} on {platform}, mechanism {code_digest('mechanism')[:12]}"
+
+
+def params_digest(params: Any) -> str:
+    """SHA-256 over paths, dtypes, shapes and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\0".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

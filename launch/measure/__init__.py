@@ -1,0 +1,1 @@
+"""What training costs: clipping, the stages of a step, and scaling over nodes."""

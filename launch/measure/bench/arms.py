@@ -1,0 +1,68 @@
+"""The arms that are JAX and nothing else: plain SGD, every method of dpdist, and the paper's masked method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from dpdist.mechanism.clipping import GradSum, clipped_grad_sum, plain_grad_sum
+from dpdist_launch.measure.bench.program import Arm, jax_program
+from dpdist_launch.measure.bench.tasks import Problem
+
+JAX = "jax"
+SGD, MASKED, NAIVE = "sgd", "jax-masked", "naive"
+#: Every arm that `--methods` can name, and what it is.
+ARMS = {
+    SGD: "plain SGD: one backward pass over the summed losses, no privacy",
+    "auto": "dpdist, each parameter's norm in the way that is faster on the machine",
+    "bookkeeping": "dpdist, one forward and one backward pass, each norm in the way that needs less memory",
+    "ghost": "dpdist, the same with two backward passes and less kept between them",
+    "per_example": "dpdist's reference: `vmap` of `grad`, then one product with the clip factors",
+    MASKED: "the paper's JAX method, written anew: every gradient scaled by clip factor and mask, then summed",
+    NAIVE: "Poisson batches of varying size through `per_example`: every new size compiles. The mean of a short "
+    "series, compilation included",
+}
+
+
+def jax_arm(name: str) -> Arm:
+    """The arm of that name, of `ARMS`; `naive` is none of them: it has no program to run twice."""
+    return Arm(
+        name=name,
+        framework=JAX,
+        private=name != SGD,
+        prepare=lambda problem: jax_program(grad_sum(name, problem), problem),
+    )
+
+
+def grad_sum(name: str, problem: Problem) -> GradSum:
+    """`f(params, batch, mask) -> (sums, norms)` as the arm computes it."""
+    if name == SGD:
+        return plain_grad_sum(problem.loss)
+    if name == MASKED:
+        return masked_grad_sum(problem.loss, clip_norm=problem.clip_norm)
+    return clipped_grad_sum(problem.loss, clip_norm=problem.clip_norm, method=name)
+
+
+def masked_grad_sum(loss_fn: Callable[[Any, Any], Array], *, clip_norm: float) -> GradSum:
+    """The method of arXiv 2406.17298: batches of a fixed size, all their gradients, and a mask that drops the padding.
+
+    Written from the mathematics, sum_i mask_i min(1, C / |g_i|) g_i, in the order in which the paper has it: clipped
+    gradients first, then the masked sum. All in one program, where XLA may fuse what it can.
+    """
+
+    def clipped_sum(params: Any, batch: Any, mask: Float[Array, " p"]) -> tuple[Any, Float32[Array, " p"]]:
+        def clipped_gradient(example: Any) -> tuple[Any, Array]:
+            gradient = jax.grad(loss_fn)(params, example)
+            norm = jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradient)))
+            factor = jnp.minimum(1.0, clip_norm / norm)
+            return jax.tree.map(lambda leaf: factor * leaf, gradient), norm
+
+        gradients, norms = jax.vmap(clipped_gradient)(batch)
+        masked = jax.vmap(lambda weight, gradient: jax.tree.map(lambda leaf: weight * leaf, gradient))(mask, gradients)
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), masked), norms
+
+    return clipped_sum

@@ -1,0 +1,117 @@
+"""`dpdist bench`: the command line of the benchmarks. It imports JAX only once there is something to do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dpdist.errors import InputError
+
+_CLIPPING = """\
+Time every way to compute the clipped gradient sum of ONE physical batch, side by side: the arms take turns in rounds,
+and each is compared with the plain SGD gradient of its own framework in the same round. Prints a table; progress goes
+to stderr. docs/benchmarks.md says how to read it.
+"""
+_EPILOG = """\
+models:
+  mnist-cnn, vit-ti, vit-s, vit-b, vit-l (patches of 16, images of 224), r50x1 (BiT), bert-mini, bert-base (128 tokens)
+
+methods:
+  sgd          no privacy; measured in any case
+  auto, bookkeeping, ghost, per_example   as training.clipping in a config
+  jax-masked   the paper's method: every example's gradient scaled by clip factor and mask, then summed
+  naive        batches of varying size, which compile again: the mean of a short series, compilation included
+
+examples:
+  dpdist bench clipping --models mnist-cnn,vit-ti --methods auto,per_example --rounds 5
+  dpdist bench clipping --peers --to docs/results/clipping-cpu
+  dpdist bench clipping --models vit-b --batch 8 --largest-batch --memory 16
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Add the subcommands."""
+    bench = commands.add_parser("bench", help="measure this machine")
+    subjects = bench.add_subparsers(required=True, metavar="SUBJECT")
+
+    step = subjects.add_parser("step", help="where the time of a training step goes, as fractions")
+    step.add_argument("config", metavar="CONFIG")
+    step.add_argument("overrides", nargs="*", metavar="key=value")
+    step.add_argument("--steps", type=int, default=20, help="steps measured, after the first two")
+    step.add_argument("--to", type=Path, help="write the JSON here as well")
+    step.set_defaults(run=_step)
+
+    clipping = subjects.add_parser(
+        "clipping",
+        help="what clipping costs over plain SGD, by every method; peers side by side",
+        description=_CLIPPING,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = clipping.add_argument
+    add("--models", default="mnist-cnn,vit-ti,vit-s,bert-mini", help="separated by commas (%(default)s)")
+    add("--methods", help="separated by commas (all)")
+    add(
+        "--batch", metavar="N", help="physical batch size, or sizes by model: vit-ti=8,vit-s=4 (each model's usual one)"
+    )
+    add("--peers", action="store_true", help="also jax_privacy and Opacus, from the extra `peers`")
+    add("--rounds", type=int, default=15, help="turns of every arm (15)")
+    add("--seconds", type=float, default=0.3, help="length of a turn, after one call that is not timed (0.3)")
+    add("--largest-batch", action="store_true", help="also the largest batch that fits; compiles several more programs")
+    add("--memory", type=float, default=8.0, metavar="GIB", help="what it has to fit (8)")
+    add("--to", type=Path, metavar="DIR", help="write clipping.json and clipping.md there as well")
+    clipping.set_defaults(run=_clipping)
+
+
+def _step(options: argparse.Namespace) -> int:
+    from dpdist.config import file as configfile
+    from dpdist_launch.measure.bench.step import bench_step
+
+    report = bench_step(configfile.load(options.config, options.overrides), steps=options.steps)
+    text = json.dumps(report, indent=2)
+    print(text)
+    if options.to is not None:
+        options.to.write_text(text + "\n")
+    return 0
+
+
+def _clipping(options: argparse.Namespace) -> int:
+    from dpdist_launch.measure.bench import table
+    from dpdist_launch.measure.bench.arms import ARMS
+    from dpdist_launch.measure.bench.clipping import Request, bench_clipping
+
+    models = _names(options.models)
+    content = bench_clipping(
+        Request(
+            models=models,
+            methods=tuple(ARMS) if options.methods is None else _names(options.methods),
+            batches=_batches(options.batch, models),
+            peers=options.peers,
+            rounds=options.rounds,
+            seconds=options.seconds,
+            memory_limit=options.memory * 2**30 if options.largest_batch else None,
+            to=options.to,
+            command=["dpdist", *sys.argv[1:]],
+        )
+    )
+    print(table.text(content), end="")
+    return 0
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _batches(text: str | None, models: tuple[str, ...]) -> dict[str, int]:
+    """Sizes by model, from `8` for all of them or `vit-ti=8,vit-s=4`."""
+    sizes: dict[str, int] = {}
+    for part in _names(text or ""):
+        model, _, size = part.rpartition("=")
+        try:
+            sizes |= dict.fromkeys([model] if model else models, int(size))
+        except ValueError:
+            raise InputError("--batch", text, "give a whole number, or vit-ti=8,vit-s=4 by model.") from None
+    return sizes

@@ -1,0 +1,138 @@
+"""Plain SGD in PyTorch and Opacus, as arms: the same weights, the same batch, the same sums."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+import torch.nn.functional as F
+from opacus import GradSampleModule
+from opacus.grad_sample import GradSampleModuleFastGradientClipping
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+from torch import Tensor, nn
+
+from dpdist.mechanism.clipping import paths_of
+from dpdist_launch.measure.bench.peers.torch_models import torch_model
+from dpdist_launch.measure.bench.program import Arm, Program, Sums
+from dpdist_launch.measure.bench.tasks import Problem
+
+TORCH = "torch"
+TORCH_SGD, OPACUS, OPACUS_GHOST = "torch sgd", "opacus", "opacus ghost"
+
+
+def torch_arms() -> list[Arm]:
+    """All arms of PyTorch, plain SGD first."""
+    # As many threads as XLA takes, and products as exact as XLA's: on a GPU its default is TF32 as well.
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    # Of layers whose input is data, not something with a gradient: embeddings, and the first layer.
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    ways = {TORCH_SGD: _plain, OPACUS: _per_sample, OPACUS_GHOST: _ghost}
+    return [
+        Arm(name=name, framework=TORCH, private=name != TORCH_SGD, prepare=partial(_program, way))
+        for name, way in ways.items()
+    ]
+
+
+#: (module, columns, labels, C) to a function that computes the gradient sum of every parameter.
+Way = Callable[[nn.Module, dict[str, Tensor], Tensor, float], Callable[[], list[Tensor]]]
+
+
+def _program(way: Way, problem: Problem) -> Program:
+    device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+    module = torch_model(problem.task).to(device)
+    paths = dict(zip(paths_of(problem.params), map(np.asarray, jax.tree.leaves(problem.params)), strict=True))
+    # Strict: every parameter of ours has one of the same shape there, and there is no other.
+    module.load_state_dict({_name(path): torch.tensor(_swap(path, leaf)) for path, leaf in paths.items()})
+    columns = {name: torch.tensor(np.asarray(column), device=device) for name, column in problem.batch.items()}
+    labels = columns.pop("label").long()
+    order = [name for name, _ in module.named_parameters()]
+    compute = way(module, columns, labels, problem.clip_norm)
+
+    def run() -> list[Tensor]:
+        sums = compute()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return sums
+
+    def read(sums: list[Tensor]) -> Sums:
+        found = dict(zip(order, sums, strict=True))
+        return {path: _swap(path, found[_name(path)].cpu().numpy(), back=True) for path in paths}
+
+    return Program(run=run, read=read)
+
+
+def _name(path: str) -> str:
+    """`layers/0/grow/kernel` to `layers.0.grow.weight`; a parameter that stands alone is a module's weight there."""
+    *module, leaf = path.split("/")
+    own = {"kernel": ["weight"], "scale": ["weight"], "bias": ["bias"]}.get(leaf, [leaf, "weight"])
+    return ".".join(module + own)
+
+
+def _swap(path: str, array: np.ndarray, *, back: bool = False) -> np.ndarray:
+    """Kernels have inputs before outputs here, and the other way round in PyTorch."""
+    if not path.endswith("kernel"):
+        return array
+    if array.ndim == 2:
+        return array.T
+    return array.transpose((2, 3, 1, 0) if back else (3, 2, 0, 1))
+
+
+def _plain(module: nn.Module, columns: dict[str, Tensor], labels: Tensor, clip_norm: float) -> Callable[[], list[Any]]:
+    def compute() -> list[Any]:
+        module.zero_grad(set_to_none=True)
+        F.cross_entropy(module(columns), labels, reduction="sum").backward()
+        return [parameter.grad for parameter in module.parameters()]
+
+    return compute
+
+
+def _per_sample(
+    module: nn.Module, columns: dict[str, Tensor], labels: Tensor, clip_norm: float
+) -> Callable[[], list[Any]]:
+    wrapped = GradSampleModule(module, loss_reduction="sum")
+    optimizer = DPOptimizer(
+        torch.optim.SGD(wrapped.parameters(), lr=0.1),
+        noise_multiplier=0.0,
+        max_grad_norm=clip_norm,
+        expected_batch_size=None,
+        loss_reduction="sum",
+    )
+
+    def compute() -> list[Any]:
+        F.cross_entropy(wrapped(columns), labels, reduction="sum").backward()
+        optimizer.clip_and_accumulate()
+        sums = [parameter.summed_grad for parameter in module.parameters()]
+        optimizer.zero_grad(set_to_none=True)
+        return sums
+
+    return compute
+
+
+def _ghost(module: nn.Module, columns: dict[str, Tensor], labels: Tensor, clip_norm: float) -> Callable[[], list[Any]]:
+    wrapped = GradSampleModuleFastGradientClipping(module, loss_reduction="sum", max_grad_norm=clip_norm)
+    optimizer = DPOptimizerFastGradientClipping(
+        torch.optim.SGD(wrapped.parameters(), lr=0.1),
+        noise_multiplier=0.0,
+        max_grad_norm=clip_norm,
+        expected_batch_size=None,
+        loss_reduction="sum",
+    )
+    criterion = DPLossFastGradientClipping(
+        wrapped, optimizer, nn.CrossEntropyLoss(reduction="sum"), loss_reduction="sum"
+    )
+
+    def compute() -> list[Any]:
+        criterion(wrapped(columns), labels).backward()  # makes both passes, and clears the gradients between them
+        sums = [parameter.grad for parameter in module.parameters()]
+        optimizer.zero_grad(set_to_none=True)
+        return sums
+
+    return compute

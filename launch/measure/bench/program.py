@@ -1,0 +1,126 @@
+"""An arm that is ready to run, and what the compiler says of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpdist.mechanism.clipping import GradSum, paths_of
+from dpdist_launch.measure.bench.tasks import Problem
+
+#: Gradient sums by the path of their parameter.
+Sums = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What XLA says of a compiled program."""
+
+    #: Wall time of tracing and compiling.
+    seconds: float
+    #: Memory beside arguments and results, at its peak.
+    temp_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    #: Floating-point operations, as XLA counts them; None where it does not.
+    flops: float | None
+
+    @property
+    def memory(self) -> int:
+        """All bytes that a call needs."""
+        return self.temp_bytes + self.argument_bytes + self.output_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """One arm on one problem, compiled where its framework compiles."""
+
+    #: Computes the batch once and waits for the result.
+    run: Callable[[], Any]
+    #: The gradient sums in what `run` returned, as the parameters of `dpdist` are named and laid out.
+    read: Callable[[Any], Sums]
+    #: None where nothing is compiled ahead.
+    compiled: Compiled | None = None
+    #: What the compiler would say of another physical batch size; nothing is run.
+    compile_at: Callable[[int], Compiled] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to compute the gradient sum of a physical batch."""
+
+    name: str
+    #: Its times are compared with the plain SGD gradient of the same framework.
+    framework: str
+    #: Whether it clips; the others are plain SGD.
+    private: bool
+    prepare: Callable[[Problem], Program]
+
+
+def jax_program(grad_sum: GradSum, problem: Problem) -> Program:
+    """`grad_sum(params, batch, mask)` compiled for the problem."""
+    arguments = (problem.params, problem.batch, problem.mask)
+    executable, compiled = _compile(grad_sum, arguments)
+
+    def compile_at(size: int) -> Compiled:
+        batch, mask = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), (problem.batch, problem.mask)
+        )
+        return _compile(grad_sum, (problem.params, batch, mask))[1]
+
+    return Program(
+        run=lambda: jax.block_until_ready(executable(*arguments)),
+        read=lambda result: dict(zip(paths_of(result[0]), map(np.asarray, jax.tree.leaves(result[0])), strict=True)),
+        compiled=compiled,
+        compile_at=compile_at,
+    )
+
+
+def _compile(grad_sum: GradSum, arguments: tuple[Any, Any, Any]) -> tuple[Any, Compiled]:
+    began = time.perf_counter()
+    executable = jax.jit(grad_sum).lower(*arguments).compile()
+    seconds = time.perf_counter() - began
+    memory: Any = executable.memory_analysis()
+    costs = executable.cost_analysis() or {}
+    return executable, Compiled(
+        seconds=seconds,
+        temp_bytes=memory.temp_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        flops=costs.get("flops"),
+    )
+
+
+#: Sizes beyond it say nothing of practice, and would take long to compile.
+LARGEST = 2**16
+
+
+def largest_batch(compile_at: Callable[[int], Compiled], *, limit: float, start: int) -> int | None:
+    """The largest power of two whose program fits `limit` bytes, from what the compiler says; None if not even 1 does.
+
+    Doubles or halves from the power of two at or below `start`.
+    """
+    size = 1 << (start.bit_length() - 1)
+    if not _fits(compile_at, size, limit):
+        while size > 1:
+            size //= 2
+            if _fits(compile_at, size, limit):
+                return size
+        return None
+    while size < LARGEST and _fits(compile_at, 2 * size, limit):
+        size *= 2
+    return size
+
+
+def _fits(compile_at: Callable[[int], Compiled], size: int, limit: float) -> bool:
+    try:
+        return compile_at(size).memory <= limit
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):  # a GPU's compiler refuses what cannot fit the device
+            return False
+        raise

@@ -1,0 +1,233 @@
+"""One point of a sweep: an arm at one node count, measured by all processes of a job, written by process 0.
+
+It trains a few steps with a throw-away seed and keeps nothing but times and counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import secrets
+import signal
+import statistics
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from dpdist import config as config_module
+from dpdist.cluster.agreement import barrier, decide, require_same
+from dpdist.cluster.join import abort, join, leave
+from dpdist.cluster.preemption import preempted
+from dpdist.cluster.watchdog import Watchdog
+from dpdist.cluster.world import World
+from dpdist.config import Config
+from dpdist.data import Dataset, open_dataset
+from dpdist.data.feed import Feed
+from dpdist.errors import InputError
+from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
+from dpdist.mechanism.ledger import Plan
+from dpdist.mechanism.sampling import Assignment
+from dpdist.program.assignments import make_assigner, shape_of_work
+from dpdist.program.build import TrainingSetup, build_setup
+from dpdist.run.directory import write_atomically
+from dpdist.run.fingerprints import code_digest, environment, user_code_digest
+from dpdist.run.plan import plan_run
+from dpdist_launch.measure.collective import all_reduce_program, all_reduce_seconds
+from dpdist_launch.measure.machine import versions, whole_job
+from dpdist_launch.measure.scaling.arms import DP, SGD_SYNC, Share, accumulate_step, all_reduces, config_of
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED = 1, 2, 75
+#: Steps before the measured ones: the first touch buffers, connections and caches for the first time.
+WARM_UP = 3
+_ALL_REDUCE_CALLS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What the measured steps showed."""
+
+    #: Seconds from the end of the step before to the end of each step; they sum to the interval.
+    step_seconds: tuple[float, ...]
+    plans: tuple[Assignment, ...]
+    #: The accumulator after the last step, for the all-reduce in a program of its own.
+    sums: Array
+
+
+def run(config: dict[str, Any], arm: str, nodes: int, repeat: int, steps: int, result: str) -> None:
+    """Measure one point and leave the job; every process of it calls this, as the last thing it does.
+
+    Args:
+        config: nested dicts, as `dpdist.config.from_dict` takes them; stacks of a stuck process go to its `run.dir`.
+        arm: a key of `ARMS`.
+        nodes: how many nodes the job was given.
+        repeat: which of the equal measurements this is, from 1.
+        steps: measured steps, at least 1; `WARM_UP` more come before them.
+        result: the JSON file that process 0 writes.
+
+    Ends the process with exit code 75 where the job was told to leave, 2 for bad input and 1 for any other
+    failure: an ordinary exit would wait for processes that wait for this one.
+    """
+    # submitit ignores TERM. Until JAX takes it over, it must end the process, which the launcher understands.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        parsed = config_module.from_dict(config)
+        world = join(parsed.cluster)
+        point = measure(parsed, arm, steps, world)
+        if point is not None and world.is_main:
+            whole = {"arm": arm, "nodes": nodes, "repeat": repeat} | point
+            write_atomically(Path(result), json.dumps(whole, indent=2) + "\n")
+        barrier("end of point", world)  # the first to leave would take the others down
+        leave()
+    except InputError as error:
+        print(f"dpdist: error: {error}", file=sys.stderr)
+        abort(EXIT_BAD_INPUT)
+    except BaseException as error:
+        traceback.print_exc()
+        print(f"dpdist: failed with {type(error).__name__}", file=sys.stderr)
+        abort(EXIT_FAILED)
+    if point is None:
+        abort(EXIT_PREEMPTED)
+
+
+def measure(config: Config, arm: str, steps: int, world: World) -> dict[str, Any] | None:
+    """The point as JSON holds it, on every process; None where the job was told to leave."""
+    started, began = datetime.now(UTC), time.perf_counter()
+    plain_or_private = config_of(arm, config)
+    mine = {"code": code_digest(), "user_code": user_code_digest(config), "arm": arm, "steps": steps}
+    require_same(mine | config_module.flatten(config), world)
+    stacks = Path(config.run.dir) / f"rank-{world.process_id}.stacks"
+    with contextlib.ExitStack() as cleanup:
+        watchdog = Watchdog(config.cluster.watchdog_timeout, stacks, world.membership.label)
+        cleanup.callback(watchdog.stop)
+        with watchdog.allow(config.cluster.initialization_timeout):
+            dataset = dataclasses.replace(open_dataset(config.data), test=None)  # nothing is evaluated
+            # A seed and not a secret: it travels to all processes unencrypted, and nothing that it makes is kept.
+            secret = Secret.from_insecure_seed(decide(world, lambda: secrets.randbits(63)))
+            plan = _plan(plain_or_private, dataset, secret, world)
+            if arm != DP:
+                plain_or_private = _with_physical_batch(plain_or_private, config, plan, dataset, world)
+            building = time.perf_counter()
+            setup = build_setup(plain_or_private, plan, dataset, world, earlier=None)
+            share = Share(setup.step_programs.zero_sums(), world.mesh) if arm == SGD_SYNC else None
+            compile_seconds = time.perf_counter() - building
+            reduce = all_reduce_program(setup.step_programs.zero_sums(), world.mesh)
+        timed = _train(config, plan, setup, share, dataset, secret, world, steps, watchdog)
+        if timed is None:
+            return None
+        with watchdog.allow(config.cluster.initialization_timeout):
+            reduce_seconds = all_reduce_seconds(reduce, timed.sums, calls=_ALL_REDUCE_CALLS)
+            machine = whole_job(world)
+    wall = sum(timed.step_seconds)
+    median = statistics.median(timed.step_seconds)
+    reduces = statistics.mean(all_reduces(arm, config, len(plan.microbatches)) for plan in timed.plans)
+    rate = plan.expected_batch_size * steps / wall
+    return {
+        "processes": world.num_processes,
+        "devices": world.device_count,
+        "steps": steps,
+        "examples_per_second": rate,
+        "examples_per_second_per_device": rate / world.device_count,
+        "step_seconds": median,
+        "step_seconds_p10": float(np.quantile(timed.step_seconds, 0.1)),
+        "step_seconds_p90": float(np.quantile(timed.step_seconds, 0.9)),
+        "compile_seconds": compile_seconds,
+        **shape_of_work(timed.plans),
+        "all_reduce_seconds": reduce_seconds,
+        "all_reduces_per_step": reduces,
+        "all_reduce_share": reduce_seconds * reduces / median,
+        "epsilon": plan.epsilon,
+        "physical_batch_size": setup.physical,
+        "expected_batch_size": plan.expected_batch_size,
+        "parameters": setup.step_programs.parameters,
+        "hardware": machine,
+        "versions": versions(),
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _plan(config: Config, dataset: Dataset, secret: Secret, world: World) -> Plan:
+    def make() -> dict[str, Any]:
+        here = environment(world.platform)
+        return asdict(plan_run(config, dataset_size=len(dataset.train), nonce=fresh_nonce(secret), environment=here))
+
+    return Plan(**decide(world, make, timeout=config.cluster.initialization_timeout))
+
+
+def _with_physical_batch(plain: Config, private: Config, plan: Plan, dataset: Dataset, world: World) -> Config:
+    """`plain` with the physical batch that the private arm gets here, so that all arms compute the same shapes.
+
+    Only memory can make an automatic choice differ between arms, so the private programs are built to ask them;
+    how much noise they would add does not matter.
+    """
+    if plain.training.physical_batch_size != "auto" or not private.privacy.enabled:
+        return plain
+    noisy = dataclasses.replace(plan, clip_norm=private.privacy.clip_norm, noise_multiplier=1.0)
+    physical = build_setup(private, noisy, dataset, world, earlier=None).physical
+    return dataclasses.replace(plain, training=dataclasses.replace(plain.training, physical_batch_size=physical))
+
+
+def _train(
+    config: Config,
+    plan: Plan,
+    setup: TrainingSetup,
+    share: Share | None,
+    dataset: Dataset,
+    secret: Secret,
+    world: World,
+    steps: int,
+    watchdog: Watchdog,
+) -> Timed | None:
+    """The loop of `dpdist.trainer`, without ledger, checkpoints and records; None where the job has to leave."""
+    step, keys = setup.step_programs, Keys(secret, bytes.fromhex(plan.nonce))
+    state, sums = step.place(setup.initial), step.zero_sums()
+    assigner = make_assigner(config, plan, setup, keys, world)
+    # It works on beyond the last measured step, as it would in training.
+    feed = Feed(dataset.train, assigner, world.mesh, data=config.data, start=0, stop=WARM_UP + steps + 2)
+    plans: list[Assignment] = []
+    ends: list[float] = []
+    unfinished: Array | None = None
+    try:
+        for number in range(WARM_UP + steps):
+            if number == WARM_UP:
+                jax.block_until_ready((state, sums))
+                barrier("warm-up", world)
+                plans, ends, unfinished = [], [time.perf_counter()], None
+            plans.append(feed.next_assignment())
+            loss_key, count = step.loss_key(keys, number), len(plans[-1].microbatches)
+            batches = feed.microbatches(plans[-1])
+            sums = accumulate_step(step, share, state.params, sums, batches, count, loss_key)
+            noise, _ = step.draw(keys, number)
+            state, sums, diagnostics = step.apply(state, sums, noise)
+            if unfinished is not None:  # one step behind, as the recorder of a run
+                jax.block_until_ready(unfinished)
+                ends.append(time.perf_counter())
+            unfinished = diagnostics
+            watchdog.beat(number)
+            if preempted(world):
+                return None
+        jax.block_until_ready((state, sums))
+        ends.append(time.perf_counter())
+    finally:
+        feed.close()
+    seconds = tuple(stop - start for start, stop in pairwise(ends))
+    return Timed(step_seconds=seconds, plans=tuple(plans), sums=sums)
+
+
+def main() -> None:
+    """`python -m dpdist_launch.measure.scaling.point FILE`: a rank of a local job; FILE has the arguments of `run`."""
+    run(**json.loads(Path(sys.argv[1]).read_text()))
+
+
+if __name__ == "__main__":
+    main()

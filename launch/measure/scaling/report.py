@@ -1,0 +1,141 @@
+"""The reports of a sweep: `scaling.csv`, `scaling.json`, `scaling.md` and the plots, from the measured points."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dpdist.errors import InputError
+from dpdist.run.directory import write_atomically
+from dpdist_launch.measure.scaling import markdown, plots
+from dpdist_launch.measure.scaling.arms import ARMS, DP
+from dpdist_launch.measure.scaling.directory import SweepDirectory
+from dpdist_launch.measure.scaling.model import fraction_of_ideal, parallel_fraction
+
+#: What is averaged over the repeats of one arm at one node count.
+_AVERAGED = (
+    "step_seconds",
+    "compile_seconds",
+    "padding",
+    "imbalance",
+    "microbatches_per_step",
+    "all_reduce_seconds",
+    "all_reduces_per_step",
+    "all_reduce_share",
+)
+
+
+def write(directory: SweepDirectory) -> Path:
+    """Write all reports into the directory of the sweep, whose name is returned as that of `scaling.md`.
+
+    Raises:
+        InputError: the private points are not of one epsilon.
+    """
+    asked = directory.points()
+    points = [measured for point in asked if (measured := directory.measured(point)) is not None]
+    require_one_epsilon(points)
+    order = list(ARMS)
+    points.sort(key=lambda p: (p["nodes"], order.index(p["arm"]), p["repeat"]))
+    described = directory.read()
+    content = {
+        "command": described["command"],
+        "created": described["created"],
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "measured": described["measured"],
+        "missing": [point.name for point in asked if directory.measured(point) is None],
+        "arms": aggregate(points),
+        "points": points,
+    }
+    root = directory.root
+    write_atomically(root / "scaling.csv", as_csv(points))
+    write_atomically(root / "scaling.json", json.dumps(content, indent=2) + "\n")
+    plots.write(root, content["arms"], unit_name(points))
+    write_atomically(root / "scaling.md", markdown.text(content))
+    return root / "scaling.md"
+
+
+def require_one_epsilon(points: list[dict[str, Any]]) -> None:
+    """The privacy of a run must not depend on how many nodes share its work.
+
+    Raises:
+        InputError: two private points state another epsilon; it names them all.
+    """
+    found: dict[float, list[str]] = {}
+    for point in points:
+        if point["arm"] == DP:
+            found.setdefault(point["epsilon"], []).append(f"{DP}-n{point['nodes']}-r{point['repeat']}")
+    if len(found) > 1:
+        named = "; ".join(f"{epsilon!r} at {', '.join(names)}" for epsilon, names in found.items())
+        remedy = (
+            "all points must be of one privacy plan: remove those files that are not of this sweep and run it again."
+        )
+        raise InputError("epsilon", named, remedy)
+
+
+def aggregate(points: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By arm: Amdahl's parallel fraction, and by node count what the repeats say together.
+
+    Throughput has `mean`, `min`, `max` and `std` (of the sample; 0 for one repeat), in examples per second; the
+    fraction of ideal is relative to the arm's own smallest node count.
+    """
+    arms: dict[str, dict[str, Any]] = {}
+    for arm in ARMS:
+        rates: dict[int, list[float]] = {}
+        for point in points:
+            if point["arm"] == arm:
+                rates.setdefault(point["nodes"], []).append(point["examples_per_second"])
+        if not rates:
+            continue
+        smallest = min(rates)
+        unit = statistics.mean(rates[smallest])
+        nodes = {}
+        for count in sorted(rates):
+            same = [point for point in points if point["arm"] == arm and point["nodes"] == count]
+            ideal = [fraction_of_ideal(count, rate, smallest, unit) for rate in rates[count]]
+            nodes[count] = {
+                "devices": same[0]["devices"],
+                "repeats": len(same),
+                "physical_batch_size": sorted({point["physical_batch_size"] for point in same}),
+                "examples_per_second": _spread(rates[count]),
+                "fraction_of_ideal": _spread(ideal),
+                **{name: statistics.mean(point[name] for point in same) for name in _AVERAGED},
+            }
+        arms[arm] = {"smallest": smallest, "parallel_fraction": parallel_fraction(rates), "nodes": nodes}
+    return arms
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {
+        "mean": statistics.mean(values),
+        "min": min(values),
+        "max": max(values),
+        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+    }
+
+
+def as_csv(points: list[dict[str, Any]]) -> str:
+    """A row a point; nested values have dotted names."""
+    rows = [_flat(point) for point in points]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def unit_name(points: list[dict[str, Any]]) -> str:
+    """What the node counts count, for the axes: `nodes (4 devices each)`."""
+    per_node = sorted({point["devices"] // point["nodes"] for point in points})
+    return f"nodes ({' or '.join(map(str, per_node))} device{'s' if per_node != [1] else ''} each)"

@@ -1,0 +1,1 @@
+"""Training and other work as SLURM jobs."""
