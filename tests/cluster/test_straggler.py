@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 from test_join import run_processes
 
-from dpdist.cluster.straggler import Judge
+from dpdist.cluster.straggler import Detector
 
 HOSTS = ["n01", "n02", "n03", "n04"]
 
 
 def judged(*samples: list[float | None], hosts: list[str] = HOSTS) -> list[list[int]]:
     """The stragglers that each sample confirms; a sample is the own seconds of each rank, None where it sent none."""
-    judge = Judge(hosts)
+    detector = Detector(hosts)
     return [
         [
             report["straggler"]
-            for report in judge.add(step, {rank: (own, 2.0) for rank, own in enumerate(sample) if own is not None})
+            for report in detector.add(step, {rank: (own, 2.0) for rank, own in enumerate(sample) if own is not None})
         ]
         for step, sample in enumerate(samples)
     ]
@@ -33,9 +33,9 @@ def test_a_rank_that_stays_slow_is_named_from_its_third_sample_on() -> None:
 
 
 def test_a_report_says_where_how_slow_and_how_much_of_the_step() -> None:
-    judge = Judge(HOSTS)
+    detector = Detector(HOSTS)
     sample = {0: (1.0, 2.0), 1: (1.1, 2.0), 2: (0.9, 2.0), 3: (1.7, 2.0)}
-    reports = [judge.add(step, sample) for step in (10, 30, 50)]
+    reports = [detector.add(step, sample) for step in (10, 30, 50)]
     assert reports == [
         [],
         [],

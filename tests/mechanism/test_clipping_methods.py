@@ -124,14 +124,14 @@ def test_strategies_are_what_the_uses_allow() -> None:
         return {leaf.path: leaf.reason or leaf.strategy for leaf in leaves}
 
     assert plan("tied embeddings") == {"table": "ghost", "w": "ghost"}
-    assert plan("scan") == {"b": "it meets data in add", "shared": "ghost", "w": "ghost"}
+    assert plan("scan") == {"b": "no ghost norm for its use in add", "shared": "ghost", "w": "ghost"}
     assert plan("experts") == {"down": "ghost", "up": "ghost"}
     assert plan("slices")["stack"] == plan("slices")["halves"] == plan("slices")["clamped"] == "ghost"
     assert plan("slices")["sliding"] == "it is used in parts that overlap"
-    assert plan("low rank")["w"] == "it meets data in dot_general"
+    assert plan("low rank")["w"] == "no ghost norm for its use in dot_general"
     assert plan("reshaped")["w"] == "its uses divide it into rows and columns differently"
     assert plan("odd corners")["unused"] == "no example's loss depends on it"
-    assert plan("own derivatives")["w"] == "it meets data in custom_vjp_call"
+    assert plan("own derivatives")["w"] == "no ghost norm for its use in custom_vjp_call"
 
 
 def cancelling(scale: float, nudge: float = 2**-22) -> tuple[np.ndarray, np.ndarray]:
