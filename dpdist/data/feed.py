@@ -36,6 +36,7 @@ class Feed:
         self, source: Source, assigner: Callable[[int], Assignment], mesh: Mesh, *, data: Data, start: int, stop: int
     ) -> None:
         self._assigner, self._placement = assigner, Placement(source, mesh, workers=data.workers)
+        #: For every step its assignment, then its microbatches; or the exception that ended the thread.
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=data.prefetch)
         self._closed = threading.Event()
         #: Seconds that the thread spent on sampling and assigning.

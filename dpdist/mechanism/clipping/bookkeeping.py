@@ -59,7 +59,7 @@ def bookkeeping_grad_sum(
                 raise named from error
             # JAX can differentiate the loss itself, but not with shifts: they need one more derivative where an
             # equation that is not inlined stops the gradient inside.
-            warnings.warn(f"per_example takes the place of a method that needs fewer gradients: {error}", stacklevel=1)
+            warnings.warn(f"clipping falls back to the slower method per_example: {error}", stacklevel=1)
             return per_example_grad_sum(loss_fn, clip_norm=clip_norm, frozen=frozen)(params, batch, mask)
 
     def passes(
@@ -70,6 +70,7 @@ def bookkeeping_grad_sum(
         batch: Any,
         mask: Any,
     ) -> tuple[Any, Float32[Array, " p"]]:
+        """Return (sums, norms) by one pass, or by two if `two_passes`."""
         leaves, structure = jax.tree.flatten(params)
         first = _Pass(graph, strategies, factors, leaves, jax.tree.leaves(batch), mask.shape[0])
         norms, bounds = first.norms()
@@ -108,7 +109,7 @@ class _Pass:
         self._graph, self._strategies, self._factors, self._leaves = graph, strategies, factors, leaves
         self._examples = examples
         self._shared = graph.compute_params(leaves)
-        zero = jnp.zeros((), graph.aval(graph.loss).dtype)
+        zero = jnp.zeros((), graph.aval(graph.loss).dtype)  # the example's last leaf: see `trace`
         shifts = [
             [
                 jnp.zeros(graph.aval(use.node.outputs[j]).shape, graph.aval(use.node.outputs[j]).dtype)

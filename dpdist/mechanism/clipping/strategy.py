@@ -97,8 +97,8 @@ def strategies_of(
     strategies = []
     for number, path in enumerate(paths_of(params)):
         shape = tuple(graph.aval(graph.params[number]).shape)
-        mine = [u for u, use in enumerate(graph.uses) if number in use.leaves]
-        groups, reason = _groups(mine, factors, graph)
+        own_uses = [u for u, use in enumerate(graph.uses) if number in use.leaves]
+        groups, reason = _groups(own_uses, factors, graph)
         strategy: Strategy = "instantiate"
         seconds: dict[str, float] = {}
         if not reason:

@@ -1,4 +1,4 @@
-"""Compute every example's clipping weight from its gradient norm, and the weighted sum; shared by all methods."""
+"""Compute every example's clipping weight from its gradient norm, for all methods, and sum stored gradients with it."""
 
 from __future__ import annotations
 
