@@ -28,10 +28,12 @@ class World:
 
     @property
     def process_id(self) -> int:
+        """This process's rank, from 0."""
         return self.membership.process_id
 
     @property
     def num_processes(self) -> int:
+        """Number of processes of the job."""
         return self.membership.num_processes
 
     @property
@@ -41,6 +43,7 @@ class World:
 
     @property
     def device_count(self) -> int:
+        """Number of devices of all processes together."""
         return self.mesh.size
 
     @property

@@ -49,6 +49,7 @@ class Value:
 
     @property
     def differentiable(self) -> bool:
+        """True if the dtype is floating-point or complex."""
         return bool(jnp.issubdtype(self.aval.dtype, jnp.inexact))
 
 
@@ -100,9 +101,11 @@ class Graph:
 
     @property
     def nodes(self) -> list[Node]:
+        """All nodes, in an order in which they can be computed."""
         return [*self.param_nodes, *self.data_nodes]
 
     def aval(self, number: int) -> Any:
+        """Return shape and dtype of a value."""
         return self.values[number].aval
 
     def compute_params(self, leaves: Sequence[Any]) -> dict[int, Any]:

@@ -30,10 +30,12 @@ class Side(NamedTuple):
 
     @property
     def length(self) -> int:
+        """The number of rows t."""
         return self.rows.shape[-1] if self.one_hot else self.rows.shape[1]
 
     @property
     def width(self) -> int:
+        """The number of columns k that are summed over; 1 if one-hot."""
         return 1 if self.one_hot else self.rows.shape[2]
 
     def part(self, start: int, stop: int) -> Side:
