@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpdist import config, models
+from dpdist.mechanism import clipping
 from dpdist.mechanism.clipping import clipped_grad_sum, plain_grad_sum
 
 Loss = Callable[[Any, Any], Any]
@@ -281,3 +282,7 @@ def test_a_clipping_norm_that_bounds_nothing_is_refused(clip_norm: float) -> Non
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(ValueError, match="gohst"):
         clipped_grad_sum(linear, clip_norm=1.0, method="gohst")
+
+
+def test_every_name_in_all_exists() -> None:
+    assert [name for name in clipping.__all__ if not hasattr(clipping, name)] == []
