@@ -1,14 +1,14 @@
-"""The one exception for wrong input: it names the field, the value and the remedy."""
+"""The exception for wrong input: it names the field, the value and the remedy."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; raised before any training step.
+    """Something the user gave cannot be used. Raised before any training step.
 
     Args:
         field: dotted name of the config field, file or flag at fault, e.g. `privacy.delta`.
-        value: what was given, as the user would recognise it.
+        value: what was given, in the form in which the user wrote it.
         remedy: what to do instead, as a full sentence.
     """
 

@@ -1,12 +1,12 @@
-"""Agreement between the processes of a job: one value for all, or an error on all. Every wait is bounded.
+"""Agreement between the processes of a job: all get the same value, or all get an error. Every wait is bounded.
 
-Values travel through the coordination service's key-value store, not through device collectives: a get has
-a timeout (a collective has none), takes 2 ms where a collective of a new shape takes 50 to 120 ms to compile,
-and works while the processes still disagree about their devices. The service is plain gRPC: never send the
-secret, only its keyed tag.
+Values travel through the coordination service's key-value store, not through device collectives. A read there has a
+timeout (a collective has none), takes 2 ms (a collective of a new shape takes 50 to 120 ms to compile), and works while
+the processes still disagree about their devices. The service is unencrypted gRPC: never send the secret, only its keyed
+tag.
 
-Every function here is collective: all processes call the same ones in the same order. They are made for
-start-up and rare decisions, not for every step.
+Every function here except `client` is collective: all processes must call the same ones in the same order. They are
+meant for start-up and rare decisions, not for every step.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
-from jax._src import distributed  # The client has no public name; Orbax takes it from here too.
+from jax._src import distributed  # The client has no public name; Orbax imports it from here too.
 
 from dpdist.cluster.world import World
 from dpdist.errors import InputError
 
-#: Keys are never used twice: the store keeps them, and a late reader must not find another value.
+#: Every key is used once: the store keeps its keys, and a late reader must not find another call's value.
 _serial = itertools.count()
-#: The others wait longer than process 0, so that its diagnosis of who is missing still reaches them.
+#: Extra seconds that the others wait for process 0, so that its report of missing ranks still reaches them.
 _MARGIN = 10.0
-#: Characters of a differing value that an error shows.
+#: Longest value, in characters, that an error message shows in full.
 _SHOWN = 200
 
 
 def broadcast(value: Any, world: World) -> Any:
-    """Process 0's `value` on every process, through JSON: tuples become lists, keys become strings.
+    """Return process 0's `value` on every process, through JSON: tuples become lists, keys become strings.
 
     Args:
-        value: what JSON can hold; only process 0's is looked at.
+        value: JSON-serialisable; ignored on all processes but 0.
 
     Raises:
-        TimeoutError: process 0 did not send it within `job.timeout` seconds.
+        TimeoutError: process 0 did not send it within `world.timeout` seconds.
     """
     return _broadcast(value, world, world.timeout)
 
 
 def decide(world: World, function: Callable[[], Any], *, timeout: float | None = None) -> Any:
-    """What process 0 gets from `function()`, on every process; for whatever depends on files or clocks.
+    """Call `function()` on process 0 and return its result on every process; for decisions based on files or clocks.
 
     Args:
-        function: called on process 0 alone; it returns what JSON can hold.
-        timeout: seconds the others wait for it; None takes `job.timeout`.
+        function: called on process 0 alone; must return something JSON-serialisable.
+        timeout: seconds that the others wait for it; None means `world.timeout`.
 
     Raises:
-        InputError: on all processes, where `function` raised it.
+        InputError: on all processes, if `function` raised it.
         TimeoutError: process 0 did not answer in time.
     """
     answer: dict[str, Any] = {}
@@ -68,13 +68,13 @@ def decide(world: World, function: Callable[[], Any], *, timeout: float | None =
 
 
 def all_gather(value: Any, world: World, *, timeout: float | None = None) -> list[Any]:
-    """Every process's `value`, in the order of ranks, on every process, through JSON.
+    """Return every process's `value`, ordered by rank, on every process, through JSON.
 
     Args:
-        timeout: seconds to wait for all; None takes `job.timeout`.
+        timeout: seconds to wait for all of them; None means `world.timeout`.
 
     Raises:
-        TimeoutError: on all processes that are there; it names the ranks that did not answer.
+        TimeoutError: on every process that called; the message names the ranks that did not.
     """
     seconds = world.timeout if timeout is None else timeout
     if world.num_processes == 1:
@@ -100,16 +100,16 @@ def all_gather(value: Any, world: World, *, timeout: float | None = None) -> lis
 
 
 def require_same(fields: Mapping[str, Any], world: World, hidden: Collection[str] = ()) -> None:
-    """Stop all processes unless each has the same `fields` as process 0.
+    """Raise an error on all processes unless each has the same `fields` as process 0.
 
     Args:
-        fields: values that JSON can hold, by the name by which an error shall call them. Processes may have
-            different sets of names; a field that one lacks differs.
+        fields: JSON-serialisable values by the name that an error message uses. A field that a process lacks counts
+            as different.
         hidden: names of fields whose values no message may show, such as a tag keyed by the secret.
 
     Raises:
-        InputError: on all processes alike; it names each field that differs, the values and their ranks.
-        TimeoutError: a process did not take part.
+        InputError: the same on all processes; it names each field that differs, its values and their ranks.
+        TimeoutError: a process did not call.
     """
     own = {name: json.dumps(value, sort_keys=True) for name, value in fields.items()}
     expected: dict[str, str] = broadcast(own, world)
@@ -126,15 +126,15 @@ def require_same(fields: Mapping[str, Any], world: World, hidden: Collection[str
 
 
 def barrier(name: str, world: World, timeout: float | None = None) -> None:
-    """Wait until every process has come to the barrier called `name`.
+    """Wait until every process has reached the barrier called `name`.
 
-    `multihost_utils.sync_global_devices` is a device collective and would wait for ever; this is not one.
+    It is not a device collective, as `multihost_utils.sync_global_devices` is, which would wait without limit.
 
     Args:
-        timeout: seconds to wait; None takes `job.timeout`.
+        timeout: seconds to wait; None means `world.timeout`.
 
     Raises:
-        TimeoutError: someone did not come in time; it names the barrier and the ranks that are missing.
+        TimeoutError: a process did not arrive in time; the message names the barrier and the missing ranks.
     """
     if world.num_processes == 1:
         return
@@ -159,7 +159,7 @@ def _broadcast(value: Any, world: World, timeout: float) -> Any:
 
 
 def client() -> Any:
-    """The coordination service, for what is no agreement."""
+    """Return the coordination service's client, for direct use of its key-value store."""
     return distributed.global_state.client
 
 
@@ -171,7 +171,7 @@ def _get(key: str, sender: int, timeout: float) -> str:
 
 
 def _difference(name: str, expected: Mapping[str, str], found: list[dict[str, str]], hidden: Collection[str]) -> str:
-    """`privacy.delta is 1e-05 on rank 0, 2 but 1e-06 on rank 1`."""
+    """Describe one difference: `privacy.delta is 1e-05 on rank 0, 2 but 1e-06 on rank 1`."""
     if name in hidden:
         return f"{name} (not shown) differs on {_ranks(r for r, report in enumerate(found) if name in report)}"
     holders: dict[str, list[int]] = {}
@@ -181,7 +181,7 @@ def _difference(name: str, expected: Mapping[str, str], found: list[dict[str, st
 
 
 def _shown(text: str | None, hide: bool = False) -> str:
-    """A value as an error shows it: absent, hidden, or its JSON, cut where it is long."""
+    """Format a value for an error message: its JSON, cut if long; `absent`; or nothing if hidden."""
     if hide:
         return ""
     if text is None:

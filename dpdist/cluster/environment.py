@@ -1,9 +1,8 @@
-"""Who am I in this job, and who coordinates it? Answered from environment variables alone.
+"""Find this process's rank and the job's coordinator from environment variables alone.
 
-`detect` never asks SLURM, opens no connection and imports no JAX, so it can be tested with recorded
-environments. JAX's own detection is not used: it takes variables of an allocation for those of a step
-(jax issue 30073) and derives its port from the job id alone, so that a requeued job meets the port of its
-former self, and two steps of one job share one.
+`detect` never asks SLURM, opens no connection and imports no JAX, so it can be tested with recorded environments. We do
+not use JAX's own detection: it mistakes an allocation's variables for a step's (jax issue 30073), and it derives the
+port from the job id alone, so a requeued job may find its old port still in use, and two steps of one job share a port.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from dpdist.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-#: What `dpdist_launch.local` gives each process it starts.
+#: Set by `dpdist_launch.local` for each process it starts.
 LOCAL_VARIABLES = ("DPDIST_PROCESS_ID", "DPDIST_NUM_PROCESSES", "DPDIST_COORDINATOR")
 
-#: What every task of an `srun` step has. A batch shell, a shell of salloc and an ssh login have only some.
+#: Set for every task of an `srun` step. A batch shell, a shell of salloc and an ssh login have only some of them.
 STEP_VARIABLES = (
     "SLURM_JOB_ID",
     "SLURM_STEP_ID",
@@ -36,26 +35,26 @@ STEP_VARIABLES = (
     "SLURM_NODEID",
 )
 
-#: From here on SLURM numbers what is no step of tasks: the shells of sbatch and of an interactive salloc.
+#: SLURM gives step ids from here on to shells (of sbatch, of an interactive salloc), which are not steps of tasks.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
-#: Coordinator ports lie below the range from which kernels take ports of outgoing connections (Linux starts
-#: at 32768), so that no connection of the same node can already hold the port. The count is a prime.
+#: Coordinator ports lie below the range from which kernels choose ports for outgoing connections (on Linux from 32768
+#: on), so no outgoing connection of the node can hold the port. The count is a prime.
 FIRST_PORT, PORT_COUNT = 20000, 12763
 
 
 @dataclass(frozen=True, kw_only=True)
 class Membership:
-    """The place of one process in its job."""
+    """One process's rank, host and GPUs in its job, and the job's coordinator."""
 
     #: 0 to num_processes - 1; process 0 coordinates and owns the first device.
     process_id: int
     num_processes: int
     #: `host:port` where process 0 serves the coordination service; the same on all processes.
     coordinator_address: str
-    #: GPUs of this node that belong to this process, as indices into what it can see; None takes them all.
+    #: GPUs that belong to this process, as indices into those it can see; None means all of them.
     local_device_ids: tuple[int, ...] | None
-    #: Which host of the job this process runs on; processes that share it share a shard of the data.
+    #: Index of this process's host within the job; processes of one host share a data shard.
     host_index: int
     num_hosts: int
     #: What started the process.
@@ -63,20 +62,20 @@ class Membership:
 
     @property
     def label(self) -> str:
-        """`rank 3/80`: how the process calls itself in messages."""
+        """The process's name in messages: `rank 3/80`."""
         return f"rank {self.process_id}/{self.num_processes}"
 
 
 def detect(environ: Mapping[str, str], *, use_gpus: bool = True) -> Membership:
-    """The membership that `environ` describes: our local launcher's, a SLURM step's, or that of one process.
+    """Return this process's membership: in a job of our local launcher, in a SLURM step, or as a single process.
 
     Args:
         environ: environment variables, such as `os.environ`.
-        use_gpus: False leaves CUDA_VISIBLE_DEVICES unread, for runs on CPU.
+        use_gpus: False ignores CUDA_VISIBLE_DEVICES, for runs on CPU.
 
     Raises:
-        InputError: a variable is missing from a half-set DPDIST_* group or is not a number, the node list
-            cannot be read, or the process sees fewer GPUs than its node has tasks.
+        InputError: only some of the DPDIST_* variables are set, a variable is not a number, the node list cannot be
+            parsed, or the process sees fewer GPUs than its node has tasks.
     """
     if any(name in environ for name in LOCAL_VARIABLES):
         return _from_local_launcher(environ, use_gpus)
@@ -117,8 +116,8 @@ def _from_local_launcher(environ: Mapping[str, str], use_gpus: bool) -> Membersh
         num_processes=size,
         coordinator_address=coordinator,
         local_device_ids=_own_gpus(environ, rank, size, remedy) if use_gpus else None,
-        # Processes of one machine play a cluster of one-process hosts, so that whatever depends on hosts
-        # (shards, exchange of host indices) is exercised on a laptop.
+        # Each local process counts as a host of its own, so that all code that depends on hosts (shards, exchange of
+        # host indices) also runs on a laptop.
         host_index=rank,
         num_hosts=size,
         launcher="local",
@@ -137,8 +136,8 @@ def _from_slurm_step(environ: Mapping[str, str], use_gpus: bool) -> Membership:
         restart=_number(environ, "SLURM_RESTART_COUNT") if environ.get("SLURM_RESTART_COUNT") else 0,
     )
     tasks_here = _tasks_on_node(environ, node)
-    # --gpus-per-task=1 hides all but the task's own GPU, which is then number 0 whatever the local id is.
-    # Asking for the local id, as JAX does by default, fails on every task but the first.
+    # --gpus-per-task=1 hides all but the task's own GPU, which then has index 0 in every task. Using the local id as
+    # index, as JAX does by default, fails on every task but the first.
     sharers = 1 if _visible_gpus(environ) == 1 else tasks_here
     remedy = f"request --gpus-per-node={tasks_here} (not per task), or start fewer tasks a node."
     return Membership(
@@ -153,12 +152,12 @@ def _from_slurm_step(environ: Mapping[str, str], use_gpus: bool) -> Membership:
 
 
 def first_host(node_list: str) -> str:
-    """The first host of a SLURM node list: `n[01-20]` -> `n01`, `r1c[1-2]n[3-4]` -> `r1c1n3`.
+    """Return the first host of a SLURM node list: `n[01-20]` -> `n01`, `r1c[1-2]n[3-4]` -> `r1c1n3`.
 
     Raises:
         InputError: the list is empty or its brackets do not match.
     """
-    # Up to the first comma outside brackets, each bracket stands for its first range's first number.
+    # Take the text up to the first comma outside brackets, and replace each bracket by its first number.
     match = re.match(r"(?:[^\[\],\s]|\[[^\[\]]+\])+(?=,|$)", node_list)
     host = re.sub(r"\[\s*([^\]\-,]+)[^\]]*\]", r"\1", match.group()) if match else ""
     if not host or "[" in host:
@@ -167,18 +166,18 @@ def first_host(node_list: str) -> str:
 
 
 def coordinator_port(*, job: int, step: int, restart: int) -> int:
-    """The port of the coordination service, the same on all processes without asking anyone.
+    """Return the coordination service's port, computed alike on all processes without communication.
 
-    Steps of one job differ for fewer than 64 steps apart, and so do its restarts: a requeued job keeps its
-    id, and its old port may still be in TIME_WAIT. Consecutive jobs land far apart.
+    Steps fewer than 64 apart within one job get different ports, and so do its restarts: a requeued job keeps its id,
+    and its old port may still be in TIME_WAIT. Consecutive job ids get ports far apart.
     """
     return FIRST_PORT + (7919 * job + 64 * restart + step) % PORT_COUNT
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now, from the coordinator range.
+    """Return a port of the coordinator range that is free on the loopback interface now.
 
-    Asking the kernel for port 0 would give one that any outgoing connection can take before it is used.
+    We do not ask the kernel for one (port 0): any outgoing connection could take that port before we use it.
     """
     candidates = random.SystemRandom().sample(range(FIRST_PORT, FIRST_PORT + PORT_COUNT), 64)
     for port in candidates:
@@ -192,16 +191,16 @@ def free_port() -> int:
 
 
 def _own_gpus(environ: Mapping[str, str], local_id: int, tasks_here: int, remedy: str) -> tuple[int, ...] | None:
-    """The GPUs of the `local_id`-th task of a node, as indices into what the process can see.
+    """Return the GPUs of a node's task number `local_id`, as indices into those the process can see; None means all.
 
     Raises:
-        InputError: with `remedy`, where the tasks outnumber the GPUs that they share.
+        InputError: with `remedy`, if there are more tasks than GPUs to share.
     """
     count = _visible_gpus(environ)
     if count == 0 or tasks_here == 1:
         return (0,) if count == 1 else None
     if count is None:
-        # Nothing hides a GPU. Should there be any, two processes must not claim the same one.
+        # All GPUs of the node, if it has any, are visible, and two processes must not claim the same one.
         return (local_id,)
     if count < tasks_here:
         raise InputError(
@@ -213,17 +212,17 @@ def _own_gpus(environ: Mapping[str, str], local_id: int, tasks_here: int, remedy
 
 
 def _visible_gpus(environ: Mapping[str, str]) -> int | None:
-    """How many GPUs CUDA_VISIBLE_DEVICES leaves; None where it is unset."""
+    """Count the GPUs listed in CUDA_VISIBLE_DEVICES; None if it is unset."""
     names = environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:
         return None
-    # CUDA stops at the first name it does not know: -1 by custom, NoDevFiles from SLURM where there is none.
+    # CUDA ignores the list from the first invalid name on: conventionally -1; SLURM writes NoDevFiles for no GPU.
     stripped = (name.strip() for name in names.split(","))
     return len(list(itertools.takewhile(lambda name: name not in ("", "-1", "NoDevFiles"), stripped)))
 
 
 def _tasks_on_node(environ: Mapping[str, str], node: int) -> int:
-    """Tasks on the `node`-th host of the step: `4(x2),3` is 4, 4 and 3."""
+    """Return the number of tasks on host number `node` of the step; SLURM writes 4, 4 and 3 as `4(x2),3`."""
     counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     expanded = [int(tasks) for tasks, repeat in counts for _ in range(int(repeat or 1))]
     if node < len(expanded):
@@ -232,7 +231,7 @@ def _tasks_on_node(environ: Mapping[str, str], node: int) -> int:
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
-    # Not a bare int(): it takes 2_1 for 21.
+    # int() alone would read 2_1 as 21.
     if not re.fullmatch("[0-9]+", environ[name]):
         raise InputError(name, environ[name], "this variable must hold a whole number.")
     return int(environ[name])

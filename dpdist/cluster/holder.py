@@ -1,7 +1,7 @@
-"""Who holds a lease, as its file says, and whether that process lives.
+"""The contents of a lease file: which process holds the lease, and whether that process is alive.
 
-Another host's processes can't be seen, and its clock may be wrong: what is known of a holder there is whether its file
-changes. A process of this host is looked up, by more than its pid: a reused pid is another process.
+We cannot see the processes of another host, and its clock may be wrong; all we can observe of a holder there is whether
+its file changes. A process of this host is looked up by its pid and its start time, since pids are reused.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """What a lease file says. Its length stays the same from beat to beat, so that each overwrites it in place."""
+    """The record in a lease file. Its encoded length never changes, so each heartbeat overwrites the file in place."""
 
-    #: Random; no two acquisitions share it.
+    #: A random id of this acquisition.
     owner: str
     host: str
-    #: A process is known by its host's boot, its PID namespace, its pid and its start in ticks since the boot; None
-    #: where the system does not tell.
+    #: A process is identified by its host's boot id, its PID namespace, its pid and its start time in clock ticks since
+    #: the boot; None where the system does not report one.
     boot: str | None
     namespace: int | None
     pid: int
     started: int | None
-    #: Device and inode of the leased directory, valid within one boot: they tell it from a copy.
+    #: Device and inode of the leased directory, to distinguish it from a copy; valid within one boot.
     directory: tuple[int, int]
     slurm_job: str | None
     slurm_restart: str | None
-    #: Seconds of silence after which the holder expects to be taken for dead.
+    #: Seconds without a heartbeat after which the holder accepts being considered dead.
     timeout: float
-    #: Seconds it has held the lease, by its own count.
+    #: Seconds it has held the lease, by its own clock.
     age: int = 0
     #: Heartbeats so far.
     beat: int = 0
@@ -44,6 +44,7 @@ class Holder:
 
     @classmethod
     def of_this_process(cls, directory: Path, timeout: float) -> Holder:
+        """Describe this process as holder of `directory`."""
         found = directory.stat()
         process = _process(os.getpid())
         return cls(
@@ -60,6 +61,7 @@ class Holder:
         )
 
     def encode(self) -> bytes:
+        """Return the lease file's content: one JSON object of fixed length."""
         fields = dataclasses.asdict(self)
         fields["age"], fields["beat"] = f"{self.age:012}", f"{self.beat:012}"
         fields["state"] = "free" if fields.pop("released") else "held"
@@ -67,7 +69,7 @@ class Holder:
 
     @classmethod
     def decode(cls, raw: bytes) -> Holder | None:
-        """The holder that `raw` describes, or None where it is damaged."""
+        """Parse a lease file's content; None if it is damaged."""
         try:
             fields = json.loads(raw)
             device, inode = fields["directory"]
@@ -98,9 +100,9 @@ class Holder:
         return f"process {self.pid} on {self.host} ({job}began {age} ago by its own count)"
 
     def is_alive(self, here: Holder) -> bool | None:
-        """Whether the holder's process runs, stopped or not; None where that can't be told from `here`.
+        """Return whether the holder's process exists (a stopped one does); None if it cannot be known from `here`.
 
-        A pid means something only within one boot and PID namespace (and what NFS shows comes from elsewhere).
+        A pid has a meaning only within one host, boot and PID namespace.
         """
         place = (self.host, self.boot, self.namespace)
         if None in (*place, self.started) or place != (here.host, here.boot, here.namespace):
@@ -110,15 +112,15 @@ class Holder:
         except ProcessLookupError:
             return False
         except PermissionError:
-            pass  # it exists, and is another user's
+            pass  # it exists and belongs to another user
         process = _process(self.pid)
         if process is None:
-            return None  # hidden, or gone since: the next look tells
+            return None  # hidden from us, or it has just ended: the caller asks again
         state, started = process
         if started != self.started:
             return False  # the pid was given to another process
         if state in "ZX":
-            # Killed. As long as another of its threads is on its way out, it may be finishing a write.
+            # Killed. While another of its threads is still exiting, it may be finishing a write.
             return None if _threads(self.pid) > 1 else False
         return True if self.directory == here.directory else None
 
@@ -138,9 +140,9 @@ def _namespace() -> int | None:
 
 
 def _process(pid: int) -> tuple[str, int] | None:
-    """State letter and start time of a process, or None where `/proc` does not show it."""
+    """Return a process's state letter and start time in ticks; None if `/proc` does not show it."""
     try:
-        # The name, in parentheses, may hold anything; after it come state (field 3) and start time (field 22).
+        # The name, in parentheses, may contain any character; after it come state (field 3) and start time (field 22).
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return fields[0], int(fields[19])
     except (OSError, IndexError):

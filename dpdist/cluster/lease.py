@@ -1,23 +1,25 @@
-"""The lease on a run directory: two live jobs on one run would sample and draw the same keys for other parameters.
+"""The lease on a run directory: at most one job at a time may train a run.
 
-A directory holds files `lease.N`; whoever made the one with the highest N, its generation, owns the run. To take over
-is to make `lease.N+1`. No lock of the file system is held, so none outlives a dead node, and no clock is compared with
-that of another host. Why no two own at once:
+Two live jobs on one run would use the same sampling and noise keys for different parameters, which breaks the
+guarantee.
 
-* *Two contenders for N+1*: a file comes to its name whole and only where nothing has it (`link`), so one wins.
-* *A contender that slept since it read N*, while N+1 came and went: it makes an N+1 again, then looks, finds a higher
-  one, and withdraws. A file is removed only by someone who has seen a higher one, so the highest never falls. To be
-  misled, it would have to miss two more takeovers during its one reading of a small directory: owners keep the file
-  before theirs.
-* *A thief and a thawing owner*: a lease is taken from an owner that may live only after it was silent for `timeout`
-  seconds on the thief's own clock. Should it wake, its `check` finds the higher generation; its heartbeats go to its
-  own file alone. It owned until the thief's link and not after.
+A directory holds files `lease.N`. The process that created the one with the highest N (the generation) owns the run; to
+take over, a process creates `lease.N+1`. We hold no file-system lock, so none outlives a dead node, and we never
+compare the clocks of two hosts. Why two processes never own the run at once:
 
-Not guaranteed: an owner that freezes between `check` and the write that follows, or has a write under way when it is
-killed, still writes that one thing, and what it writes must bear that. A checkpoint does: the thief's replay computes
-it from the same samples and noise. A ledger line that is appended does: it can only charge more; one that first
-truncates the file would not. Machines that are live clones of one snapshot, host name and boot id included, are taken
-for one machine.
+* *Two contenders create N+1.* `link` gives a complete file its name only if that name is free, so exactly one succeeds.
+* *A contender slept after reading N, while N+1 was created and removed.* It creates N+1 again, reads the directory,
+  finds a higher generation and withdraws. A file is removed only by a process that has seen a higher one, so the
+  highest generation never decreases. To miss the higher file, the contender would have to overlap two more takeovers
+  while it reads one small directory, because each owner keeps the file of the generation before its own.
+* *An owner resumes after its lease was taken.* A lease is taken from an owner that may be alive only after `timeout`
+  seconds without a heartbeat on the new owner's clock. If the old owner wakes up, its `check` finds the higher
+  generation, and its heartbeats go to its own file only. Its ownership ended when the new owner's `link` succeeded.
+
+Not guaranteed: an owner that freezes between `check` and the write that follows, or is killed during a write, may still
+complete that one write, so every such write must be harmless. A checkpoint is: the new owner's replay computes the same
+one from the same samples and noise. An appended ledger line is: it can only charge more. (A write that first truncates
+the file would not be.) Live clones of one machine, with the same host name and boot id, count as one machine.
 """
 
 from __future__ import annotations
@@ -40,34 +42,34 @@ from dpdist.errors import InputError
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"lease\.([1-9][0-9]*)")
-#: A heartbeat every so-many-th part of the timeout: several may come late before anyone calls the owner dead.
+#: Heartbeats per timeout: several may be late before the owner is considered dead.
 _BEATS = 6
-#: Seconds for which a process of this host may still be there after it was killed; then it counts as alive.
+#: Seconds that a killed process of this host may take to disappear; one that is still there then counts as alive.
 _DYING = 0.5
-#: What `link` raises on file systems without hard links.
+#: Errors of `link` on file systems without hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-#: A file removed by another host while it is read over NFS is reported as stale, not as missing.
+#: Errors of reading a removed file; NFS reports one that another host has removed as stale, not as missing.
 _GONE = (errno.ENOENT, errno.ESTALE)
 
 
 class LeaseLostError(RuntimeError):
-    """This process no longer owns the run directory, and must write nothing more into it."""
+    """This process no longer owns the run directory and must not write into it any more."""
 
 
 class Lease:
-    """Ownership of a run directory, held by process 0 of a job. Made by `acquire`; a context manager.
+    """Ownership of a run directory, held by process 0 of a job. Call `acquire` to get one; a context manager.
 
-    A daemon thread proves every `timeout / 6` seconds that the owner lives; `timeout` must exceed the longest time for
-    which code in C may hold the GIL.
+    A daemon thread writes a heartbeat every `timeout / 6` seconds, so `timeout` must exceed the longest time for which
+    C code may hold the GIL.
     """
 
     def __init__(self, directory: Path, generation: int, holder: Holder) -> None:
         self.directory, self.generation = directory, generation
-        #: Whose lease was taken over after a death, and how that was told; None where nothing was held.
+        #: The dead holder whose lease was taken over, and how its death was noticed; None if the lease was free.
         self.taken_from: str | None = None
         self._path = _path(directory, generation)
         self._holder = holder
-        self._began = time.monotonic()
+        self._acquired_at = time.monotonic()
         self._lost: str | None = None
         self._writing = threading.Lock()
         self._ended = threading.Event()
@@ -75,15 +77,15 @@ class Lease:
 
     @classmethod
     def acquire(cls, directory: str | Path, timeout: float) -> Lease:
-        """Take the lease on `directory`, waiting only where its holder may be dead on another host.
+        """Take the lease on `directory`; waits only if the holder may be a dead process of another host.
 
         Args:
-            directory: where the lease files lie; it exists, and all hosts that may contend share it.
-            timeout: seconds of silence after which a holder elsewhere counts as dead. A holder that announced a longer
-                timeout of its own is given that.
+            directory: an existing directory for the lease files, shared by all hosts that may contend.
+            timeout: seconds without a heartbeat after which a holder on another host counts as dead. If the holder's
+                own timeout is longer, that one is used.
 
         Raises:
-            InputError: a live process holds it, or the directory cannot be used.
+            InputError: a live process holds the lease, or the directory cannot be used.
         """
         directory = Path(directory)
         try:
@@ -101,8 +103,8 @@ class Lease:
         watched: tuple[int, bytes] | None = None
         since = 0.0
         while True:
-            # The time is taken before the reading it is for: a thief that is frozen in between must not take its own
-            # silence for the owner's.
+            # Read the clock before the file. If this process freezes in between, it must not count the time it was
+            # frozen as silence of the owner.
             now = time.monotonic()
             generation, raw = _newest(directory)
             holder = Holder.decode(raw)
@@ -135,7 +137,7 @@ class Lease:
                 return lease
 
     def check(self) -> None:
-        """Make sure that this process still owns the directory; call it before whatever another job must not see.
+        """Raise unless this process still owns the directory; call it before every write that another job could see.
 
         It reads one small directory and one small file.
 
@@ -151,11 +153,11 @@ class Lease:
             raise LeaseLostError(f"{self._lost}; this job must not go on writing into the run")
 
     def release(self) -> None:
-        """Let the next job start at once. Repeated calls, and one after a loss, do nothing."""
+        """Release the lease, so that the next job can start at once. Does nothing if it was released or lost before."""
         if self._ended.is_set():
             return
         self._ended.set()
-        # A heartbeat that hangs in a dead file system must not hang this too; the next job then waits its timeout.
+        # A heartbeat may hang in a dead file system; do not hang with it. The next job then waits for the timeout.
         if not self._writing.acquire(timeout=self._holder.timeout):
             logger.warning("%s could not be released: its last heartbeat is still being written", self._path)
             return
@@ -178,25 +180,26 @@ class Lease:
         self.release()
 
     def _create(self) -> bool:
-        """Try to become the owner; False where another was first."""
+        """Try to become the owner; return False if another process was first."""
         temporary = self.directory / f".lease.{self._holder.owner}"
         try:
             _write_new(temporary, self._holder.encode())
-            # Neither error tells enough. A link that NFS repeats since its answer was lost finds its own file there,
-            # and a temporary file that is gone was swept up by a new owner. What is there afterwards counts.
+            # Neither error decides the outcome: NFS may repeat a link whose answer was lost and then find our own file
+            # in place, and a new owner may have removed our temporary file. We look at the directory afterwards.
             with contextlib.suppress(FileExistsError, FileNotFoundError):
                 try:
                     os.link(temporary, self._path)
                 except OSError as error:
                     if error.errno not in _NO_LINKS:
                         raise
-                    # Exclusive too, but empty at first: who reads it then sees an unknown owner, and watches.
+                    # This is exclusive too, but the file is empty at first: a reader then sees an unknown owner and
+                    # waits.
                     _write_new(self._path, self._holder.encode())
         finally:
             temporary.unlink(missing_ok=True)
         if self._why_lost() is not None:
             if self._is_ours():
-                self._path.unlink(missing_ok=True)  # a higher one exists
+                self._path.unlink(missing_ok=True)  # a higher generation exists
             return False
         for path in self.directory.iterdir():
             found = _NAME.fullmatch(path.name)
@@ -206,7 +209,7 @@ class Lease:
         return True
 
     def _why_lost(self) -> str | None:
-        """Why this is not, or no longer, the lease that counts; None while it is."""
+        """Return why this process is not, or no longer, the owner; None while it is."""
         newest = max(_generations(self.directory), default=0)
         if newest > self.generation:
             return f"another job has taken {_path(self.directory, newest)}"
@@ -229,12 +232,12 @@ class Lease:
                         return
                     beat += 1
                     self._write(beat=beat)
-                except OSError as error:  # it may pass; if it does not, others take over and `check` tells
+                except OSError as error:  # may be temporary; if not, another job takes over and `check` raises
                     logger.warning("the heartbeat of %s failed (%s)", self._path, error)
 
     def _write(self, **changes: Any) -> None:
-        """Overwrite our file in place. Never by renaming: that would bring a removed generation back."""
-        self._holder = dataclasses.replace(self._holder, age=int(time.monotonic() - self._began), **changes)
+        """Overwrite our file in place. Not by renaming, which would recreate a removed generation."""
+        self._holder = dataclasses.replace(self._holder, age=int(time.monotonic() - self._acquired_at), **changes)
         descriptor = os.open(self._path, os.O_WRONLY)
         try:
             os.pwrite(descriptor, self._holder.encode(), 0)
@@ -248,12 +251,12 @@ def _path(directory: Path, generation: int) -> Path:
 
 
 def _generations(directory: Path) -> list[int]:
-    # NFS asks the server whether a directory has changed each time it is opened, as this does.
+    # Opening a directory makes NFS ask the server whether it has changed, so this listing is current.
     return [int(found[1]) for path in directory.iterdir() if (found := _NAME.fullmatch(path.name))]
 
 
 def _newest(directory: Path) -> tuple[int, bytes]:
-    """The highest generation and its content; (0, b"") where there is none."""
+    """Return the highest generation and its file's content; (0, b"") if there is none."""
     while True:
         generation = max(_generations(directory), default=0)
         raw = _read(_path(directory, generation)) if generation else b""
@@ -262,7 +265,7 @@ def _newest(directory: Path) -> tuple[int, bytes]:
 
 
 def _read(path: Path) -> bytes | None:
-    """The content as it is now (opening a file makes NFS ask the server), or None where the file is gone."""
+    """Return the file's current content (opening it makes NFS ask the server); None if the file is gone."""
     try:
         return path.read_bytes()
     except OSError as error:

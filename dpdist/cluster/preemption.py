@@ -1,4 +1,4 @@
-"""Has this job been told to leave? Asked together, so that all processes hear it at the same point."""
+"""Detect a preemption notice (SIGTERM) at the same step on all processes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from jax.experimental import multihost_utils
 
 from dpdist.cluster.world import World
 
-# JAX agrees on a count of questions, not on a training step, and fires where the count *equals* what was agreed. A
-# resumed run must therefore not begin to count at its step: a notice that came during start-up would be missed.
-_questions = itertools.count(1)
+# JAX's processes agree on a value of this call count, not on a training step, and JAX reports the notice only at the
+# call whose count *equals* that value. So a resumed run must count from 1, not from its step: otherwise the agreed
+# value could already have passed, and a notice from start-up would be missed.
+_calls = itertools.count(1)
 
 
 def preempted(world: World) -> bool:
-    """True on every process alike once one of them got SIGTERM; every process asks equally often.
+    """Return True once a process of the job received SIGTERM, in the same call on all processes.
 
-    Always False where `jax.distributed` could not be initialised.
+    Collective: all processes must call it equally often. Always False if `world.distributed` is False.
     """
-    return world.distributed and bool(multihost_utils.reached_preemption_sync_point(next(_questions)))
+    return world.distributed and bool(multihost_utils.reached_preemption_sync_point(next(_calls)))

@@ -1,8 +1,8 @@
-"""The end of a process that is alive but stuck.
+"""End a process that is alive but stuck.
 
-JAX's heartbeats come from a thread of their own and go on while the main thread waits in a collective for a
-rank that will never come. Only progress in steps tells: `beat` after each, or the process ends itself with
-exit code 124, its launcher ends the others, and the stacks say where it was.
+JAX sends its heartbeats from a separate thread, so they continue while the main thread waits in a collective for a rank
+that will never arrive. Only completed steps prove progress: the loop calls `beat` after each one. Without a beat in
+time the process writes its stacks and exits with code 124, and its launcher ends the other processes.
 """
 
 from __future__ import annotations
@@ -16,24 +16,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-#: What `timeout(1)` returns too.
+#: The exit code of `timeout(1)` too.
 EXIT_STUCK = 124
-#: Seconds that writing the stacks may take.
+#: Longest time, in seconds, for writing the stacks.
 _DUMPING = 5.0
 
 
 class Watchdog:
-    """Ends this process when no beat has come for `timeout_seconds`.
+    """Ends this process if `beat` is not called for `timeout_seconds`.
 
-    A daemon thread, not SIGALRM: a signal handler of Python runs only between two bytecodes of the main
-    thread, and that one is stuck in C. For the same reason it works only while C code releases the GIL, as
-    JAX does wherever it waits.
+    It uses a daemon thread, not SIGALRM: Python runs a signal handler only between two bytecodes of the main thread,
+    which is stuck in C code. The daemon thread too needs C code to release the GIL, which JAX does wherever it waits.
 
     Args:
         timeout_seconds: longest time between two beats.
-        dump_path: where the stacks of all threads are written, readable by the owner alone (frames name
-            private files). Its directory must exist.
-        label: how the process is called in the message, such as `rank 3/80`.
+        dump_path: the file for the stacks of all threads, readable by its owner alone (frames name private files). Its
+            directory must exist.
+        label: the process's name in the message, such as `rank 3/80`.
     """
 
     def __init__(self, timeout_seconds: float, dump_path: str | Path, label: str = "this process") -> None:
@@ -48,16 +47,16 @@ class Watchdog:
         self._thread.start()
 
     def beat(self, step: int) -> None:
-        """`step` was completed: the time starts anew."""
+        """Restart the timeout, because `step` is complete."""
         with self._changed:
             self._last = f"after step {step}"
             self._deadline = time.monotonic() + self._allowed
 
     @contextlib.contextmanager
     def allow(self, seconds: float) -> Iterator[None]:
-        """Let `seconds` pass between beats within the block: first compilation, restore, checkpoint.
+        """Allow `seconds` between beats within the block, for the first compilation, a restore or a checkpoint.
 
-        Never less than outside it. The time starts anew where the block begins and where it ends.
+        A value below the current timeout has no effect. The timeout restarts at the beginning and the end of the block.
         """
         with self._changed:
             previous = self._allowed
@@ -72,7 +71,7 @@ class Watchdog:
                 self._changed.notify()
 
     def stop(self) -> None:
-        """Watch no more: the work is done."""
+        """Stop watching."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -100,11 +99,11 @@ class Watchdog:
             except OSError as error:
                 where.append(f"stacks could not be written: {error}")
 
-        # A thread of its own: what everything waits for may be the file system that the stacks would go to.
+        # In a separate thread: the process may be stuck in the very file system that the stacks are written to.
         dumping = threading.Thread(target=dump, daemon=True)
         dumping.start()
         dumping.join(_DUMPING)
         message = f"watchdog: {self._label} made no progress for {self._allowed:g} s {self._last}; {where[-1]}\n"
-        # Not print, nor a flush: the stuck thread may hold the lock of sys.stderr's or sys.stdout's buffer.
+        # Neither print nor flush: the stuck thread may hold the lock of sys.stderr's or sys.stdout's buffer.
         os.write(2, message.encode())
         os._exit(EXIT_STUCK)

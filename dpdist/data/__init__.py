@@ -1,7 +1,7 @@
-"""Examples by index: sources, the datasets built in, and the checks made before training.
+"""Random access to examples: sources, the built-in datasets, and the checks made before training.
 
-A dataset of one's own is a function, named in the config as `data.source: module:function`, that returns
-a `Dataset` or `(train, test)`; each is any object with `__len__` and `__getitem__`, or an `ArraySource`.
+To use your own dataset, write a function that returns a `Dataset` or `(train, test)` and name it in the config as
+`data.source: module:function`. Train and test are objects with `__len__` and `__getitem__`, or an `ArraySource`.
 """
 
 from dpdist.data.checks import check_labels, fingerprint

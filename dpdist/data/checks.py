@@ -1,4 +1,4 @@
-"""What a run asks of its data before the first step: are the labels in range, and is it the same data."""
+"""Checks of the data before the first step: labels in range, and the same data on all processes and on resume."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jaxtyping import Int64
 from dpdist.data.sources import ArraySource, Source, Subset, read_rows, schema
 from dpdist.errors import InputError
 
-#: Examples whose labels are looked at where each costs a call of the user's code.
+#: Number of labels checked if each example costs a call of the user's code.
 LABELS_CHECKED = 16
-#: Content of an array source is hashed whole up to so many bytes, and so many examples of it beyond.
+#: An array source of up to HASHED_WHOLE bytes is hashed whole; of a larger one, HASHED_ROWS examples are hashed.
 HASHED_WHOLE, HASHED_ROWS = 256 << 20, 4096
-#: Examples hashed where each costs a call of the user's code.
+#: Number of examples hashed if each costs a call of the user's code.
 HASHED_ITEMS = 64
 #: Examples held in memory at once while hashing; part of the digest's definition.
 BLOCK = 256
@@ -24,17 +24,18 @@ BLOCK = 256
 def check_labels(source: Source, classes: int, field: str = "model.classes") -> None:
     """Check that the labels are integers in `[0, classes)`; a source without a `label` column passes.
 
-    JAX would not complain: an index out of range is clamped or gives NaN, and training would go wrong in
-    silence. All labels of an `ArraySource` are checked, but only the first 16 of another source, whose
-    examples may each cost a read and a decode.
+    JAX would not complain: it clamps an index out of range or returns NaN, so training would silently go wrong. All
+    labels of an `ArraySource` are checked; of any other source only the first 16, because each example may cost a read
+    and a decode.
 
     Args:
-        source: label column of integers, any shape.
+        source: examples whose label column, if any, may have any shape.
         classes: number of classes, a public constant.
-        field: config field that set `classes`, to be named in the error.
+        field: the config field that set `classes`, named in the error.
 
     Raises:
-        InputError: some label is out of range; which one is private, so the error does not say.
+        InputError: the labels are not integers, or one is out of range; the error does not say which, because labels
+            are private.
     """
     labels = _labels(source)
     if labels is None:
@@ -59,14 +60,14 @@ def _labels(source: Source) -> np.ndarray | None:
 
 
 def fingerprint(source: Source) -> bytes:
-    """SHA-256 of a source, by which processes and resumed runs tell that they read the same data.
+    """Return the SHA-256 of a source, so that processes and resumed runs can check that they read the same data.
 
-    It covers the length, the columns' names, dtypes and row shapes, and the content: all of an
-    `ArraySource` up to 256 MiB and 4,096 evenly spaced examples of a larger one, 64 of any other source.
-    How the values are stored (byte order, gzip, memory map, order of columns) does not matter.
+    It covers the length, the columns' names, dtypes and row shapes, and the content: all of an `ArraySource` of up to
+    256 MiB, 4,096 evenly spaced examples of a larger one, and 64 of any other source. How the values are stored (byte
+    order, gzip, memory map, order of columns) does not matter.
 
-    A hash of private data lets anyone who has it confirm a guess of that data: key it with the run's
-    secret before it is stored or sent anywhere.
+    Anyone who has a hash of private data can test a guess of that data. Key it with the run's secret before it is
+    stored or sent anywhere.
     """
     first = read_rows(source, np.zeros(1, np.int64))
     digest = hashlib.sha256(json.dumps([len(source), schema(first)]).encode())
@@ -79,7 +80,7 @@ def fingerprint(source: Source) -> bytes:
 
 
 def _hashed(source: Source, example_bytes: int) -> Int64[np.ndarray, " n"]:
-    """The indices whose content is hashed: all, or evenly spaced from the first to the last."""
+    """Return the indices whose content is hashed: all, or evenly spaced ones from the first to the last."""
     length = len(source)
     if not isinstance(source.source if isinstance(source, Subset) else source, ArraySource):
         count = min(length, HASHED_ITEMS)

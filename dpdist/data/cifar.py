@@ -1,7 +1,7 @@
-"""CIFAR-10 and CIFAR-100 from their official Python archives (https://www.cs.toronto.edu/~kriz/cifar.html).
+"""Read CIFAR-10 and CIFAR-100 from their official Python archives (https://www.cs.toronto.edu/~kriz/cifar.html).
 
-The files inside are pickles, and opening a pickle runs what it names: only NumPy arrays and plain containers
-are let through.
+The files inside are pickles, and loading a pickle can run any code that it names. We accept only NumPy arrays and plain
+containers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy as np
 from dpdist.errors import InputError
 
 SIDE, CHANNELS = 32, 3
-#: Read from an array instead of NumPy's private modules, whose names differ between versions.
+#: NumPy's private constructor, taken from an array because its module's name differs between versions.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
-#: All that the official files name.
+#: The only global names that occur in the official files.
 ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy", "ndarray"): np.ndarray,
@@ -34,18 +34,23 @@ ALLOWED: dict[tuple[str, str], Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How one of the two is laid out."""
+    """The file layout of CIFAR-10 or CIFAR-100."""
 
-    #: The official archive, and the MD5 its authors publish.
+    #: File name of the official archive.
     archive: str
+    #: The archive's MD5, as its authors publish it.
     md5: str
-    #: The directory it unpacks to.
+    #: The directory that it unpacks to.
     directory: str
+    #: The training batches' files.
     train: tuple[str, ...]
+    #: The test batch's file.
     test: str
+    #: The file with the class names.
     meta: str
-    #: Keys of the labels in a batch, and of their names in `meta`.
+    #: Key of the labels in a batch.
     labels: str
+    #: Key of the class names in `meta`.
     names: str
     classes: int
 
@@ -77,19 +82,19 @@ Columns = dict[str, np.ndarray]
 
 
 def read_cifar(path: Path, kind: Format, checksum: str | None) -> tuple[Columns, Columns, tuple[str, ...]]:
-    """Train and test columns, and the names of the classes.
+    """Return the train columns, the test columns and the class names.
 
     Args:
         path: the archive, or the directory that it unpacks to.
         kind: `CIFAR10`, or `CIFAR100` with its fine labels.
-        checksum: MD5 that an archive has to have; `official` is the published one, asked of an archive that goes
-            by the official name; None asks for none.
+        checksum: MD5 that an archive must have. `official` means the published one, and is checked only if the archive
+            has its official name. None checks nothing.
 
     Returns:
-        Two dicts of `image`, uint8[n, 32, 32, 3], and `label`, int32[n]; and a name for each class.
+        Two dicts with `image`, uint8[n, 32, 32, 3], and `label`, int32[n]; and the classes' names.
 
     Raises:
-        InputError: a file is missing, damaged, or not what its name says.
+        InputError: a file is missing or damaged, or does not have the expected content.
     """
     if path.is_dir():
         read = _directory_reader(path, kind)
@@ -142,7 +147,7 @@ def _archive_reader(path: Path, kind: Format, checksum: str | None) -> Callable[
             "fetch it again (data.options.checksum: null takes it as it is).",
         )
     try:
-        # Unpacked whole, since gzip's own checksum lies behind the last byte that tarfile reads.
+        # Decompress everything first: gzip's checksum comes after the last byte that tarfile would read.
         with tarfile.open(fileobj=io.BytesIO(gzip.decompress(content)), mode="r:") as archive:
             for member in archive:
                 if member.name in wanted and (file := archive.extractfile(member)) is not None:
@@ -161,7 +166,7 @@ def _archive_reader(path: Path, kind: Format, checksum: str | None) -> Callable[
 
 
 class _Unpickler(pickle.Unpickler):
-    """Refuses every name but those in `ALLOWED`."""
+    """Rejects every global name that is not in `ALLOWED`."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
@@ -194,7 +199,7 @@ def _columns(batches: list[tuple[str, bytes]], path: Path, kind: Format) -> Colu
             raise _wrong(path, name, f"{len(rows):,} images but {len(numbers):,} labels")
         images.append(rows.reshape(-1, CHANNELS, SIDE, SIDE).transpose(0, 2, 3, 1))
         labels.append(np.array(numbers, np.int32))
-    # Contiguous by example: `take` would otherwise copy all of them at every step.
+    # Contiguous by example; otherwise `take` would copy the whole array at every step.
     return {"image": np.ascontiguousarray(np.concatenate(images)), "label": np.concatenate(labels)}
 
 

@@ -1,4 +1,4 @@
-"""From the config's `data` section to a train and a test source."""
+"""Open the dataset that a config's `data` section names: a train and a test source."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from dpdist.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """What is trained on, and what is evaluated on."""
+    """The training and test examples of a run."""
 
-    #: The private examples; how many there are is public.
+    #: The private training examples; their number is public.
     train: Source
-    #: Examples for evaluation, which the guarantee does not cover; None evaluates nothing.
+    #: Test examples, which the guarantee does not cover; None skips evaluation.
     test: Source | None = None
-    #: Number of classes, a public constant never read from the labels; None leaves it to `model.classes`.
+    #: Number of classes, a public constant that is never read from the labels; None leaves it to `model.classes`.
     classes: int | None = None
-    #: What the classes are called, in the order of their numbers; public constants too, None where there are none.
+    #: Names of the classes in the order of their numbers, public constants too; None if they have no names.
     label_names: tuple[str, ...] | None = None
-    #: What the data is called in summaries.
+    #: The dataset's name in summaries and errors.
     name: str
 
     def __post_init__(self) -> None:
@@ -50,11 +50,11 @@ class Dataset:
 
 
 def open_dataset(data: Data) -> Dataset:
-    """The dataset that the config's `data` section describes.
+    """Open the dataset that the config's `data` section names.
 
-    `digits` (bundled with scikit-learn), `idx`, `npy`, `cifar10` and `cifar100` are built in; `module:function` is
-    called with `data.options` and returns a `Dataset` or `(train, test)`, taken as they are. A built-in source
-    without a test set of its own has `data.test_fraction` of its examples held out, by index.
+    `digits` (bundled with scikit-learn), `idx`, `npy`, `cifar10` and `cifar100` are built in. Any other source is a
+    `module:function`: it is called with `data.options` and must return a `Dataset` or `(train, test)`, which are used
+    unchanged. From a built-in source without a test set, `data.test_fraction` of the examples is held out by index.
 
     Raises:
         InputError: the source, a file, a module or a function is missing or cannot be used.
@@ -73,10 +73,11 @@ def open_dataset(data: Data) -> Dataset:
 
 
 def split_indices(length: int, data: Data) -> tuple[np.ndarray, np.ndarray]:
-    """Train and test indices, sorted: a public permutation of `data.split_seed`, cut at `data.test_fraction`.
+    """Split `length` indices into train and test by a public permutation; both parts are sorted.
 
-    The test set's size is rounded up. Ranks of Philox words make the permutation, because NumPy promises
-    that stream for all versions, which it does not for `Generator.permutation`.
+    The permutation is seeded by `data.split_seed`, and its first `data.test_fraction`, rounded up, is the test set. It
+    sorts Philox words, because NumPy guarantees their stream across versions; it does not guarantee
+    `Generator.permutation`.
     """
     order = np.argsort(np.random.Philox(data.split_seed).random_raw(length), kind="stable").astype(np.int64)
     held_out = math.ceil(length * data.test_fraction)
@@ -84,7 +85,7 @@ def split_indices(length: int, data: Data) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _digits(data: Data) -> Dataset:
-    # Read where it lies: importing scikit-learn costs every process of a job a second and 70 MB.
+    # Read the file without importing scikit-learn, which would cost every process of a job a second and 70 MB.
     package = importlib.util.find_spec("sklearn")
     assert package is not None
     assert package.origin is not None
@@ -121,7 +122,7 @@ def _cifar(data: Data, kind: Format, checksum: str | None) -> Dataset:
     return replace(dataset, label_names=names)
 
 
-#: A source takes the `data` section and, by name, the options it declares.
+#: Opens a built-in source, given the `data` section and, as keyword arguments, the options that it declares.
 BUILT_IN: dict[str, Callable[..., Dataset]] = {
     "digits": _digits,
     "idx": _idx,

@@ -1,4 +1,4 @@
-"""The prefetching feed: samples, plans and gathers ahead on a thread while the devices work."""
+"""The prefetching feed: samples, assigns and reads the next examples on a thread while the devices compute."""
 
 from __future__ import annotations
 
@@ -19,36 +19,40 @@ from dpdist.mechanism.step import Microbatch
 
 
 class Feed:
-    """Microbatches of steps [start, stop), in order, for this process's devices.
+    """The microbatches of steps [start, stop), in order, on this process's devices.
+
+    A thread works ahead across steps, so that sampling, assigning and reading of step t+1 overlap with step t.
 
     Args:
-        source: training examples; only rows of this process's devices are read.
-        plan: step number to `Assignment`; pure, called on the feed's thread.
+        source: training examples; only the rows of this process's devices are read.
+        assigner: returns the `Assignment` of a step number; pure, called on the feed's thread.
         mesh: the job's devices.
-        data: how far ahead to work (`prefetch`), and with how many threads (`workers`).
-
-    The thread runs ahead across steps, so sampling, planning and gathering of step t+1 overlap step t.
+        data: `prefetch` (how many items to prepare in advance) and `workers` (threads that read examples).
+        start: first step.
+        stop: step after the last.
     """
 
     def __init__(
-        self, source: Source, plan: Callable[[int], Assignment], mesh: Mesh, *, data: Data, start: int, stop: int
+        self, source: Source, assigner: Callable[[int], Assignment], mesh: Mesh, *, data: Data, start: int, stop: int
     ) -> None:
-        self._plan, self._placement = plan, Placement(source, mesh, workers=data.workers)
+        self._assigner, self._placement = assigner, Placement(source, mesh, workers=data.workers)
+        #: For every step its assignment, then its microbatches; or the exception that ended the thread.
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=data.prefetch)
         self._closed = threading.Event()
-        #: Seconds spent sampling and planning (on the thread), and waited for data (by the consumer).
+        #: Seconds that the thread spent on sampling and assigning.
         self.assign_seconds = 0.0
+        #: Seconds that the consumer waited for data.
         self.wait_seconds = 0.0
         self._thread = threading.Thread(target=self._run, args=(start, stop), name="dpdist-feed", daemon=True)
         self._thread.start()
 
     def next_assignment(self) -> Assignment:
-        """The plan of the next step; call it once, then read all its `microbatches`."""
+        """Return the next step's assignment; call it once a step, then consume all of its `microbatches`."""
         return self._get()
 
-    def microbatches(self, plan: Assignment) -> Iterator[Microbatch]:
-        """The microbatches of that step, on the devices."""
-        for _ in plan.microbatches:
+    def microbatches(self, assignment: Assignment) -> Iterator[Microbatch]:
+        """Yield the microbatches of the step whose assignment was returned last, placed on the devices."""
+        for _ in assignment.microbatches:
             yield self._get()
 
     def _get(self) -> Any:
@@ -56,12 +60,12 @@ class Feed:
         item = self._queue.get()
         self.wait_seconds += time.perf_counter() - began
         if isinstance(item, BaseException):
-            # Whatever it is, it may quote the example at fault: the cause is for the private log.
+            # The error may quote an example, so this message does not; the cause goes to the private log.
             raise RuntimeError("the training examples could not be read") from item
         return item
 
     def close(self) -> None:
-        """Stop the thread; what it holds ready is dropped."""
+        """Stop the thread and drop what it has prepared."""
         self._closed.set()
         while self._thread.is_alive():
             with self._queue.mutex:
@@ -78,21 +82,21 @@ class Feed:
         try:
             for step in range(start, stop):
                 began = time.perf_counter()
-                plan = self._plan(step)
+                assignment = self._assigner(step)
                 self.assign_seconds += time.perf_counter() - began
-                self._put(plan)
-                for microbatch in range(len(plan.microbatches)):
+                self._put(assignment)
+                for microbatch in range(len(assignment.microbatches)):
                     if self._closed.is_set():
                         return
-                    self._put(self.assemble(plan, microbatch))
-        except BaseException as error:  # re-raised where the batch is awaited
+                    self._put(self.assemble(assignment, microbatch))
+        except BaseException as error:  # raised again by `_get` in the consumer
             self._put(error)
 
-    def assemble(self, plan: Assignment, microbatch: int) -> Microbatch:
-        """One microbatch: this process's rows, gathered, zero-padded and sent to its devices."""
-        place = self._placement
-        rows = np.concatenate([plan.rows(device, microbatch) for device in place.local])
-        data, real = place.examples(rows)
+    def assemble(self, assignment: Assignment, microbatch: int) -> Microbatch:
+        """Read this process's rows of microbatch number `microbatch`, pad them with zeros and place them on devices."""
+        placement = self._placement
+        rows = np.concatenate([assignment.rows(device, microbatch) for device in placement.local])
+        data, real = placement.examples(rows)
         return Microbatch(
-            data, place.send(real.astype(np.float32)), place.send(np.where(real, rows, 0).astype(np.int32))
+            data, placement.send(real.astype(np.float32)), placement.send(np.where(real, rows, 0).astype(np.int32))
         )

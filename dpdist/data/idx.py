@@ -1,8 +1,8 @@
-"""IDX files, the format of MNIST and its family (http://yann.lecun.com/exdb/mnist), plain or gzipped.
+"""Read IDX files, the format of MNIST and its family (http://yann.lecun.com/exdb/mnist), plain or gzipped.
 
-Two zero bytes, a byte for the dtype, a byte for the number of dimensions, the dimensions as big-endian
-uint32, then the values, big-endian. Plain files are memory-mapped, so the processes of a node share one
-copy; a gzipped file is unpacked into each process.
+An IDX file has two zero bytes, a byte for the dtype, a byte for the number of dimensions, the dimensions as big-endian
+uint32, and then the values, big-endian too. Plain files are memory-mapped, so that the processes of a node share one
+copy; a gzipped file is decompressed into the memory of each process.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ LONGEST_HEADER = 4 + 4 * 255
 
 
 def read_mnist(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Train and test columns of a directory with the MNIST family's four files, each plain or `.gz`.
+    """Return the train and the test columns of a directory with MNIST's four files, each plain or `.gz`.
 
     Returns:
-        Two dicts of `image`, [n, height, width, 1] in the file's dtype, and `label`, int32[n].
+        Two dicts with `image`, [n, height, width, 1] in the file's dtype, and `label`, int32[n].
 
     Raises:
-        InputError: a file is missing, damaged, or holds arrays of another rank.
+        InputError: a file is missing or damaged, or its array has another number of dimensions.
     """
     return _read_pair(directory, "train"), _read_pair(directory, "t10k")
 
@@ -65,12 +65,12 @@ def _read_named(directory: Path, name: str, rank: int) -> np.ndarray:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array in an IDX file; big-endian where its values have several bytes.
+    """Return the array in an IDX file, big-endian as stored.
 
-    Whether the file is gzipped is read from its content, since downloads often lose or keep the wrong suffix.
+    Its content, not its suffix, says whether the file is gzipped: downloads often have the wrong suffix.
 
     Raises:
-        InputError: the file cannot be read, is not IDX, or has more or fewer bytes than its header says.
+        InputError: the file cannot be read, is not IDX, or does not have the size that its header implies.
     """
     try:
         with path.open("rb") as file:
@@ -86,7 +86,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _unpack(path: Path) -> tuple[bytearray, str]:
-    """Whatever can be unpacked, and what stopped it; empty when nothing did."""
+    """Return as much content as can be decompressed and, if that is not all, gzip's complaint; else an empty string."""
     content = bytearray()
     with gzip.open(path) as file:
         try:
@@ -98,7 +98,7 @@ def _unpack(path: Path) -> tuple[bytearray, str]:
 
 
 def _layout(path: Path, head: bytes, found: int, damage: str = "") -> tuple[str, tuple[int, ...], int]:
-    """Dtype, shape and offset of the values, checked against the `found` bytes that there are."""
+    """Return the values' dtype, shape and offset from the header `head`; the file's size must be `found` bytes."""
     expected = 4 + 4 * head[3] if len(head) >= 4 else 4
     if len(head) >= 4 and (head[:2] != b"\0\0" or head[2] not in DTYPES):
         raise InputError(

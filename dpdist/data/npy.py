@@ -1,7 +1,8 @@
-"""Columns in NumPy's own files: a directory of `.npy` files, memory-mapped, or one `.npz`.
+"""Read columns from NumPy files: a directory of memory-mapped `.npy` files, or one `.npz`.
 
-`train_image.npy` is the column `image` of the train set, `test_image.npy` of the test set; a `.npz` has
-the same names as keys. Other files and keys are left alone. Pickles are refused: loading one runs code.
+`train_image.npy` is the column `image` of the train set and `test_image.npy` that of the test set; a `.npz` has the
+same names as keys. Other files and keys are ignored. Pickled arrays are rejected, because loading a pickle can run
+code.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from dpdist.errors import InputError
 
 
 def read_npy(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Train and test columns at `path`, by name; the test columns are empty where there are none.
+    """Return the train and the test columns at `path`, by name; the latter may be empty.
 
     Raises:
-        InputError: nothing there, no train columns, or a file that is damaged or holds Python objects.
+        InputError: `path` does not exist or has no train columns, or a file is damaged or holds Python objects.
     """
     if path.is_dir():
-        # Sorted, since the order of a directory differs between machines.
+        # Sorted, because the order of a directory listing differs between machines.
         files = {file.stem: file for file in sorted(path.glob("*.npy"))}
         arrays = {name: _map(file) for name, file in files.items() if name.startswith(("train_", "test_"))}
         found = [file.name for file in files.values()]

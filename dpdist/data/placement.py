@@ -1,4 +1,4 @@
-"""From example indices to arrays on the devices: gather this process's rows, pad with zeros, send."""
+"""Turn example indices into arrays on the devices: read this process's rows, pad them with zeros, send them."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ class Placement:
     Args:
         source: examples by index.
         mesh: the job's devices, along one axis; arrays are sharded over it by their first axis.
-        workers: threads that call `__getitem__` of a source without `take`.
+        workers: number of threads that call `__getitem__` if the source has no `take`.
     """
 
     def __init__(self, source: Source, mesh: Mesh, *, workers: int) -> None:
         self.source = source
         devices = list(mesh.devices.flat)
-        #: Positions in the mesh of this process's devices.
+        #: Positions of this process's devices in the mesh.
         self.local = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
         self.devices = len(devices)
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="dpdist-gather")
 
     def examples(self, rows: Int64[np.ndarray, " n"]) -> tuple[dict[str, Array], Shaped[np.ndarray, " n"]]:
-        """The examples at `rows`, an equal number for each local device in turn; -1 gives a row of zeros.
+        """Read the examples at `rows`: equally many for each local device, in mesh order; -1 gives a row of zeros.
 
         Returns:
-            Columns [devices * n / local devices, ...] over the mesh, and the mask bool[n] of real rows, local.
+            Columns [devices * n / local devices, ...] sharded over the mesh, and this process's mask bool[n], True
+            for real rows.
         """
         real = rows >= 0
         data = {}
@@ -45,10 +46,10 @@ class Placement:
         return data, real
 
     def send(self, local: Shaped[np.ndarray, "n ..."]) -> Array:
-        """This process's slice of an array that is sharded over the mesh by its first axis."""
+        """Make an array sharded over the mesh by its first axis, from this process's slice `local`."""
         shape = (local.shape[0] // len(self.local) * self.devices, *local.shape[1:])
         return jax.make_array_from_process_local_data(self._sharding, local, shape)
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self._pool.shutdown()

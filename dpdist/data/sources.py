@@ -1,7 +1,7 @@
-"""Random access to examples by index: the protocol, arrays as a source, views, and reading many at once.
+"""Sources, which give examples by index: the protocol, array columns, subsets, and reading many rows at once.
 
-The protocol is grain's `RandomAccessDataSource`, so grain's sources and transformations fit. A Poisson
-sample is a sorted list of indices, so nothing else is needed: no shards, no shuffling, no iterators.
+The protocol is grain's `RandomAccessDataSource`, so grain's sources and transformations work here. A Poisson sample is
+a sorted list of indices, so we need no shards, no shuffling and no iterators.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Rows = dict[str, Shaped[np.ndarray, "n ..."]]
 
 @runtime_checkable
 class Source(Protocol):
-    """Examples by index, 0 to `len(self) - 1`; each is one record, the unit of the privacy guarantee.
+    """Examples by index from 0 to `len(self) - 1`; each is one record, the unit of the privacy guarantee.
 
-    An example is a dict of arrays and numbers, such as `{"image": uint8[28, 28, 1], "label": int32}`, with
-    the same columns, dtypes and shapes for every index. `__getitem__` is called from several threads, and
-    returns the same example for the same index each time, in every process.
+    An example is a dict of arrays and numbers, such as `{"image": uint8[28, 28, 1], "label": int32}`, with the same
+    columns, dtypes and shapes at every index. `__getitem__` must be thread-safe, and must return the same example for
+    the same index at every call and in every process.
     """
 
     def __len__(self) -> int: ...
@@ -37,14 +37,16 @@ class Source(Protocol):
 class TakeSource(Source, Protocol):
     """A source that reads many examples in one call."""
 
-    def take(self, indices: Int64[np.ndarray, " n"], /) -> Rows: ...
+    def take(self, indices: Int64[np.ndarray, " n"], /) -> Rows:
+        """Return the examples at `indices`, in their order."""
+        ...
 
 
 def schema(columns: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Dtype and shape of every column, `{"image": "uint8[8,8,1]", "label": "int32[]"}`, sorted by name.
+    """Return every column's dtype and shape, sorted by name: `{"image": "uint8[8,8,1]", "label": "int32[]"}`.
 
     Raises:
-        InputError: a column holds neither numbers nor bools, so no device could take it.
+        InputError: a column holds neither numbers nor bools, so it cannot go to a device.
     """
     for name, column in columns.items():
         if column.dtype.kind not in "biufc":
@@ -57,20 +59,20 @@ def schema(columns: Mapping[str, np.ndarray]) -> dict[str, str]:
 
 
 class ArraySource:
-    """One array a column, in memory or memory-mapped, rows aligned by index.
+    """A source with one array per column, in memory or memory-mapped; row i of all columns is example i.
 
-    Rows come out in this machine's byte order and never share memory with the columns.
+    It returns rows in this machine's byte order, in memory of their own.
 
     Args:
-        arrays: column name to array[N, ...]; nothing is copied.
-        name: what an error calls these columns, e.g. `train columns of /data/mnist`.
+        arrays: array[N, ...] by column name; nothing is copied.
+        name: the name of these columns in errors, such as `train columns of /data/mnist`.
 
     Raises:
-        InputError: no columns, columns of differing lengths, or one that does not hold numbers or bools.
+        InputError: there are no columns, they differ in length, or one does not hold numbers or bools.
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], name: str = "arrays") -> None:
-        # A plain-array view of a memmap reads the same pages, and its rows come out as plain arrays.
+        # A plain-array view of a memmap reads the same pages, and indexing it gives plain arrays.
         self.arrays = {column: np.asarray(values) for column, values in arrays.items()}
         shapes = schema(self.arrays)
         if not self.arrays or any(values.ndim == 0 for values in self.arrays.values()):
@@ -87,16 +89,16 @@ class ArraySource:
         return {name: rows[0] for name, rows in self.take(np.array([index], np.int64)).items()}
 
     def take(self, indices: Int64[np.ndarray, " n"]) -> Rows:
-        """Rows at `indices`, in their order; sorted indices read a memory-mapped file front to back."""
+        """Return the rows at `indices`, in their order; sorted indices read a memory-mapped file front to back."""
         return {name: _native(values.take(indices, axis=0)) for name, values in self.arrays.items()}
 
 
 class Subset:
-    """The examples of `source` at `indices`, renumbered from 0.
+    """A source of the examples of `source` at `indices`, renumbered from 0.
 
     Args:
-        source: what is looked at.
-        indices: strictly increasing, so that no record is in twice: the guarantee covers one occurrence.
+        source: the source to take examples from; a Subset of a Subset refers to the first source directly.
+        indices: strictly increasing, so that no record occurs twice: the guarantee covers one occurrence.
 
     Raises:
         InputError: the indices repeat, are out of order, or lie outside the source.
@@ -110,7 +112,7 @@ class Subset:
                 "give strictly increasing indices "
                 f"from 0 to {len(source) - 1}; a record in twice would get half the protection.",
             )
-        if isinstance(source, Subset):  # so that views never nest
+        if isinstance(source, Subset):  # never nest subsets
             indices = source.indices[indices]
             source = source.source
         self.source: Source = source
@@ -123,26 +125,26 @@ class Subset:
         return self.source[int(self.indices[index])]
 
     def take(self, indices: Int64[np.ndarray, " n"]) -> Rows:
-        """Rows at `indices` of this view, in their order."""
+        """Return the rows at `indices` of this subset, in their order."""
         return read_rows(self, indices)
 
 
 def read_rows(source: Source, indices: Int64[np.ndarray, " n"], pool: Executor | None = None) -> Rows:
-    """The examples at `indices`, stacked: `{"image": uint8[n, 28, 28, 1], "label": int32[n]}`.
+    """Read the examples at `indices` and stack them: `{"image": uint8[n, 28, 28, 1], "label": int32[n]}`.
 
     Args:
-        source: read by `take` where it has one, else one example at a time.
-        indices: any order; the rows come out in it. None at all gives columns of length 0.
-        pool: threads that call `__getitem__`; without one the calling thread does.
+        source: read with `take` if it has one, else one example at a time.
+        indices: in any order, which the rows keep. If empty, the columns have length 0.
+        pool: threads that call `__getitem__`; None calls it on this thread.
 
     Raises:
         InputError: an example is not a dict of arrays, or two differ in columns, dtypes or shapes.
     """
-    if isinstance(source, Subset):  # before `take`, which would leave the pool unused
+    if isinstance(source, Subset):  # not by its `take`, which would not use the pool
         return read_rows(source.source, source.indices[indices], pool)
     if isinstance(source, TakeSource):
         return source.take(indices)
-    if len(indices) == 0:  # a Poisson sample may be empty; example 0 lends its shapes, not its content
+    if len(indices) == 0:  # an empty Poisson sample: only example 0's shapes are used
         return {name: rows[:0] for name, rows in read_rows(source, np.array([0], np.int64)).items()}
     read = pool.map if pool else map
     examples = [
@@ -175,5 +177,5 @@ def _columns(example: Any, index: int) -> dict[str, np.ndarray]:
 
 
 def _native(array: np.ndarray) -> np.ndarray:
-    """`array` in this machine's byte order: files may hold the other, and JAX refuses it."""
+    """Return `array` in this machine's byte order: files may use the other one, which JAX rejects."""
     return array.astype(array.dtype.newbyteorder("="), copy=False)

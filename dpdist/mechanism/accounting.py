@@ -1,10 +1,10 @@
-"""What a plan of steps costs: epsilon, calibration of the noise, and the last step a budget allows.
+"""Privacy accounting: epsilon of a number of steps, noise calibration, and how many steps a budget allows.
 
-The mechanism is T compositions of the Poisson-subsampled Gaussian under zero-out adjacency (one record
-replaced by a null record; `REPLACE_SPECIAL` in dp-accounting), with the same epsilon as add/remove.
-Two accountants of dp-accounting bound it from above: privacy loss distributions with pessimistic rounding
-(Koskela et al. 2020; Doroshenko et al. 2022) and Renyi DP (Mironov et al. 2019). Both are valid upper
-bounds, so the smaller is stated, which is nearly always the former.
+The mechanism is the T-fold composition of the Poisson-subsampled Gaussian under zero-out adjacency (one record replaced
+by a null record; `REPLACE_SPECIAL` in dp-accounting), which has the same epsilon as add/remove. Two accountants of
+dp-accounting bound epsilon from above: privacy loss distributions (PLD) with pessimistic rounding (Koskela et al. 2020;
+Doroshenko et al. 2022) and Renyi DP (RDP; Mironov et al. 2019). Both bounds are valid, so we state the smaller one,
+which is nearly always PLD's.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dpdist.mechanism.sampling import inclusion_probability
 
 ADJACENCY = "zero-out: one training record replaced by a null record"
 SMALLEST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER = 0.05, 1e5
-# Beyond this Renyi epsilon the loss distribution gets so wide that it takes minutes and gigabytes.
+# Above this RDP epsilon the privacy loss distribution is so wide that PLD takes minutes and gigabytes.
 _PLD_LIMIT = 100.0
 _PLD_INTERVAL = 1e-4
-# Integer orders have a closed form at every q, where fractional ones may fail to converge.
+# Integer orders have a closed form at every q; the series for fractional orders may fail to converge.
 ORDERS = [*range(2, 65), *range(68, 129, 4), 160, 192, 256, 512, 1024, 2048]
 RELATION = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
 
@@ -44,7 +44,7 @@ class UnreachableBudgetError(ValueError):
 
 
 def poisson_gaussian(sampling_probability: float, noise_multiplier: float, steps: int) -> dp_accounting.DpEvent:
-    """`steps` steps of the mechanism, with the probability that is really sampled, as accountants take it."""
+    """Describe `steps` steps to dp-accounting, with the sampling probability rounded to what `sampling` draws with."""
     gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
     step = dp_accounting.PoissonSampledDpEvent(inclusion_probability(sampling_probability), gaussian)
     return dp_accounting.SelfComposedDpEvent(step, steps)
@@ -63,12 +63,12 @@ def _pld_accountant() -> PLDAccountant:
 
 
 def epsilon(*, sampling_probability: float, noise_multiplier: float, steps: int, delta: float) -> Spent:
-    """Upper bound on the epsilon of `steps` steps at `delta`.
+    """Bound the epsilon of `steps` steps at `delta` from above.
 
     Args:
-        sampling_probability: q in (0, 1]; rounded to what `sampling` really draws.
-        noise_multiplier: sigma > 0, the noise's standard deviation over the clipping norm.
-        steps: T >= 0; no step costs nothing.
+        sampling_probability: q in (0, 1]; rounded to the probability that `sampling` draws with.
+        noise_multiplier: sigma > 0, the noise's standard deviation divided by the clipping norm.
+        steps: T >= 0; zero steps cost nothing.
         delta: in (0, 1).
 
     Raises:
@@ -91,10 +91,10 @@ def epsilon(*, sampling_probability: float, noise_multiplier: float, steps: int,
 
 
 def calibrate(*, target_epsilon: float, sampling_probability: float, steps: int, delta: float) -> float:
-    """The smallest noise multiplier (within 1e-4, on the safe side) whose epsilon is at most the target.
+    """Find the smallest noise multiplier, to within 1e-4, whose epsilon is at most the target.
 
     Raises:
-        UnreachableBudgetError: not even sigma = 1e5 suffices, or sigma = 0.05 is more than enough.
+        UnreachableBudgetError: sigma = 1e5 is too little noise, or sigma = 0.05 already meets the target.
         ValueError: an argument out of range.
     """
 
@@ -131,10 +131,10 @@ def calibrate(*, target_epsilon: float, sampling_probability: float, steps: int,
             tol=tol,
         )
 
-    # Renyi DP is fast and close, so its answer brackets the slower search from above.
+    # RDP is fast and needs slightly more noise than PLD, so its answer is the upper bracket of PLD's slower search.
     sigma = search(_rdp_accountant, SMALLEST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER, 1e-3)
     low = high = sigma
-    # Where the Renyi bound passes its limit, `epsilon` states that alone, so it is what must meet the target.
+    # Above _PLD_LIMIT `epsilon` states the RDP bound alone, so PLD is searched only for targets well below it.
     while target_epsilon <= _PLD_LIMIT / 2 and pld_epsilon(low) <= target_epsilon:
         low, high = low / 1.3, low
     if low < high:
@@ -147,7 +147,7 @@ def calibrate(*, target_epsilon: float, sampling_probability: float, steps: int,
 def affordable_steps(
     *, target_epsilon: float, sampling_probability: float, noise_multiplier: float, steps: int, delta: float
 ) -> int:
-    """The largest number of steps, at most `steps`, whose epsilon is at most the target; it may be 0."""
+    """Find the largest number of steps, from 0 to `steps`, whose epsilon is at most the target."""
 
     def fits(count: int) -> bool:
         spent = epsilon(
@@ -165,13 +165,14 @@ def affordable_steps(
 
 
 class EpsilonCurve:
-    """Epsilon over the course of a plan, cheap enough to show in a progress line.
+    """Epsilon as a function of the steps taken so far, cheap enough for a progress line.
 
-    Known at no more than `points` step counts and rounded up to the next, so never below the truth; each point
-    composes one more stride onto the one before, instead of starting anew.
+    It is computed at no more than `points` step counts; in between, the value of the next one is returned, which is an
+    upper bound. Each point composes one more stride onto the point before.
 
     Args:
-        total: the epsilon stated for all `steps`; no part of a plan is shown to cost more.
+        total: the epsilon stated for all `steps`; the curve never exceeds it.
+        points: at how many step counts epsilon is computed at most.
     """
 
     def __init__(
@@ -190,7 +191,7 @@ class EpsilonCurve:
         self._further = self._epsilons(inclusion_probability(sampling_probability), noise_multiplier)
 
     def _epsilons(self, q: float, sigma: float) -> Iterator[float]:
-        """Epsilon after 1, 2, ... strides; the loss distribution of one stride is made once."""
+        """Yield epsilon after 1, 2, ... strides; the loss distribution of one stride is computed once."""
         if self._total > _PLD_LIMIT:
             accountant = _rdp_accountant()
             while True:
@@ -204,7 +205,7 @@ class EpsilonCurve:
             spent = spent.compose(stride)
 
     def at(self, step: int) -> float:
-        """Upper bound on the epsilon of the first `step` steps."""
+        """Bound the epsilon of the first `step` steps from above."""
         if step >= self._steps:
             return self._total
         index = -(-step // self._stride)

@@ -1,8 +1,8 @@
-"""The run's secret, and the keys of every step that derive from it.
+"""The run's secret, and the sampling, noise and loss keys derived from it for every step.
 
-All randomness the guarantee rests on is a function of (secret, nonce, step): who samples an example or
-draws noise, on how many processes or devices, never enters. Derivation is BLAKE2b keyed by the secret
-(RFC 7693), over a length-prefixed purpose and fixed-width fields, so that no two purposes can collide.
+All randomness behind the guarantee is a function of (secret, nonce, step) alone: it does not depend on the number of
+processes or devices, nor on which of them samples an example or draws the noise. Keys are BLAKE2b digests keyed by
+the secret (RFC 7693) over length-prefixed and fixed-width fields, so no two purposes can collide.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _PERSON = b"dpdist keys v1"
 
 
 class Secret:
-    """32 random bytes; it cannot be printed or pickled, only read by name.
+    """32 random bytes that can be neither printed nor pickled, only read by calling `reveal`.
 
-    Whoever holds it can subtract the noise, so it must reach no log, metric, checkpoint or argument.
+    Anyone who holds them can subtract the noise, so they must reach no log, metric, checkpoint or process argument.
     """
 
     __slots__ = ("_key", "insecure")
@@ -37,20 +37,20 @@ class Secret:
 
     @classmethod
     def fresh(cls) -> Secret:
-        """A new secret from the operating system's generator."""
+        """Make a new secret from the operating system's random generator."""
         return cls(secrets.token_bytes(SECRET_BYTES))
 
     @classmethod
     def from_insecure_seed(cls, seed: int) -> Secret:
-        """A secret anyone can recompute: for tests and debugging only."""
+        """Make a secret that anyone can recompute, for tests and debugging only."""
         return cls(hashlib.blake2b(b"insecure seed %d" % seed, digest_size=SECRET_BYTES).digest(), insecure=True)
 
     def reveal(self) -> bytes:
-        """The bytes themselves, for the one file that keeps them."""
+        """Return the bytes, for the one file that stores them."""
         return self._key
 
     def derive(self, purpose: str, *, nonce: bytes = b"", step: int = 0, leaf: int = 0, size: int = 16) -> bytes:
-        """`size` pseudorandom bytes (at most 64) for one purpose, incarnation, step and parameter leaf."""
+        """Return `size` pseudorandom bytes (at most 64) for one purpose, incarnation, step and parameter leaf."""
         label = purpose.encode()
         message = b"".join(
             (
@@ -65,20 +65,20 @@ class Secret:
         return hashlib.blake2b(message, digest_size=size, key=self._key, person=_PERSON).digest()
 
     def tag(self, message: bytes) -> str:
-        """A keyed digest of `message`, hex: equal for equal secrets and messages, and useless without."""
+        """Return a keyed digest of `message` in hex, to compare messages or secrets without revealing either."""
         return self.derive("tag:" + hashlib.sha256(message).hexdigest(), size=32).hex()
 
     def __repr__(self) -> str:
         return "Secret(hidden)"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a secret is not pickled: it stays in the process and in its own file")
+        raise TypeError("a secret cannot be pickled: it stays in this process and in its own file")
 
 
 def fresh_nonce(secret: Secret, incarnation: int = 0) -> bytes:
-    """The nonce of a new incarnation: random, so that two copies of a run can never reuse keys.
+    """Return the nonce of a new incarnation: random, so that two copies of a run can never reuse keys.
 
-    A test secret gets a fixed one for each, so that tests can compare runs.
+    With an insecure secret the nonce is derived from the incarnation's number, so that tests can compare runs.
     """
     if secret.insecure:
         return secret.derive("nonce", step=incarnation, size=NONCE_BYTES)
@@ -87,22 +87,22 @@ def fresh_nonce(secret: Secret, incarnation: int = 0) -> bytes:
 
 @dataclass(frozen=True, repr=False)
 class Keys:
-    """The keys of one incarnation's steps."""
+    """The keys of one incarnation: one set for every step."""
 
     secret: Secret
     nonce: bytes
 
     def sampling(self, step: int) -> UInt64[np.ndarray, " 2"]:
-        """The Philox key that decides who is in step `step`."""
+        """Return the Philox key that decides which examples are in step `step`."""
         return np.frombuffer(self._derive("sampling", step), dtype="<u8").astype(np.uint64)
 
     def noise(self, step: int, leaves: int) -> UInt32[np.ndarray, "{leaves} 4 2"]:
-        """For every parameter leaf the keys of the four draws that are averaged."""
+        """Return the noise keys of step `step`: for each of `leaves` parameter leaves, the keys of its four draws."""
         raw = b"".join(self._derive("noise", step, leaf=leaf, size=32) for leaf in range(leaves))
         return np.frombuffer(raw, dtype="<u4").astype(np.uint32).reshape(leaves, 4, 2)
 
     def loss(self, step: int) -> UInt32[np.ndarray, " 2"]:
-        """The key from which, with its index, an example of a randomised loss gets its own."""
+        """Return the key of step `step` for randomised losses; each example folds its index into it."""
         return np.frombuffer(self._derive("loss", step, size=8), dtype="<u4").astype(np.uint32)
 
     def _derive(self, purpose: str, step: int, *, leaf: int = 0, size: int = 16) -> bytes:

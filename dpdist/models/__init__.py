@@ -1,7 +1,7 @@
-"""What is trained: a model is three functions of *one* example.
+"""Models: each is three pure functions (init, apply, loss) of *one* example.
 
-One example in, one loss out means that no layer can mix examples, which is what clipping per example
-needs: batch normalisation cannot be written here.
+A function of one example cannot mix examples, and per-example clipping needs exactly that. Batch normalisation, for
+instance, cannot be written here.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Model:
 
     Attributes:
         init: `init(key) -> params`, a pytree of floating-point arrays.
-        apply: `apply(params, example) -> logits` of one example, a dict of arrays without batch axis;
-            integers are scaled here, on the device. A randomised model finds a PRNG key in
-            `example["key"]` while it trains, and no such entry while it is evaluated.
+        apply: `apply(params, example) -> logits` of one example, a dict of arrays without a batch axis. Integer images
+            are scaled in here, on the device. A randomised model finds a PRNG key in `example["key"]` in training, and
+            no such entry in evaluation.
         loss: `loss(logits, example) -> scalar`; by default the cross entropy with `example["label"]`.
-        randomised: give every training example a key of its own, derived from (secret, step, index), so that
-            dropout and augmentation do not depend on the number of devices either.
+        randomised: if True, every training example gets its own key, derived from (secret, step, index), so that
+            dropout and augmentation do not depend on the number of devices.
     """
 
     init: Callable[[Array], Any]
@@ -41,21 +41,22 @@ class Model:
 
 
 def cross_entropy(logits: Array, example: dict[str, Array]) -> Array:
-    """Softmax cross entropy of one example: logits [classes] and `example["label"]`, an integer."""
+    """Return the softmax cross entropy of one example's logits [classes] with the integer `example["label"]`."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, example["label"])
 
 
 def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruct], classes: int | None) -> Model:
-    """The model a config names, with its loss in place.
+    """Build the model that a config names, with its loss set.
 
     Args:
-        config: the `model` section. A `module:function` is called with `config.options`, and with `example`
-            (the shapes and dtypes of one example) and `classes` where it takes parameters of that name.
+        config: the `model` section. The model's function is called with `config.options` and, if it has parameters of
+            these names, with `example` and `classes`.
         example: shapes and dtypes of one example, by column.
-        classes: number of classes, or None where neither config nor data give one.
+        classes: the data source's number of classes, or None; `config.classes` takes precedence.
 
     Raises:
-        InputError: no such model, options it does not take, or a model that is not a `Model`.
+        InputError: there is no such model, it does not accept the options, it needs a number of classes and none is
+            given, or it does not return a `Model`.
     """
     from dpdist.models.bert import bert
     from dpdist.models.resnet import bit_resnet
@@ -98,7 +99,7 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
 
 
 def example_loss(model: Model) -> Callable[[Any, dict[str, Array]], Array]:
-    """`f(params, example) -> scalar`, the function whose gradients are clipped."""
+    """Return `f(params, example) -> scalar`, the function whose per-example gradients are clipped."""
     assert model.loss is not None
     loss = model.loss
     return lambda params, example: loss(model.apply(params, example), example)

@@ -1,4 +1,4 @@
-"""BERT-shaped encoders (Devlin et al. 2018) as classifiers of a sequence of tokens, in Flax NNX."""
+"""BERT encoders (Devlin et al. 2018) as classifiers of a token sequence, in Flax NNX."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dpdist.models.nnx_model import compute_dtype, from_nnx
 from dpdist.models.pretrained import SAME, Naming, Tensors, dense, norm, with_weights
 from dpdist.models.transformer import Attention, Mlp, layer_norm
 
-#: Width, depth, heads and the MLP's width; mini and small are of Turc et al. 2019.
+#: Width, depth, heads and the MLP's inner width; mini and small are from Turc et al. 2019.
 VARIANTS = {
     "mini": (256, 4, 4, 1024),
     "small": (512, 4, 8, 2048),
     "base": (768, 12, 12, 3072),
 }
-#: Segments that a token may belong to: the first and the second sentence.
+#: Number of segments: a token belongs to the first or the second sentence.
 SEGMENTS = 2
 INIT = nnx.initializers.normal(0.02)
 
@@ -53,7 +53,7 @@ class _Bert(nnx.Module):
         self.segments = nnx.Param(INIT(rngs.params(), (SEGMENTS, width)))
         self.norm = layer_norm(width, dtype, rngs)
         self.layers = nnx.List([_Layer(width, heads, mlp, dtype, rngs) for _ in range(depth)])
-        # In float32 whatever `dtype` is: the loss is taken of these logits.
+        # Always float32, because the loss is computed from these logits.
         self.pooler = nnx.Linear(width, width, kernel_init=INIT, dtype=jnp.float32, rngs=rngs)
         self.head = nnx.Linear(width, classes, kernel_init=INIT, dtype=jnp.float32, rngs=rngs)
 
@@ -61,7 +61,7 @@ class _Bert(nnx.Module):
         tokens = example["input_ids"]
         segments = example.get("token_type_ids", jnp.zeros_like(tokens))
         mask = example["attention_mask"] != 0 if "attention_mask" in example else None
-        # `take` makes NaN of an id outside the vocabulary, and an example with NaN adds nothing to a step.
+        # For an id outside the vocabulary `take` returns NaN, and an example with NaN contributes nothing to a step.
         x = jnp.take(self.words[...], tokens, axis=0) + jnp.take(self.segments[...], segments, axis=0)
         x = self.norm(x + self.positions[: len(tokens)])
         for layer in self.layers:
@@ -83,19 +83,27 @@ def bert(
     heads: int | None = None,
     mlp: int | None = None,
 ) -> Model:
-    """A BERT classifier of `example["input_ids"]`, int32[length], by the first token.
+    """Build a BERT classifier of `example["input_ids"]`, int32[length], that classifies by the first token.
 
-    `example["attention_mask"]` and `example["token_type_ids"]`, both int[length], are used where the data have
-    them. There is no dropout. Logits are those of `BertForSequenceClassification` of Hugging Face's
-    `transformers` with the same weights.
+    It uses `example["attention_mask"]` and `example["token_type_ids"]`, both int[length], if the data has them. There
+    is no dropout. With the same weights, the logits equal those of `BertForSequenceClassification` in Hugging Face's
+    `transformers`.
 
     Args:
+        example: shapes and dtypes of one example.
+        classes: number of classes.
         variant: `mini`, `small` or `base`.
-        pretrained: local weights in `transformers`' names; None starts from random ones.
+        pretrained: path of local weights under `transformers`' names; None means random initial weights.
         vocabulary: number of token ids, a public constant.
-        positions: longest sequence there are embeddings for.
-        dtype: of the products, `float32` or `bfloat16`; parameters, norms and logits are float32.
-        width: of a token, instead of the variant's; and so `depth`, `heads` and `mlp` (its inner width).
+        positions: length of the longest possible sequence.
+        dtype: `float32` or `bfloat16`, for matrix products; parameters, norms and logits are float32.
+        width: width of a token; None means the variant's, as for the next three.
+        depth: number of layers.
+        heads: number of attention heads.
+        mlp: inner width of the MLPs.
+
+    Raises:
+        ValueError: an option is out of range, or the data has no column `input_ids` of shape [length].
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is unknown; there are {', '.join(VARIANTS)}")
@@ -110,7 +118,7 @@ def bert(
 
 
 def _naming(depth: int) -> Naming:
-    """The names of `transformers`, with or without the prefix of its classifier, older spellings included."""
+    """Return the tensor names of `transformers`, old and new spellings, with or without its classifier's prefix."""
     tensors: Tensors = {
         "words": ("embeddings.word_embeddings.weight", SAME),
         "positions": ("embeddings.position_embeddings.weight", SAME),

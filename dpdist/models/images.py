@@ -1,4 +1,4 @@
-"""Images on their way into a model, prepared on the device: the host reads and sends them as they are stored."""
+"""Prepare images on the device, so that the host only reads and sends them as they are stored."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from jaxtyping import Array
 
 
 def prepare_image(example: dict[str, Array], *, offset: float, scale: float, size: int | None = None) -> Array:
-    """`(image - offset) / scale` in float32[height, width, channels], resized to `size` by `size` where it differs.
+    """Return `(image - offset) / scale` as float32[height, width, channels], resized to `size` by `size` if given.
 
-    Offset and scale are public constants: statistics of private data are not. Resizing is bilinear, with
-    antialiasing where the image shrinks, so 32x32 bytes are sent to the device and not 224x224.
+    Offset and scale must be public constants; statistics of private data are not public. Resizing is bilinear, with
+    antialiasing if the image shrinks. It runs on the device, so a 32x32 image is sent there at its own size, not at
+    224x224.
     """
     image = example["image"].astype(jnp.float32)
     if size is not None and image.shape[:2] != (size, size):
@@ -20,7 +21,7 @@ def prepare_image(example: dict[str, Array], *, offset: float, scale: float, siz
 
 
 def check_image(example: dict[str, jax.ShapeDtypeStruct], model: str) -> int:
-    """The channels of `example["image"]`, which has to be [height, width, channels]; ValueError if it is not."""
+    """Return the number of channels of `example["image"]`; ValueError unless it is [height, width, channels]."""
     shape = example["image"].shape if "image" in example else None
     if shape is None or len(shape) != 3:
         raise ValueError(f"{model} needs a column 'image' of shape [height, width, channels], not {shape}")

@@ -17,29 +17,36 @@ COMPUTE_DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.
 
 
 def compute_dtype(name: str) -> DTypeLike:
-    """The dtype of a model's products, by name; its parameters are float32 all the same."""
+    """Return the dtype of a model's matrix products by name; its parameters are float32 in any case.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
     if name not in COMPUTE_DTYPES:
         raise ValueError(f"dtype {name!r} is unknown; there are {', '.join(COMPUTE_DTYPES)}")
     return COMPUTE_DTYPES[name]
 
 
 def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], prepare: Callable[[dict[str, Array]], Any]) -> Model:
-    """A `Model` from an NNX module of one example.
+    """Make a `Model` from an NNX module that takes one example.
 
     Args:
-        build: makes the module from an `nnx.Rngs`. All its state must be `nnx.Param`: anything else, such as
-            batch statistics, would mix examples.
-        prepare: one example to the module's input.
+        build: makes the module from an `nnx.Rngs`. All its state must be `nnx.Param`: anything else, such as batch
+            statistics, would mix examples.
+        prepare: turns one example into the module's input.
+
+    Raises:
+        ValueError: the module holds state other than `nnx.Param`.
     """
     graph, template = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    strangers = {
+    other_state = {
         type(leaf).__name__
         for leaf in jax.tree.leaves(template, is_leaf=lambda x: isinstance(x, nnx.Variable))
         if isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.Param)
     }
-    if strangers:
+    if other_state:
         raise ValueError(
-            f"the module holds {', '.join(sorted(strangers))}; DP-SGD needs nnx.Param alone "
+            f"the module holds {', '.join(sorted(other_state))}; DP-SGD needs nnx.Param alone "
             "(batch statistics mix examples)"
         )
 
@@ -51,5 +58,5 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], prepare: Callable[[dict[st
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graph, state)(prepare(example))
 
-    # Compiled as a whole, it starts in half the time of one small program after the other.
+    # One compiled program initialises in half the time of many small ones.
     return Model(init=jax.jit(init), apply=apply)

@@ -1,6 +1,6 @@
-"""Weights from local `.safetensors` files as a model's parameters, with every tensor accounted for.
+"""Load a model's parameters from local `.safetensors` files; every tensor in them must be used.
 
-Nothing is downloaded, and no pickle is opened: loading one runs code.
+Nothing is downloaded, and no pickle is opened, because loading one can run code.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor lies in a file, against how it lies in the model."""
+    """How a parameter's axes are arranged in a file, compared with the model."""
 
-    #: Shape in the file of a parameter of the given shape.
+    #: Returns the shape in the file of a parameter of the given shape.
     shape: Callable[[Shape], Shape]
-    #: From the file's array to the parameter.
+    #: Turns the file's array into the parameter.
     convert: Callable[[np.ndarray], np.ndarray]
-    #: An array of another size to the given shape of the file, or the array as it was where that cannot be.
+    #: Resizes the file's array to the given shape in the file, or returns it unchanged if it cannot.
     fit: Callable[[np.ndarray, Shape], np.ndarray] = lambda array, shape: array
 
 
 def interpolate_positions(positions: np.ndarray, shape: Shape) -> np.ndarray:
-    """Position embeddings [1, 1 + n^2, width] for another square grid; the class token's is kept.
+    """Resize position embeddings [1, 1 + n^2, width] to another square grid; the class token's is kept.
 
-    Bilinear, as in Dosovitskiy et al. 2020 (section 3.2), when an image is larger than those of pretraining.
+    Bilinear interpolation, as in Dosovitskiy et al. 2020 (section 3.2) for images larger than those of pretraining.
     """
-    here, there = (math.isqrt(s[1] - 1) if len(s) == 3 and s[1] > 1 else 0 for s in (positions.shape, shape))
-    if positions.shape != (1, here**2 + 1, shape[-1]) or shape[:2] != (1, there**2 + 1):
+    old, new = (math.isqrt(s[1] - 1) if len(s) == 3 and s[1] > 1 else 0 for s in (positions.shape, shape))
+    if positions.shape != (1, old**2 + 1, shape[-1]) or shape[:2] != (1, new**2 + 1):
         return positions
-    grid = positions[0, 1:].reshape(here, here, -1).astype(np.float32)
-    resized = jax.image.resize(grid, (there, there, grid.shape[-1]), "bilinear")
-    return np.concatenate([positions[:, :1], np.asarray(resized).reshape(1, there**2, -1)], axis=1)
+    grid = positions[0, 1:].reshape(old, old, -1).astype(np.float32)
+    resized = jax.image.resize(grid, (new, new, grid.shape[-1]), "bilinear")
+    return np.concatenate([positions[:, :1], np.asarray(resized).reshape(1, new**2, -1)], axis=1)
 
 
 SAME = Layout(lambda s: s, lambda a: a)
@@ -60,13 +60,13 @@ LINEAR = Layout(lambda s: s[::-1], lambda a: a.T)
 CONVOLUTION = Layout(lambda s: (s[3], s[2], s[0], s[1]), lambda a: a.transpose(2, 3, 1, 0))
 #: A linear layer written as a 1x1 convolution.
 POINTWISE = Layout(lambda s: (s[1], s[0], 1, 1), lambda a: a[:, :, 0, 0].T)
-#: One more axis of length 1 in front.
+#: With an additional leading axis of length 1 in the file.
 LEADING = Layout(lambda s: (1, *s), lambda a: a[0])
 POSITIONS = Layout(LEADING.shape, LEADING.convert, interpolate_positions)
 
 
 def patches(patch: int, channels: int) -> Layout:
-    """A convolution of patches that do not overlap, as the matrix [patch * patch * channels, width]."""
+    """Return the layout of a patch embedding: a convolution in the file, [patch * patch * channels, width] here."""
     return Layout(lambda s: (s[1], channels, patch, patch), lambda a: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]))
 
 
@@ -74,36 +74,37 @@ Tensors = dict[str, tuple[str, Layout]]
 
 
 def dense(ours: str, theirs: str, layout: Layout = LINEAR) -> Tensors:
-    """Names and layouts of a layer with kernel and bias."""
+    """Return the names and layouts of a layer with kernel and bias."""
     return {f"{ours}.kernel": (f"{theirs}.weight", layout), f"{ours}.bias": (f"{theirs}.bias", SAME)}
 
 
 def norm(ours: str, theirs: str) -> Tensors:
-    """Names and layouts of a layer or group norm."""
+    """Return the names and layouts of a layer norm or group norm."""
     return {f"{ours}.scale": (f"{theirs}.weight", SAME), f"{ours}.bias": (f"{theirs}.bias", SAME)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Naming:
-    """What a family of checkpoints calls the parameters of a model; the classifier is `head.kernel`, `head.bias`."""
+    """The tensor names in a family of checkpoints; the model's classifier must be `head.kernel` and `head.bias`."""
 
-    #: A parameter by its dotted path in the model: the tensor's name in the file, and its layout.
+    #: Parameter's dotted path in the model -> (tensor's name in the file, layout).
     tensors: Tensors
-    #: From the names as found to those in `tensors`: prefixes and spellings that not all checkpoints share.
+    #: Turns a name found in a file into the one in `tensors`: prefixes and spellings differ between checkpoints.
     rename: Callable[[str], str] = lambda name: name
-    #: How the names begin that belong to other tasks than classification.
+    #: Prefixes of tensors that belong to other tasks than classification.
     ignored: tuple[str, ...] = ()
 
 
 def with_weights(model: Model, path: str | None, naming: Naming) -> Model:
-    """`model` with an `init` that reads the weights at `path`; as it was where `path` is None."""
+    """Return `model` with an `init` that reads the weights at `path`; if `path` is None, return it unchanged."""
     if path is None:
         return model
     weights = Path(path).expanduser()
 
     def init(key: Array) -> Any:
         if isinstance(key, jax.core.Tracer):
-            # Traced for its shapes, as when a finished run is loaded, which needs no file; NaN to anyone else.
+            # Tracing asks for shapes only, as when a finished run is loaded, and needs no file. Were the result used as
+            # values all the same, they would be NaN.
             return jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), model.init(key))
         return load(weights, jax.eval_shape(model.init, key), naming)
 
@@ -111,19 +112,19 @@ def with_weights(model: Model, path: str | None, naming: Naming) -> Model:
 
 
 def load(path: Path, like: Any, naming: Naming) -> Any:
-    """Parameters in float32 from the weights at `path`.
+    """Load the weights at `path` as float32 parameters.
 
-    The classifier is taken from the file where it has one for as many classes. Otherwise it is new and all
-    zeros, as in the fine-tuning of Dosovitskiy et al. 2020: pretrained features begin without the noise of
-    a random map, every class as likely, and the result does not depend on a seed.
+    If the file has a classifier for the same number of classes, it is used. Otherwise the classifier is all zeros, as
+    for fine-tuning in Dosovitskiy et al. 2020: at first all classes are equally likely, and the result does not depend
+    on a seed.
 
     Args:
-        path: a `.safetensors` file, or a directory as `transformers` saves it, sharded or not.
+        path: a `.safetensors` file, or a directory as `transformers` saves it, in one file or several shards.
         like: shapes of the parameters, nested dicts.
-        naming: what the file calls them.
+        naming: the parameters' names in the file.
 
     Raises:
-        InputError: no such file, damaged, or a tensor is missing, too many or of another shape.
+        InputError: a file is missing or damaged, or a tensor is missing, unexpected or of another shape.
     """
     found = {naming.rename(name): array for name, array in read(path).items()}
     found = {name: array for name, array in found.items() if not name.startswith(naming.ignored)}
@@ -168,10 +169,10 @@ def load(path: Path, like: Any, naming: Naming) -> Any:
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """All tensors at `path` by name: a `.safetensors` file, or a directory of one, sharded or not.
+    """Read all tensors, by name, from a `.safetensors` file or from a directory with one file or several shards.
 
     Raises:
-        InputError: nothing there, or a file is missing or damaged.
+        InputError: `path` does not exist, or a file is missing or damaged.
     """
     if path.is_dir():
         return _read_directory(path)

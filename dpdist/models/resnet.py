@@ -1,6 +1,7 @@
 """BiT ResNets (Kolesnikov et al., "Big Transfer (BiT): General Visual Representation Learning", 2020), in Flax NNX.
 
-A ResNet-v2 whose batch normalisation gave way to group normalisation and standardised weights: neither mixes examples.
+A ResNet-v2 with group normalisation and weight standardisation, which do not mix examples, instead of batch
+normalisation.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dpdist.models.images import check_image, prepare_image
 from dpdist.models.nnx_model import compute_dtype, from_nnx
 from dpdist.models.pretrained import CONVOLUTION, POINTWISE, Naming, Tensors, dense, norm, with_weights
 
-#: Blocks in each stage, and the factor that widens all of them.
+#: Blocks in each stage, and the width factor of all stages.
 VARIANTS = {
     "50x1": ((3, 4, 6, 3), 1),
     "50x3": ((3, 4, 6, 3), 3),
@@ -26,10 +27,10 @@ VARIANTS = {
     "101x3": ((3, 4, 23, 3), 3),
     "152x4": ((3, 8, 36, 3), 4),
 }
-#: Channels that the stages put out at width 1.
+#: Output channels of the stages at width factor 1.
 CHANNELS = (256, 512, 1024, 2048)
 GROUPS = 32
-#: That of `timm`, whose weights are read; the paper's code adds 1e-10.
+#: Epsilon of `timm`, whose weights we read; the paper's code uses 1e-10.
 WEIGHT_EPSILON = 1e-8
 
 
@@ -63,13 +64,13 @@ class _Norm(nnx.Module):
         self.group = nnx.GroupNorm(channels, GROUPS, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        return jax.nn.relu(self.group(x[None])[0])  # NNX takes the first axis for the batch's
+        return jax.nn.relu(self.group(x[None])[0])  # NNX expects a leading batch axis
 
 
 class _Block(nnx.Module):
-    """A pre-activation bottleneck (He et al. 2016), with a projected shortcut where it opens a stage."""
+    """A pre-activation bottleneck block (He et al. 2016); the first of a stage has a projected shortcut."""
 
-    def __init__(self, channels: int, out: int, stride: int, opens: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, channels: int, out: int, stride: int, first: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         inner = out // 4
         self.norm1 = _Norm(channels, dtype, rngs)
         self.conv1 = _Convolution(1, channels, inner, dtype, rngs)
@@ -77,7 +78,7 @@ class _Block(nnx.Module):
         self.conv2 = _Convolution(3, inner, inner, dtype, rngs, stride=stride)
         self.norm3 = _Norm(inner, dtype, rngs)
         self.conv3 = _Convolution(1, inner, out, dtype, rngs)
-        self.project = _Convolution(1, channels, out, dtype, rngs, stride=stride) if opens else None
+        self.project = _Convolution(1, channels, out, dtype, rngs, stride=stride) if first else None
 
     def __call__(self, x: Array) -> Array:
         y = self.norm1(x)
@@ -106,12 +107,12 @@ class _BitResNet(nnx.Module):
                 width = out
             stages.append(nnx.List(blocks))
         self.stages = nnx.List(stages)
-        # In float32 whatever `dtype` is: the loss is taken of these logits.
+        # Always float32, because the loss is computed from these logits.
         self.norm = _Norm(width, jnp.float32, rngs)
         self.head = nnx.Linear(width, classes, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, image: Array) -> Array:
-        # The zeros around it are part of the trained network, unlike the usual padding by minus infinity.
+        # BiT's pretrained network pads with zeros before max-pooling; the usual padding is minus infinity.
         x = jnp.pad(self.stem(image), ((1, 1), (1, 1), (0, 0)))
         x = nnx.max_pool(x, (3, 3), strides=(2, 2))
         for stage in self.stages:
@@ -133,19 +134,27 @@ def bit_resnet(
     layers: Sequence[int] | None = None,
     channels: Sequence[int] | None = None,
 ) -> Model:
-    """A BiT ResNet-v2 classifier of `example["image"]`.
+    """Build a BiT ResNet-v2 classifier of `example["image"]`, [height, width, channels].
 
-    The device resizes the image to `image_size` and computes `(image - offset) / scale`, both public
-    constants. Logits are those of the `resnetv2_*_bit` of `timm` with the same weights.
+    The device resizes the image to `image_size` and computes `(image - offset) / scale`, both public constants. With
+    the same weights, the logits equal those of `timm`'s `resnetv2_*_bit`.
 
     Args:
+        example: shapes and dtypes of one example.
+        classes: number of classes.
         variant: depth and width factor: 50x1, 50x3, 101x1, 101x3 or 152x4.
-        image_size: height and width that the network sees; any will do.
-        pretrained: local weights in `timm`'s names, e.g. of resnetv2_50x1_bit.goog_in21k; None starts from
-            random ones.
-        dtype: of the convolutions, `float32` or `bfloat16`; parameters, standardisation and logits are float32.
-        layers: blocks in each stage, instead of the variant's.
-        channels: put out by each stage, multiples of 128; a quarter of the first comes out of the stem.
+        image_size: height and width of the network's input; any size works.
+        pretrained: path of local weights under `timm`'s names, e.g. of resnetv2_50x1_bit.goog_in21k; None means random
+            initial weights.
+        offset: subtracted from the image.
+        scale: the difference is divided by it.
+        dtype: `float32` or `bfloat16`, for convolutions; parameters, weight standardisation and logits are float32.
+        layers: number of blocks in each stage; None means the variant's.
+        channels: output channels of each stage, multiples of 128; None means the variant's. The stem has a quarter of
+            the first stage's.
+
+    Raises:
+        ValueError: an option is out of range, or the data has no column `image` of three axes.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is unknown; there are {', '.join(VARIANTS)}")
@@ -165,7 +174,7 @@ def bit_resnet(
 
 
 def _naming(layers: Sequence[int]) -> Naming:
-    """The names of `timm`, whose classifier is a 1x1 convolution."""
+    """Return the tensor names of `timm`, where the classifier is a 1x1 convolution."""
     tensors: Tensors = {"stem.kernel": ("stem.conv.weight", CONVOLUTION)}
     for stage, depth in enumerate(layers):
         for i in range(depth):

@@ -1,4 +1,4 @@
-"""The small models of the DP literature, in Flax NNX: an MLP and a CNN for 28x28 images."""
+"""Small models from the DP literature, in Flax NNX: an MLP and a CNN for 28x28 images."""
 
 from __future__ import annotations
 
@@ -50,9 +50,12 @@ def mlp(
     offset: float = 0.0,
     scale: float = 255.0,
 ) -> Model:
-    """Fully connected layers of the widths `hidden` on `example["image"]`, of any shape.
+    """Build fully connected layers of the widths `hidden` on `example["image"]`, which may have any shape.
 
     The device computes `(image - offset) / scale`, both public constants.
+
+    Raises:
+        ValueError: `activation` is not one of ACTIVATIONS.
     """
     widths = [math.prod(example["image"].shape), *hidden, classes]
     act = _activation(activation)
@@ -87,11 +90,15 @@ def cnn(
     offset: float = 0.0,
     scale: float = 255.0,
 ) -> Model:
-    """The CNN of the DP literature for 28x28 images, 26,010 parameters for one channel.
+    """Build the DP literature's CNN for 28x28 images; it has 26,010 parameters for one channel and 10 classes.
 
-    Two strided convolutions and two dense layers, tanh by default, since bounded activations lose less to clipping
-    (Papernot et al., "Tempered Sigmoid Activations for Deep Learning with Differential Privacy", AAAI 2021).
-    The device computes `(image - offset) / scale`, both public constants.
+    It has two strided convolutions and two dense layers. The default activation is tanh, because gradients of bounded
+    activations lose less by clipping (Papernot et al., "Tempered Sigmoid Activations for Deep Learning with
+    Differential Privacy", AAAI 2021). The device computes `(image - offset) / scale`, both public constants.
+
+    Raises:
+        ValueError: `activation` is not one of ACTIVATIONS, or the images are smaller than 14x14 or have no channel
+            axis.
     """
     shape = example["image"].shape
     if len(shape) != 3 or min(shape[:2]) < 14:

@@ -1,4 +1,4 @@
-"""What the transformers share: attention over one sequence, the MLP, and the layer norm."""
+"""Layers that the transformers share: attention over one sequence, the MLP, and the layer norm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LECUN = nnx.initializers.lecun_normal()
 
 
 def layer_norm(width: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Layer normalisation with the epsilon of ViT and BERT, and the variance from centred values."""
+    """Return a layer norm with the epsilon of ViT and BERT, and the variance computed from centred values."""
     return nnx.LayerNorm(width, epsilon=1e-12, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
@@ -22,10 +22,13 @@ class Attention(nnx.Module):
     Query, key and value are separate matrices, so that the weights of published models map one to one.
 
     Args:
-        width: of a token, in and out.
-        heads: number of heads, which divides `width`.
-        dtype: of the matrix products; the softmax is in float32.
+        width: width of a token, in and out.
+        heads: number of heads; must divide `width`.
+        dtype: dtype of the matrix products; the softmax is in float32.
         init: initialiser of the four matrices.
+
+    Raises:
+        ValueError: `heads` does not divide `width`.
     """
 
     def __init__(
@@ -41,19 +44,19 @@ class Attention(nnx.Module):
         self.heads = heads
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Tokens [length, width] to the same shape; `mask` bool[length] is False where a token is not to be seen."""
+        """Attend over tokens [length, width]; `mask` bool[length] is False for tokens to ignore. Keeps the shape."""
         length, width = x.shape
         q, k, v = (p(x).reshape(length, self.heads, -1) for p in (self.query, self.key, self.value))
         scores = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=jnp.float32) * (width // self.heads) ** -0.5
         if mask is not None:
-            # Finite, so that an example without any token (the padding of a batch) has no NaN.
+            # Finite rather than -inf, so that an example without any token (padding of a batch) gives no NaN.
             scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores).astype(v.dtype)
         return self.out(jnp.einsum("hqk,khd->qhd", weights, v).reshape(length, width))
 
 
 class Mlp(nnx.Module):
-    """Two dense layers on each token, `inner` wide between them, with the exact GELU."""
+    """Two dense layers on each token, with the exact GELU and width `inner` in between."""
 
     def __init__(
         self, width: int, inner: int, dtype: DTypeLike, rngs: nnx.Rngs, *, init: nnx.Initializer = LECUN

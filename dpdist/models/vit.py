@@ -16,7 +16,8 @@ from dpdist.models.nnx_model import compute_dtype, from_nnx
 from dpdist.models.pretrained import LEADING, POSITIONS, Naming, Tensors, dense, norm, patches, with_weights
 from dpdist.models.transformer import Attention, Mlp, layer_norm
 
-#: Width, depth, heads, the MLP's width, and patch. B, L and H are of the paper, Ti and S of DeiT (Touvron et al. 2020).
+#: Width, depth, heads, the MLP's inner width, and patch side. B, L and H are from the paper, Ti and S from DeiT
+#: (Touvron et al. 2020).
 VARIANTS = {
     "Ti/16": (192, 12, 3, 768, 16),
     "S/16": (384, 12, 6, 1536, 16),
@@ -47,12 +48,12 @@ class _Vit(nnx.Module):
         self.class_token = nnx.Param(jnp.zeros((1, width)))
         self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1 + grid * grid, width)))
         self.layers = nnx.List([_Layer(width, heads, mlp, dtype, rngs) for _ in range(depth)])
-        # In float32 whatever `dtype` is: the loss is taken of these logits.
+        # Always float32, because the loss is computed from these logits.
         self.norm = layer_norm(width, jnp.float32, rngs)
         self.head = nnx.Linear(width, classes, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, image: Array) -> Array:
-        # As one matrix product, not a convolution: the clipped sum of its gradients is cheaper.
+        # A matrix product instead of a convolution: clipping its gradients is cheaper.
         x = image.reshape(self.grid, self.patch, self.grid, self.patch, -1).swapaxes(1, 2)
         x = self.embed(x.reshape(self.grid * self.grid, -1))
         x = jnp.concatenate([self.class_token[...].astype(x.dtype), x]) + self.positions[...].astype(x.dtype)
@@ -77,18 +78,30 @@ def vit(
     mlp: int | None = None,
     patch: int | None = None,
 ) -> Model:
-    """A ViT classifier of `example["image"]`, with class token and learned position embedding.
+    """Build a ViT classifier of `example["image"]`, [height, width, channels], with learned position embeddings.
 
-    The device resizes the image to `image_size` and computes `(image - offset) / scale`, both public
-    constants. Logits are those of `ViTForImageClassification` of Hugging Face's `transformers` with the same weights.
+    It classifies by a class token. The device resizes the image to `image_size` and computes `(image - offset) /
+    scale`, both public constants. With the same weights, the logits equal those of `ViTForImageClassification` in
+    Hugging Face's `transformers`.
 
     Args:
+        example: shapes and dtypes of one example.
+        classes: number of classes.
         variant: `Ti/16`, `S/16`, `B/16`, `L/16` or `H/14`.
-        image_size: height and width that the network sees, a multiple of the patch.
-        pretrained: local weights in `transformers`' names, e.g. of google/vit-base-patch16-224-in21k; None
-            starts from random ones. Position embeddings of another image size are interpolated.
-        dtype: of the products, `float32` or `bfloat16`; parameters, norms and logits are float32.
-        width: of a token, instead of the variant's; and so `depth`, `heads`, `mlp` (its inner width) and `patch`.
+        image_size: height and width of the network's input, a multiple of the patch side.
+        pretrained: path of local weights under `transformers`' names, e.g. of google/vit-base-patch16-224-in21k; None
+            means random initial weights. Position embeddings of another image size are interpolated.
+        offset: subtracted from the image.
+        scale: the difference is divided by it.
+        dtype: `float32` or `bfloat16`, for matrix products; parameters, norms and logits are float32.
+        width: width of a token; None means the variant's, as for the next four.
+        depth: number of layers.
+        heads: number of attention heads.
+        mlp: inner width of the MLPs.
+        patch: side of a patch.
+
+    Raises:
+        ValueError: an option is out of range, or the data has no column `image` of three axes.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is unknown; there are {', '.join(VARIANTS)}")
@@ -105,7 +118,7 @@ def vit(
 
 
 def _naming(depth: int, patch: int, channels: int) -> Naming:
-    """The names of `transformers`, with or without the prefix of its classifier."""
+    """Return the tensor names of `transformers`, with or without its classifier's prefix."""
     tensors: Tensors = {
         "class_token": ("embeddings.cls_token", LEADING),
         "positions": ("embeddings.position_embeddings", POSITIONS),

@@ -1,7 +1,7 @@
-"""What devices do in a second, by the name JAX gives them, for the choice between ways to a gradient's norm.
+"""Arithmetic and memory rates of devices by JAX's device name, to choose each parameter's clipping strategy.
 
-A table, not a measurement: two runs on equal devices must choose alike, or they would not agree bit for bit. Rates are
-those that the makers publish, of float64 matrix products and of memory.
+The rates come from a table, not from a measurement: two runs on equal devices must choose the same strategies, or their
+results would differ in the last bits. They are the published peak rates of float64 matrix products and of memory.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ _BY_NAME = {
     "H100": DeviceRates(flops_float64=67e12, bandwidth=3.3e12),
     "H200": DeviceRates(flops_float64=67e12, bandwidth=4.8e12),
 }
-#: A GPU that is not in the table: most that are not made for data centres do little in float64.
+#: Any other GPU: most GPUs that are not made for data centres are slow in float64.
 _OTHER_GPU = DeviceRates(flops_float64=0.5e12, bandwidth=0.6e12)
 
 
 def device_rates(device_kind: str, platform: str) -> DeviceRates:
-    """The rates of a device, such as `NVIDIA A100-SXM4-80GB` of platform `gpu`."""
+    """Return the rates of a device, such as `NVIDIA A100-SXM4-80GB` of platform `gpu`."""
     if platform == "cpu":
         return TWO_CORES
     return next((rates for name, rates in _BY_NAME.items() if name in device_kind), _OTHER_GPU)

@@ -1,4 +1,4 @@
-"""`physical_batch_size: auto`: the microbatch shapes with the least expected padding."""
+"""Choose the physical batch size for `physical_batch_size: auto`: least expected padding within device memory."""
 
 from __future__ import annotations
 
@@ -8,26 +8,33 @@ from statistics import NormalDist
 
 from dpdist.mechanism.sampling import microbatch_sizes
 
-# Beyond these a device gains no throughput: per-example gradients leave a CPU's cache (measured on
-# the CNN: 3,100 examples/s at 64, 1,450 at 256), and a GPU is saturated.
+# Larger batches give no more throughput: per-example gradients no longer fit a CPU's cache (measured on the CNN: 3,100
+# examples/s at 64, 1,450 at 256), and a GPU is saturated.
 LARGEST = {"cpu": 64, "gpu": 512}
-# A microbatch costs about as much to launch as so many examples cost to process.
+# Launching a microbatch takes about as long as processing this many examples.
 _LAUNCH_EXAMPLES = 4
 _QUANTILES = [(i + 0.5) / 64 for i in range(64)]
 
 
 def tail_of(physical: int) -> int:
-    """The small microbatch that goes with `physical`: a quarter of it."""
+    """Return the size of the smaller tail microbatch compiled beside `physical`: a quarter of it."""
     return max(1, physical // 4)
 
 
 def expected_rows(
     physical: int, *, dataset_size: int, sampling_probability: float, hosts: int, devices: int, balanced: bool
 ) -> float:
-    """Expected rows a device processes in a step, padding included, plus the cost of launching them.
+    """Return the expected number of rows that a device processes in a step, padding and launch cost included.
 
-    The largest local batch decides. Sample sizes are binomial, here through the normal quantiles; with
-    `shard` the largest of `hosts` independent ones counts.
+    All devices run as many microbatches as the one with the most examples. Sample sizes are binomial, approximated here
+    by normal quantiles. With the `shard` assignment (`balanced` False) every host has its own sample size, independent
+    of the others, and the largest counts.
+
+    Args:
+        physical: physical batch size.
+        hosts: number of hosts.
+        devices: number of devices of all hosts together.
+        balanced: True for the `balanced` assignment, False for `shard`.
     """
     groups = 1 if balanced else hosts
     mean = dataset_size * sampling_probability / groups
@@ -44,7 +51,12 @@ def expected_rows(
 def choose_physical_batch(
     *, dataset_size: int, sampling_probability: float, host_of_device: Sequence[int], balanced: bool, largest: int
 ) -> int:
-    """The physical batch size, up to `largest`, that costs least in expectation."""
+    """Return the physical batch size from 1 to `largest` with the smallest `expected_rows`; of equals, the larger.
+
+    Args:
+        host_of_device: host index of every device.
+        balanced: True for the `balanced` assignment, False for `shard`.
+    """
     hosts, devices = max(host_of_device) + 1, len(host_of_device)
 
     def cost(physical: int) -> float:
@@ -61,25 +73,26 @@ def choose_physical_batch(
 
 
 def largest_that_fits(choose: Callable[[int], int], largest: int, needed: Callable[[int], int], limit: float) -> int:
-    """The physical batch size that `choose` prefers among those whose memory is at most `limit`.
+    """Return the physical batch size that `choose` prefers among those that need at most `limit` bytes.
 
-    Memory grows about linearly with the batch, so where a size does not fit, the line through what was seen says how
-    far to go down; nothing is tried until it runs out. Ends at 1, fitting or not.
+    Memory grows about linearly with the batch size. If a size does not fit, the line through the last two measurements
+    gives the next size to try; no program is run until it runs out of memory. Returns 1 even if that does not fit.
 
     Args:
-        choose: the preferred size, given the largest that is allowed.
-        largest: allowed to begin with.
-        needed: bytes for a size, as its compiled program says.
+        choose: returns the preferred size, given the largest that is allowed.
+        largest: the largest size allowed at first.
+        needed: returns the bytes that the compiled program of a size needs.
+        limit: bytes.
     """
-    seen: list[tuple[int, int]] = []
+    measured: list[tuple[int, int]] = []
     while True:
         physical = choose(largest)
         size = needed(physical)
         if size <= limit or physical == 1:
             return physical
-        seen.append((physical, size))
+        measured.append((physical, size))
         slope = size / physical
-        if len(seen) > 1:
-            (p0, m0), (p1, m1) = seen[-2:]
+        if len(measured) > 1:
+            (p0, m0), (p1, m1) = measured[-2:]
             slope = max((m0 - m1) / (p0 - p1), 0.0) or slope
         largest = max(1, min(physical - 1, math.floor(physical - (size - limit) / slope)))

@@ -1,4 +1,4 @@
-"""The optax optimizer a config names; it only ever sees the noisy mean gradient."""
+"""Build the optax optimizer that a config names. It only ever sees the noisy mean gradient."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dpdist.config import Optimizer
 
 
 def build(config: Optimizer, steps: int) -> optax.GradientTransformation:
-    """Optimizer with its learning-rate schedule over `steps` steps."""
+    """Return the optimizer with its learning-rate schedule over `steps` steps."""
     rate = _schedule(config, steps)
     if config.name == "sgd":
         return optax.sgd(rate, momentum=config.momentum or None)

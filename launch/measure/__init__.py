@@ -1,1 +1,1 @@
-"""What training costs: clipping, the stages of a step, and scaling over nodes."""
+"""Measurements of what training costs: clipping, the stages of a step, and scaling over nodes."""

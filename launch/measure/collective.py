@@ -1,4 +1,4 @@
-"""The all-reduce of a step as a program of its own, to time it alone."""
+"""The all-reduce of a step as a separate program, to time it alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 
 def all_reduce_program(sums: Array, mesh: Mesh) -> Any:
-    """Compiled `sums -> total`: the vector that `Step.apply` reduces, reduced and nothing else."""
+    """Compile `sums -> total`: only the all-reduce of the vector that `StepPrograms.apply` reduces."""
     axis = mesh.axis_names[0]
     reduce = jax.shard_map(
         lambda x: lax.psum(x, axis),
@@ -26,10 +26,10 @@ def all_reduce_program(sums: Array, mesh: Mesh) -> Any:
 
 
 def all_reduce_seconds(program: Any, sums: Array, *, calls: int) -> float:
-    """Median seconds of one all-reduce, over `calls` calls; every process of the job calls this.
+    """Return the median seconds of one all-reduce over `calls` calls. Collective: every process must call it.
 
-    Before each timed call comes one that is not: a process leaves an all-reduce only when all have entered it, so
-    that what is timed is the reduction and not the wait for the last to arrive.
+    An untimed all-reduce precedes each timed one. A process leaves an all-reduce only after all have entered it, so the
+    timed one starts nearly at once everywhere and does not include the wait for the last process.
     """
     seconds = []
     for _ in range(calls):

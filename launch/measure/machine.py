@@ -1,4 +1,4 @@
-"""What a measurement ran on: devices, hosts, processor, memory, versions and commit."""
+"""Describe what a measurement ran on: devices, hosts, processor, memory, versions and commit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PROJECT = Path(__file__).parents[2]
 
 
 def this_machine() -> dict[str, Any]:
-    """Device, processor, cores and memory of the machine this process runs on."""
+    """Return device, processor, cores and memory (bytes) of the machine that this process runs on."""
     device = jax.devices()[0]
     return {
         "platform": device.platform,
@@ -35,9 +35,9 @@ def this_machine() -> dict[str, Any]:
 
 
 def whole_job(world: World) -> dict[str, Any]:
-    """Devices, hosts and peak memory of all processes together; a collective call.
+    """Return devices, hosts and peak memory (bytes) of all processes together; a collective call.
 
-    Hosts are counted by their names, not by SLURM's nodes: virtual nodes of one machine share its cores.
+    Hosts are counted by host name, not by SLURM node: virtual nodes on one machine share its cores.
     """
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in world.mesh.local_devices]
     known = [peak for peak in peaks if peak is not None]
@@ -65,10 +65,10 @@ def whole_job(world: World) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes: Python, JAX, and this project by its version and a digest of its source."""
+    """Return the versions of Python, JAX and this project, and a digest of this project's source."""
     try:
         installed = version("dpdist")
-    except PackageNotFoundError:  # run from its source
+    except PackageNotFoundError:  # run from source
         installed = "source"
     return {
         "python": platform.python_version(),
@@ -80,7 +80,7 @@ def versions() -> dict[str, str]:
 
 
 def all_versions(*, peers: bool) -> dict[str, str]:
-    """`versions`, those of the other libraries that a benchmark compares, and the commit of this project's source."""
+    """Return `versions`, the versions of the other libraries in a benchmark, and this project's commit."""
     found = versions() | {name: version(name) for name in ("flax", "numpy")}
     if peers:
         found |= {name: version(name) for name in ("jax-privacy", "torch", "opacus")}
@@ -93,7 +93,7 @@ def _peak_resident_bytes() -> int:
 
 
 def _cpu() -> str:
-    """The processor's name: the platform module knows only its architecture on Linux."""
+    """Return the processor's name; on Linux the platform module knows only its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -102,7 +102,7 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The commit of the source, with `+` where files differ from it; `unknown` outside a repository."""
+    """Return the source's commit, with `+` if files differ from it; `unknown` outside a repository."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         return commit + ("+" if _git("status", "--porcelain", "--", "dpdist", "launch") else "")

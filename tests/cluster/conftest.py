@@ -1,4 +1,4 @@
-"""Owners of a lease on the directory of the test."""
+"""The fixture `owners`: processes that contend for a lease on the test's directory."""
 
 from __future__ import annotations
 

@@ -22,13 +22,13 @@ def recorded(text: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in text.split())
 
 
-# The batch shell of `sbatch -N4 --ntasks-per-node=2 --gpus-per-node=2`: it has ranks, but no step.
+# The batch shell of `sbatch -N4 --ntasks-per-node=2 --gpus-per-node=2`: it has rank variables, but no step.
 BATCH_SHELL = recorded("""
     CUDA_VISIBLE_DEVICES=0,1 SLURMD_NODENAME=n1 SLURM_CPUS_ON_NODE=2 SLURM_GPUS_ON_NODE=2
     SLURM_GPUS_PER_NODE=2 SLURM_JOB_CPUS_PER_NODE=2(x4) SLURM_JOB_GPUS=0,1 SLURM_JOB_ID=2
     SLURM_JOB_NODELIST=n[1-4] SLURM_JOB_NUM_NODES=4 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_NTASKS=8
     SLURM_NTASKS_PER_NODE=2 SLURM_PROCID=0 SLURM_TASKS_PER_NODE=2(x4)""")
-# Task 3 of `srun` within it.
+# Task 3 of `srun` in that job.
 STEP = recorded("""
     CUDA_VISIBLE_DEVICES=0,1 SLURMD_NODENAME=n2 SLURM_CPUS_ON_NODE=2 SLURM_DISTRIBUTION=block
     SLURM_GPUS_ON_NODE=2 SLURM_GPUS_PER_NODE=2 SLURM_JOB_CPUS_PER_NODE=2(x4) SLURM_JOB_GPUS=0,1
@@ -82,7 +82,7 @@ def test_a_requeued_job_meets_on_another_port() -> None:
 
 
 @pytest.mark.parametrize("shell", [BATCH_SHELL, SALLOC_SHELL, INTERACTIVE_SHELL])
-def test_a_shell_of_a_job_is_one_process_and_told_to_use_srun(
+def test_a_shell_of_a_job_is_one_process_and_warned_to_use_srun(
     shell: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -201,7 +201,7 @@ def test_a_free_port_is_not_one_that_is_taken(monkeypatch: pytest.MonkeyPatch) -
         (STEP, "0,1", (1,)),  # as many as tasks on the node
         (STEP, "0,1,2,3", (1,)),  # more
         (STEP, "GPU-3f2a,GPU-77b0", (1,)),  # by name
-        (STEP, "3", (0,)),  # its own alone
+        (STEP, "3", (0,)),  # only its own
         (STEP, "", None),
         (STEP, "NoDevFiles", None),
         (STEP, "-1", None),

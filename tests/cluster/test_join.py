@@ -1,4 +1,4 @@
-"""Joining, agreeing and leaving, by real processes that form real JAX jobs on this machine."""
+"""Joining, agreement and leaving, with real processes that form real JAX jobs on this machine."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from dpdist.cluster.environment import free_port
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Two processes with two devices each, that go through a job from joining to leaving."""
+    """Two processes with two devices each; their job runs from joining to leaving."""
     cache = tmp_path_factory.mktemp("cache")
     return run_processes(
         """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-job = join(cluster(compilation_cache=sys.argv[1]))
-rank = job.process_id
+world = join(cluster(compilation_cache=sys.argv[1]))
+rank = world.process_id
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-sharding = NamedSharding(job.mesh, PartitionSpec("data"))
+sharding = NamedSharding(world.mesh, PartitionSpec("data"))
 ones = jax.make_array_from_callback((4, 3), sharding, lambda index: np.full((1, 3), 1.0 + index[0].start))
-total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(job.mesh, PartitionSpec()))(ones)
+total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(world.mesh, PartitionSpec()))(ones)
 report(
-    rank=rank, size=job.num_processes, main=job.is_main, devices=job.device_count, platform=job.platform,
-    label=job.membership.label, hosts=job.host_of_device, distributed=job.distributed,
-    mesh=[[d.process_index, d.id] for d in job.mesh.devices], axes=job.mesh.axis_names, total=float(total),
-    local=[d.id for d in job.mesh.local_devices],
+    rank=rank, size=world.num_processes, main=world.is_main, devices=world.device_count, platform=world.platform,
+    label=world.membership.label, hosts=world.host_of_device, distributed=world.distributed,
+    mesh=[[d.process_index, d.id] for d in world.mesh.devices], axes=world.mesh.axis_names, total=float(total),
+    local=[d.id for d in world.mesh.local_devices],
 )
 report(again=join(cluster()).host_of_device)
-report(broadcast=agreement.broadcast({"from": rank, "pair": (1, 2)}, job), gather=agreement.all_gather([rank], job))
+report(broadcast=agreement.broadcast({"from": rank, "pair": (1, 2)}, world), gather=agreement.all_gather([rank], world))
 
 def decision():
     assert rank == 0
     return "resume"
 def refusal():
     raise InputError("run.dir", "runs/x", f"cannot be written by rank {rank}.")
-report(decided=agreement.decide(job, decision), refused=error_of(agreement.decide, job, refusal))
+report(decided=agreement.decide(world, decision), refused=error_of(agreement.decide, world, refusal))
 
-report(same=error_of(agreement.require_same, {"seed": 1, "nan": float("nan"), "map": {"a": 1, "b": 2}}, job))
+report(same=error_of(agreement.require_same, {"seed": 1, "nan": float("nan"), "map": {"a": 1, "b": 2}}, world))
 other = {"map": {"b": 2, "a": 1}} if rank else {"map": {"a": 1, "b": 2}}
-report(order_of_keys=error_of(agreement.require_same, other, job))
+report(order_of_keys=error_of(agreement.require_same, other, world))
 fields = {"privacy.delta": [1e-5, 1e-6][rank], "seed": 1, "tag": ["ab12", "cd34"][rank], "long": "x" * 5000}
 fields |= {"only_on_1": True, "long": "y" * 5000} if rank else {"only_on_0": True}
-report(different=error_of(agreement.require_same, fields, job, hidden={"tag"}))
+report(different=error_of(agreement.require_same, fields, world, hidden={"tag"}))
 
-report(passed=error_of(agreement.barrier, "save", job), twice=error_of(agreement.barrier, "save", job))
+report(passed=error_of(agreement.barrier, "save", world), twice=error_of(agreement.barrier, "save", world))
 start = time.monotonic()
-report(late=error_of(agreement.barrier, "last save", job, timeout=0.5) if rank == 0 else None)
-agreement.barrier("after", job)
+report(late=error_of(agreement.barrier, "last save", world, timeout=0.5) if rank == 0 else None)
+agreement.barrier("after", world)
 leave()
 report(left=True, cached=len(os.listdir(sys.argv[1])))
 """,
@@ -97,7 +97,7 @@ def test_broadcast_gives_everyone_process_0s_value(two: list[dict[str, Any]]) ->
     assert [facts["broadcast"] for facts in two] == [{"from": 0, "pair": [1, 2]}] * 2
 
 
-def test_gather_is_in_the_order_of_ranks(two: list[dict[str, Any]]) -> None:
+def test_all_gather_is_in_the_order_of_ranks(two: list[dict[str, Any]]) -> None:
     assert [facts["gather"] for facts in two] == [[[0], [1]]] * 2
 
 
@@ -141,11 +141,11 @@ def test_a_barrier_that_someone_misses_names_itself_and_the_rank(two: list[dict[
 def test_a_rank_that_does_not_answer_is_named_on_all_others() -> None:
     first, lost, third = run_processes(
         """
-job = join(cluster(shutdown_timeout=1, devices_per_process=1))
-if job.process_id != 1:
+world = join(cluster(shutdown_timeout=1, devices_per_process=1))
+if world.process_id != 1:
     start = time.monotonic()
-    report(error=error_of(agreement.require_same, {"seed": 1}, job), seconds=time.monotonic() - start)
-agreement.barrier("end", job, timeout=30)
+    report(error=error_of(agreement.require_same, {"seed": 1}, world), seconds=time.monotonic() - start)
+agreement.barrier("end", world, timeout=30)
 """,
         3,
     )
@@ -176,19 +176,19 @@ def test_gpus_that_are_not_there_are_an_input_error() -> None:
 
 
 def test_one_process_gets_the_preemption_notice() -> None:
-    """It needs jax.distributed with one process too, and nobody else's handler for SIGTERM."""
+    """That needs jax.distributed even with one process, and no other SIGTERM handler."""
     (facts,) = run_processes(
         f"""
 from jax.experimental import multihost_utils
-job = join(cluster())
+world = join(cluster())
 os.kill(os.getpid(), {int(signal.SIGTERM)})
 for step in range(500):
     if multihost_utils.reached_preemption_sync_point(step):
         break
     time.sleep(0.02)
-report(distributed=job.distributed, hosts=job.host_of_device, step=step)
-report(broadcast=agreement.broadcast((1, 2), job), gather=agreement.all_gather((1,), job))
-report(same=error_of(agreement.require_same, {{"a": 1}}, job), barrier=error_of(agreement.barrier, "b", job))
+report(distributed=world.distributed, hosts=world.host_of_device, step=step)
+report(broadcast=agreement.broadcast((1, 2), world), gather=agreement.all_gather((1,), world))
+report(same=error_of(agreement.require_same, {{"a": 1}}, world), barrier=error_of(agreement.barrier, "b", world))
 leave()
 """,
         1,
@@ -196,7 +196,7 @@ leave()
     assert facts["distributed"]
     assert facts["hosts"] == [0, 0]
     assert facts["step"] < 499
-    # The same JSON as between processes, or code would work on a laptop alone.
+    # The same JSON round trip as between processes; otherwise code could work on one process only.
     assert (facts["broadcast"], facts["gather"]) == ([1, 2], [[1]])
     assert (facts["same"], facts["barrier"]) == (None, None)
 
@@ -213,8 +213,8 @@ def test_a_notebook_that_has_used_jax_goes_on_alone_and_is_warned() -> None:
     (facts,) = run_processes(
         USED_BEFORE
         + """
-job = join(cluster(devices_per_process=None))
-report(distributed=job.distributed, devices=job.device_count, gather=agreement.all_gather(7, job))
+world = join(cluster(devices_per_process=None))
+report(distributed=world.distributed, devices=world.device_count, gather=agreement.all_gather(7, world))
 report(count=error_of(join, cluster(devices_per_process=64)))
 leave()
 """,
@@ -233,11 +233,11 @@ def test_a_process_of_several_that_has_used_jax_is_refused_at_once() -> None:
 
 
 def test_abort_keeps_its_code_and_the_last_words() -> None:
-    """An ordinary exit of one of two processes waits in JAX's shutdown barrier and ends in SIGABRT."""
+    """Without `abort`, the exit of one of two processes waits in JAX's shutdown barrier and ends in SIGABRT."""
     aborted, other = run_processes(
         """
-job = join(cluster(shutdown_timeout=5))
-if job.process_id == 1:
+world = join(cluster(shutdown_timeout=5))
+if world.process_id == 1:
     print("REPORT", json.dumps({"words": "last"}), end="")
     abort(3)
 time.sleep(1)

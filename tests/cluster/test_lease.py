@@ -1,4 +1,4 @@
-"""The lease on a run directory, by real processes that really die, stop and come back."""
+"""The lease on a run directory, with real processes that are killed, stopped and continued."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dpdist.errors import InputError
 
 
 def refusal(directory: Path, timeout: float = TIMEOUT) -> tuple[str, float]:
-    """Why `directory` can't be leased by this process, and the seconds it took to find out."""
+    """Return why this process cannot lease `directory`, and the seconds it took to find out."""
     began = time.monotonic()
     with pytest.raises(InputError) as caught:
         Lease.acquire(directory, timeout)
@@ -34,7 +34,7 @@ def refusal(directory: Path, timeout: float = TIMEOUT) -> tuple[str, float]:
 
 
 def taken(directory: Path, timeout: float = TIMEOUT) -> tuple[str | None, float]:
-    """From whom this process took the lease, and the seconds that took."""
+    """Take the lease; return the holder it was taken from and the seconds it took."""
     began = time.monotonic()
     with Lease.acquire(directory, timeout) as lease:
         lease.check()
@@ -42,7 +42,7 @@ def taken(directory: Path, timeout: float = TIMEOUT) -> tuple[str | None, float]
 
 
 def pretend(directory: Path, generation: int = 1, /, **changes: Any) -> Path:
-    """A lease file that this process seems to have left, with `changes`."""
+    """Return the content of a lease file of this process, with `changes`."""
     fields = json.loads(Holder.of_this_process(directory, TIMEOUT).encode()) | changes
     path = directory / f"lease.{generation}"
     path.write_text(json.dumps(fields) + "\n")
@@ -154,12 +154,12 @@ def test_a_silent_owner_elsewhere_is_replaced_after_the_timeout_and_not_before(o
     assert TIMEOUT <= seconds < TIMEOUT + 1
 
 
-def test_an_owner_is_given_the_longer_timeout_it_announced(owners: Owners) -> None:
+def test_the_owners_own_longer_timeout_counts(owners: Owners) -> None:
     owners.holding("remote", timeout=TIMEOUT)  # beats every 0.2 s
     assert "is in use" in refusal(owners.directory, timeout=0.05)[0]
 
 
-def test_an_owner_elsewhere_that_thaws_finds_that_it_lost(owners: Owners) -> None:
+def test_an_owner_elsewhere_that_resumes_finds_that_it_lost(owners: Owners) -> None:
     owner = owners.holding("remote")
     owner.signal(signal.SIGSTOP)
     with Lease.acquire(owners.directory, TIMEOUT) as thief:

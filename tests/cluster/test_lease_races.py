@@ -1,4 +1,4 @@
-"""However contenders race, die, freeze and thaw, no two own a run directory at once."""
+"""No two processes own a run directory at once, however contenders race, die, freeze and resume."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ for number in range(rounds):
         if os.fork():
             continue
         os.close(start), os.close(wait)
-        os.read(go, 1)  # ends where the parent closes its end: for all at once
+        os.read(go, 1)  # returns when the parent closes its end: for all contenders at once
         try:
             lease = Lease.acquire(where, 30.0)
         except InputError:
@@ -37,7 +37,7 @@ for number in range(rounds):
         except Exception:
             os._exit(2)
         os.write(os.open(f"{where}/owners", os.O_WRONLY | os.O_CREAT | os.O_APPEND), b"x")
-        os.read(judged, 1)  # an owner that ended would rightly be replaced
+        os.read(judged, 1)  # stay alive: another contender could rightly replace a dead owner
         os._exit(0)
     os.close(go), os.close(judged), os.close(start)
     codes, deadline = [], time.monotonic() + 60
@@ -68,7 +68,7 @@ directory, rounds, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 chance = random.Random(seed)
 
 def contend(seed):
-    \"\"\"Be the owner once; a lock that the kernel drops when its holder is gone witnesses that nobody else is.\"\"\"
+    \"\"\"Own the run once; a lock, which the kernel drops when its holder dies, shows that no one else does.\"\"\"
     chance = random.Random(seed)
     witness = os.open(f"{directory}/witness", os.O_RDWR | os.O_CREAT | os.O_APPEND)
     while True:
@@ -114,12 +114,12 @@ print(killed, os.path.getsize(f"{directory}/witness"))
 def test_no_two_own_at_once_while_contenders_are_killed(tmp_path: Path) -> None:
     rounds = 100
     killed, owned = map(int, run_script(KILLINGS, tmp_path, rounds, 7).split())
-    assert killed > rounds / 4  # otherwise it shows little
-    assert owned >= 2 * rounds  # all who were let live came to own
+    assert killed > rounds / 4  # otherwise the test shows little
+    assert owned >= 2 * rounds  # all survivors became owner
 
 
-def test_no_two_own_at_once_while_owners_elsewhere_freeze_and_thaw(owners: Owners) -> None:
-    """Each thief takes over from a frozen owner; the thawed ones all find out, whatever the order."""
+def test_no_two_own_at_once_while_owners_elsewhere_freeze_and_resume(owners: Owners) -> None:
+    """Each contender takes over from a frozen owner; every owner that resumes notices, in any order."""
     frozen: list[Owner] = []
     for generation in range(1, 5):
         owner = owners.start("remote", timeout=0.6)
@@ -138,7 +138,7 @@ def test_no_two_own_at_once_while_owners_elsewhere_freeze_and_thaw(owners: Owner
 
 
 def run_script(script: str, *arguments: object) -> str:
-    """What `script` prints; it runs in a process group of its own, which ends with it."""
+    """Run `script` in its own process group and return what it prints; the group is killed at the end."""
     process = subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
         stdout=subprocess.PIPE,

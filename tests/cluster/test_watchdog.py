@@ -1,4 +1,4 @@
-"""The watchdog, on real processes that are really stuck."""
+"""The watchdog, with real processes that are stuck."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ waits_for_a_lost_rank()
 
 def test_a_file_system_that_hangs_does_not_keep_the_watchdog_from_ending_the_process(tmp_path: Path) -> None:
     dump = tmp_path / "stacks"
-    os.mkfifo(dump)  # opening it waits for a reader who never comes
+    os.mkfifo(dump)  # opening it waits for a reader, and there is none
     began = time.monotonic()
     done = run("threading.Event().wait()", 0.3, dump)
     assert done.returncode == 124
@@ -60,7 +60,7 @@ def test_a_process_stuck_before_its_first_step_is_ended_too(tmp_path: Path) -> N
 
 
 def test_beats_keep_a_process_alive(tmp_path: Path) -> None:
-    # Twice the bound in all, a tenth of it between two beats.
+    # Twice the timeout in total, a tenth of it between two beats.
     done = run("for step in range(20): dog.beat(step); time.sleep(0.1)", 1.0, tmp_path / "stacks")
     assert (done.returncode, done.stderr) == (0, "")
     assert not (tmp_path / "stacks").exists()

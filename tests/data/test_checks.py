@@ -1,4 +1,4 @@
-"""Labels in range, and a fingerprint that changes with the data and with nothing else."""
+"""Label checks, and a fingerprint that changes with the data and with nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LABELS = (np.arange(700) % 5).astype(np.int32)
 
 
 class Items:
-    """A user's source, counting the examples read."""
+    """A user's source that counts the examples read."""
 
     def __init__(self, images: np.ndarray = IMAGES, labels: np.ndarray = LABELS) -> None:
         self.images, self.labels, self.read = images, labels, set[int]()
@@ -50,7 +50,7 @@ def test_a_source_without_labels_passes() -> None:
 
 
 @pytest.mark.parametrize("labels", [changed(LABELS, 699), LABELS - 1, LABELS + 1, LABELS.astype(np.int64) + 2**32])
-def test_labels_out_of_range_are_refused_without_telling_them(labels: np.ndarray) -> None:
+def test_labels_out_of_range_are_refused_without_showing_them(labels: np.ndarray) -> None:
     with pytest.raises(InputError, match=r"model\.classes = 5: some labels lie outside 0 to 4; set"):
         check_labels(of(labels=labels), 5, "model.classes")
 

@@ -1,4 +1,4 @@
-"""CIFAR's archives: read as their authors wrote them, refused when damaged, and never run as code."""
+"""CIFAR's archives: read in the official format, refused if damaged, and never run as code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pixels(count: int, seed: int) -> np.ndarray:
 
 
 def files(kind: Format) -> dict[str, Any]:
-    """The content of a small archive of the official format, by file name, before it is pickled."""
+    """Return the content of a small archive in the official format, by file name, before pickling."""
     content: dict[str, Any] = {}
     for seed, name in enumerate((*kind.train, kind.test)):
         labels = [(seed + i) % kind.classes for i in range(6)]
@@ -61,7 +61,7 @@ def test_the_official_format_reads_back(tmp_path: Path, source: str, form: str) 
     rows = read_rows(dataset.train, np.arange(len(dataset.train)))
     assert (rows["image"].dtype, rows["label"].dtype) == (np.uint8, np.int32)
     assert rows["image"].shape == (6 * len(kind.train), 32, 32, 3)
-    for batch in range(len(kind.train)):  # red, green, blue; each row by row, as the authors say
+    for batch in range(len(kind.train)):  # red, green, blue; each row by row, as documented by the authors
         for row, colour in ((0, 0), (5, 2)):
             expected = pixels(6, batch)[row, 1024 * colour :][:1024].reshape(32, 32)
             np.testing.assert_array_equal(rows["image"][6 * batch + row, :, :, colour], expected)
@@ -72,7 +72,7 @@ def test_the_official_format_reads_back(tmp_path: Path, source: str, form: str) 
 
 
 def test_examples_lie_in_memory_as_they_are_taken(tmp_path: Path) -> None:
-    """Otherwise every `take` would copy all 50,000 first."""
+    """Otherwise every `take` would first copy all 50,000 images."""
     dataset = opened("cifar10", write_directory(tmp_path / "made", packed(CIFAR10)))
     assert dataset.train.arrays["image"].flags.c_contiguous  # type: ignore[attr-defined]
 
@@ -119,7 +119,7 @@ def test_a_pickle_that_would_run_code_is_refused_without_running_it(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["no such archive.tar.gz", "no_such_directory/"])
-def test_a_path_that_is_not_there_is_told(tmp_path: Path, name: str) -> None:
+def test_a_missing_path_is_reported(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"no such file or directory; name cifar-100-python.tar.gz or the cifar-100-p"):
         opened("cifar100", tmp_path / name)
 
@@ -138,14 +138,14 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
         opened("cifar10", write_archive(tmp_path / "made.tar.gz", CIFAR10, content))
 
 
-def test_the_other_of_the_two_is_noticed(tmp_path: Path) -> None:
+def test_cifar10_opened_as_cifar100_is_noticed(tmp_path: Path) -> None:
     path = write_archive(tmp_path / "made.tar.gz", CIFAR100, packed(CIFAR100))
     with pytest.raises(InputError, match=r"is it cifar-10-python.tar.gz, and complete"):
         opened("cifar10", path)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 5_000, -20_000, -10])
-def test_a_truncated_archive_is_told(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_archive_is_reported(tmp_path: Path, keep: int) -> None:
     path = write_archive(tmp_path / "made.tar.gz", CIFAR10, packed(CIFAR10))
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InputError, match=r"is no complete \.tar\.gz archive"):
@@ -168,7 +168,7 @@ def test_a_web_page_in_place_of_the_archive_is_refused(tmp_path: Path) -> None:
         opened("cifar10", tmp_path / "made.tar.gz")
 
 
-def test_an_unreadable_file_is_told(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
     path = write_directory(tmp_path / "made", packed(CIFAR10))
     (path / "data_batch_1").unlink()
     (path / "data_batch_1").mkdir()

@@ -1,4 +1,4 @@
-"""`data.source` to a dataset: digits, the user's own function, and the split by index."""
+"""Opening `data.source`: digits, the user's own function, and the split by index."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def returns(what):
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of an importable module that holds `MODULE`."""
+    """Write `MODULE` to an importable file and return the module's name."""
     name = "user_data_" + re.sub(r"\W", "_", tmp_path.name)
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
@@ -80,7 +80,7 @@ def test_the_split_is_disjoint_sorted_and_covers_every_index() -> None:
 
 
 def test_the_split_is_the_same_on_every_machine_and_numpy() -> None:
-    """These indices are pinned: a run resumed under another NumPy must see the same train set."""
+    """The indices are pinned: a run resumed under another NumPy must see the same train set."""
     assert split_indices(20, Data(split_seed=0))[1].tolist() == [0, 8, 9, 19]
     assert split_indices(20, Data(split_seed=1))[1].tolist() != [0, 8, 9, 19]
 
@@ -101,7 +101,7 @@ def test_a_split_that_leaves_no_train_example_is_refused() -> None:
         open_dataset(Data(test_fraction=0.9999))
 
 
-def test_an_unknown_source_is_told_the_known_ones() -> None:
+def test_an_unknown_source_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"data\.source = 'mnist'.*digits, idx, npy.*module:function"):
         open_dataset(Data(source="mnist"))
 
@@ -123,7 +123,7 @@ def test_a_function_may_return_a_dataset(module: str) -> None:
 
 
 @pytest.mark.parametrize(("what", "test"), [("no test", None), ("lists", [{"label": 2}])])
-def test_what_a_function_returns_is_taken_as_it_is(module: str, what: str, test: Any) -> None:
+def test_what_a_function_returns_is_used_unchanged(module: str, what: str, test: Any) -> None:
     assert open_dataset(Data(source=f"{module}:returns", options={"what": what})).test == test
 
 
@@ -136,7 +136,7 @@ def test_what_a_function_returns_is_taken_as_it_is(module: str, what: str, test:
         ("empty", r"\(train\) = '0 examples'"),
     ],
 )
-def test_a_function_that_returns_something_else_is_told(module: str, what: str, message: str) -> None:
+def test_a_function_that_returns_something_else_is_reported(module: str, what: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         open_dataset(Data(source=f"{module}:returns", options={"what": what}))
 

@@ -1,4 +1,4 @@
-"""IDX files: every dtype, plain and gzipped, and every way a download goes wrong."""
+"""IDX files: every dtype, plain and gzipped, and every way in which a download fails."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def write_family(directory: Path, *, test: int = 5, packed: bool = False) -> None:
-    """The four files: 20 train and `test` test examples."""
+    """Write the four files, with 20 train and `test` test examples."""
     for prefix, count in (("train", 20), ("t10k", test)):
         for name, array in (("images-idx3-ubyte", IMAGES[:count]), ("labels-idx1-ubyte", LABELS[:count])):
             if packed:
@@ -110,7 +110,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> No
     ],
     ids=["values cut", "header cut", "magic cut", "too long"],
 )
-def test_a_wrong_number_of_bytes_is_told(
+def test_a_wrong_number_of_bytes_is_reported(
     tmp_path: Path, change: Callable[[bytes], bytes], numbers: str, packed: bool
 ) -> None:
     content = change(idx(IMAGES))
@@ -119,13 +119,13 @@ def test_a_wrong_number_of_bytes_is_told(
         read_idx(tmp_path / "x")
 
 
-def test_an_empty_file_is_told(tmp_path: Path) -> None:
+def test_an_empty_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
     with pytest.raises(InputError, match="expected at least 4 bytes, found 0"):
         read_idx(tmp_path / "x")
 
 
-def test_a_truncated_gzip_file_tells_how_far_it_got(tmp_path: Path) -> None:
+def test_a_truncated_gzip_file_says_how_far_it_got(tmp_path: Path) -> None:
     packed = gzip.compress(idx(IMAGES), compresslevel=0)  # stored, so bytes in are bytes out
     (tmp_path / "x.gz").write_bytes(packed[:-100])
     with pytest.raises(InputError, match=r"expected 416 bytes, found 3[0-9][0-9]") as error:

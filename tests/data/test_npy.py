@@ -1,4 +1,4 @@
-"""Columns in .npy and .npz files: found by name, mapped, never unpickled."""
+"""Columns in .npy and .npz files: found by name, memory-mapped, never unpickled."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_without_test_columns_a_fraction_is_held_out(tmp_path: Path, archive: bo
     assert sorted(first_tokens) == list(range(20))
 
 
-def test_without_train_columns_the_names_found_are_told(tmp_path: Path, archive: bool) -> None:
+def test_without_train_columns_the_names_found_are_reported(tmp_path: Path, archive: bool) -> None:
     path = write(tmp_path, {}, TEST, archive=archive)
     with pytest.raises(InputError, match=r"train_<column>.*found test_label(\.npy)?|found test_tokens"):
         open_npy(path)
@@ -71,7 +71,7 @@ def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
         open_npy(tmp_path)
 
 
-def test_a_missing_path_is_told(tmp_path: Path) -> None:
+def test_a_missing_path_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere'.*no such file or directory"):
         open_npy(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"data\.path = None"):
@@ -92,7 +92,7 @@ def test_a_pickle_named_npy_is_refused_unopened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 40, 200], ids=["empty", "header cut", "values cut"])
-def test_a_damaged_npy_file_is_told(tmp_path: Path, size: int) -> None:
+def test_a_damaged_npy_file_is_reported(tmp_path: Path, size: int) -> None:
     write(tmp_path, TRAIN, {}, archive=False)
     file = tmp_path / "train_tokens.npy"
     file.write_bytes(file.read_bytes()[:size])
@@ -100,7 +100,7 @@ def test_a_damaged_npy_file_is_told(tmp_path: Path, size: int) -> None:
         open_npy(tmp_path)
 
 
-def test_a_damaged_npz_file_is_told(tmp_path: Path) -> None:
+def test_a_damaged_npz_file_is_reported(tmp_path: Path) -> None:
     path = write(tmp_path, TRAIN, {}, archive=True)
     content = bytearray(path.read_bytes())
     path.write_bytes(content[:200])
@@ -112,7 +112,7 @@ def test_a_damaged_npz_file_is_told(tmp_path: Path) -> None:
         open_npy(path)
 
 
-def test_a_damaged_compressed_npz_file_is_told(tmp_path: Path) -> None:
+def test_a_damaged_compressed_npz_file_is_reported(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "data.npz", train_label=np.zeros(1000))
     content = bytearray((tmp_path / "data.npz").read_bytes())
     name_end = content.index(b"train_label.npy") + len("train_label.npy")

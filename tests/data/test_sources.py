@@ -1,4 +1,4 @@
-"""Sources: rows come out right, in order, from arrays, from user code on threads, and through views."""
+"""Sources return the right rows in the requested order: arrays, user code on threads, and subsets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def index_array(*indices: int) -> np.ndarray:
 
 
 class Items:
-    """A user's source: examples one at a time, noting the thread that read each."""
+    """A user's source that returns examples one at a time and records the thread that read each."""
 
     def __init__(self, replaced: dict[int, Any] | None = None) -> None:
         self.replaced = replaced or {}
@@ -107,7 +107,7 @@ def test_rows_come_out_in_native_byte_order() -> None:
         assert rows["label"].ravel().tolist() == [2, 5]
 
 
-def test_gather_prefers_take(arrays: ArraySource, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_rows_prefers_take(arrays: ArraySource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ArraySource, "__getitem__", lambda self, index: pytest.fail("read one by one"))
     assert read_rows(arrays, index_array(4))["label"].tolist() == [LABELS[4]]
 

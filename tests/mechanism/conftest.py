@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, and a rig: a compiled step of a small model whose gradients are known exactly."""
+"""Eight virtual CPU devices, and a rig: a compiled step of a small model with exactly known gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ jax.config.update("jax_num_cpu_devices", 8)  # before any backend is used
 
 
 class Rig:
-    """A `Step` on the first n devices, a dataset of 64 examples, and their gradients in float64.
+    """`StepPrograms` on the first n devices, a dataset of 64 examples, and their gradients in float64.
 
     The loss of example x is x[0] <A, a> + x[1] <B, b> with fixed directions A and B of norm 1, so its gradient is
     (x[0] A, x[1] B) whatever the parameters are, with norm |x|.
@@ -78,7 +78,7 @@ class Rig:
         self.keys = Keys(Secret.from_insecure_seed(7), b"rig")
 
     def gradient_sum(self, sample: Iterable[int], *, clipped: bool = True) -> np.ndarray:
-        """The reference: clip and add one example after the other, in float64."""
+        """Compute the reference: clip and add one example after the other, in float64."""
         total = np.zeros(sum(d.size for d in self.directions))
         for i in sample:
             x = self.data[i].astype(np.float64)
@@ -89,14 +89,14 @@ class Rig:
         return total
 
     def start(self) -> tuple[TrainState, Any]:
-        """The state before step 0 and an empty accumulator."""
+        """Return the state before step 0 and an empty accumulator."""
         return self.step.place(self.initial), self.step.zero_sums()
 
     def accumulate(
         self, state: TrainState, sums: Any, sample: Sequence[int], step: int, *, padding: float, physical: int
     ) -> Any:
-        """Feed a sample through the microbatches of its plan; rows of padding hold `padding`."""
-        plan = assign(
+        """Accumulate a sample, microbatch by microbatch of its assignment; padding rows hold `padding`."""
+        assignment = assign(
             step,
             np.asarray(sample, np.int64),
             assignment="balanced",
@@ -105,8 +105,8 @@ class Rig:
             physical=physical,
             tail=self.tail,
         )
-        for microbatch in range(len(plan.microbatches)):
-            rows = np.concatenate([plan.rows(device, microbatch) for device in range(self.devices)])
+        for microbatch in range(len(assignment.microbatches)):
+            rows = np.concatenate([assignment.rows(device, microbatch) for device in range(self.devices)])
             real = rows >= 0
             x = np.where(real[:, None], self.data[rows], np.float32(padding))
             batch = Microbatch(
@@ -130,30 +130,30 @@ class Rig:
         padding: float = np.nan,
         physical: int = physical,
     ) -> tuple[TrainState, Any, np.ndarray, np.ndarray | None]:
-        """One whole step: (state, sums, diagnostics, the draw)."""
+        """Take one whole step; returns (state, sums, diagnostics, the noise draw)."""
         sums = self.accumulate(state, sums, sample, step, padding=padding, physical=physical)
         noise, draw = self.step.draw(self.keys, step)
         state, sums, diagnostics = self.step.apply(state, sums, noise)
         return state, sums, np.asarray(diagnostics), None if draw is None else np.asarray(draw)
 
     def noisy_sum(self, sample: Sequence[int], step: int, **how: Any) -> np.ndarray:
-        """What one step from zero parameters with a learning rate of 1 added, times -B: the noisy sum itself."""
+        """Return the noisy sum: -B times the update of one step from zero parameters at learning rate 1."""
         state, sums = self.start()
         state, *_ = self.take(state, sums, sample, step, **how)
         return -self.flat(state.params).astype(np.float64) * self.expected_batch_size
 
     @staticmethod
     def flat(tree: Any) -> np.ndarray:
-        """All leaves as one vector."""
+        """Concatenate all leaves into one vector."""
         return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)])
 
 
 @pytest.fixture(scope="session")
 def rig() -> Callable[..., Rig]:
-    """`rig(devices, placement)`, compiled once a session."""
+    """Return `rig(devices, placement)`, compiled once a session."""
     made = cache(Rig)
 
     def get(devices: int, placement: str = "designated", **how: Any) -> Rig:
-        return made(devices, placement, **how)  # one spelling of the arguments, or the cache would miss
+        return made(devices, placement, **how)  # always positional, so that the cache hits
 
     return get

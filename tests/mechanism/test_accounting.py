@@ -1,4 +1,4 @@
-"""What steps cost: never less than the truth, hardly more, and what the budget allows."""
+"""Accounting: epsilon is an upper bound and close to the true value; the budget is never exceeded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cost(q: float, sigma: float, steps: int, delta: float) -> Spent:
 
 
 def gaussian_epsilon(sigma: float, delta: float) -> float:
-    """Exact epsilon of one Gaussian mechanism (Balle and Wang 2018, Theorem 8)."""
+    """Compute the exact epsilon of one Gaussian mechanism (Balle and Wang 2018, Theorem 8)."""
 
     def excess(eps: float) -> float:
         tail = np.exp(eps + stats.norm.logcdf(-0.5 / sigma - eps * sigma))
@@ -37,13 +37,13 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
 
 
 def subsampled_epsilon(q: float, sigma: float, delta: float) -> float:
-    """Exact epsilon of one Poisson-subsampled Gaussian: the worse direction of its hockey-stick divergence."""
+    """Compute the exact epsilon of one Poisson-subsampled Gaussian: the worse hockey-stick direction."""
 
     def mixture_tail(x: float) -> float:
         return float((1 - q) * stats.norm.sf(x / sigma) + q * stats.norm.sf((x - 1) / sigma))
 
     def crossing(ratio: float) -> float:
-        """Where (mixture / null) of the densities is `ratio`."""
+        """Return the point where the ratio of the densities, mixture over null, is `ratio`."""
         return sigma**2 * np.log((ratio - (1 - q)) / q) + 0.5
 
     def remove(eps: float) -> float:
@@ -90,7 +90,7 @@ def test_one_sampled_step_costs_its_exact_epsilon(q: float, sigma: float, delta:
 
 @pytest.mark.parametrize(("q", "sigma", "steps"), [(0.1, 1.2, 25), (0.02, 0.8, 60)])
 def test_many_sampled_steps_cost_what_a_simulation_says(q: float, sigma: float, steps: int) -> None:
-    """delta(eps) = E max(0, 1 - exp(eps - loss)) over the composed privacy loss, by drawing 200,000 of them."""
+    """delta(eps) = E max(0, 1 - exp(eps - loss)) over the composed privacy loss, from 200,000 draws of it."""
     delta, n, random = 1e-2, 200_000, np.random.default_rng(0)
     loss = np.zeros(n)
     for _ in range(steps):
@@ -134,7 +134,7 @@ def test_a_huge_epsilon_is_stated_by_renyi_dp_alone() -> None:
 
 
 def test_the_accountant_is_given_the_probability_that_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """2^-66 is below the grid: 2^-64 is sampled, and must be what is paid for; so on the curve."""
+    """2^-66 is below the grid: 2^-64 is sampled, so that must be charged, by the curve too."""
     given: list[float] = []
     event = dp_accounting.PoissonSampledDpEvent
 
@@ -165,7 +165,7 @@ def test_the_accountant_is_given_the_probability_that_is_sampled(monkeypatch: py
         ({"sampling_probability": 1.5}, "sampling probability"),
     ],
 )
-def test_a_plan_out_of_range_is_refused(change: dict[str, Any], message: str) -> None:
+def test_arguments_out_of_range_are_refused(change: dict[str, Any], message: str) -> None:
     plan: dict[str, Any] = {"sampling_probability": 0.1, "noise_multiplier": 1.0, "steps": 1, "delta": 1e-5}
     with pytest.raises(ValueError, match=message):
         epsilon(**plan | change)
@@ -199,7 +199,7 @@ def test_a_target_that_is_no_budget_is_refused(target: float) -> None:
         calibrate(target_epsilon=target, sampling_probability=0.1, steps=10, delta=1e-5)
 
 
-# The last step a budget allows
+# Affordable steps
 
 
 def test_one_more_step_than_affordable_exceeds_the_budget() -> None:
@@ -236,12 +236,15 @@ def test_the_curve_is_never_below_the_truth() -> None:
     assert len(set(shown)) == 1 + 4
     for step in range(1, steps + 1):
         assert shown[step] >= cost(q, sigma, step, delta).epsilon * (1 - 1e-9)
-    for step in (3, 6, 9):  # at the points themselves it is the truth
+    for step in (3, 6, 9):  # at the points themselves it is exact
         assert shown[step] < 1.001 * cost(q, sigma, step, delta).epsilon
     again = EpsilonCurve(
         sampling_probability=q, noise_multiplier=sigma, steps=steps, delta=delta, total=total, points=4
     )
-    assert [again.at(step) for step in (9, 3)] == [shown[9], shown[3]]  # in any order: a resumed run starts late
+    assert [again.at(step) for step in (9, 3)] == [
+        shown[9],
+        shown[3],
+    ]  # in any order: a resumed run starts at a later step
 
 
 def test_the_curve_of_a_huge_epsilon_is_renyi_dps() -> None:

@@ -1,4 +1,4 @@
-"""Clipped gradient sums: what the reference says, and never more than C from anyone."""
+"""Clipped gradient sums equal a float64 reference, and no example contributes more than C."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpdist import config, models
+from dpdist.mechanism import clipping
 from dpdist.mechanism.clipping import clipped_grad_sum, plain_grad_sum
 
 Loss = Callable[[Any, Any], Any]
@@ -23,7 +24,7 @@ def flat(tree: Any) -> np.ndarray:
 
 
 def one_by_one(loss_fn: Loss, params: Any, batch: Any, examples: int) -> tuple[np.ndarray, np.ndarray]:
-    """(gradients [p, d], norms [p]) of one example after the other, in float64."""
+    """Compute gradients [p, d] and norms [p], one example after the other, in float64."""
     with jax.enable_x64(True):
         params, batch = jax.tree.map(
             lambda x: np.asarray(x, np.float64 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype), (params, batch)
@@ -36,7 +37,7 @@ def one_by_one(loss_fn: Loss, params: Any, batch: Any, examples: int) -> tuple[n
 
 
 def clipped(gradients: np.ndarray, weights: np.ndarray, clip_norm: float) -> np.ndarray:
-    """Abadi et al. 2016, Algorithm 1: the weighted sum of the rows, each clipped."""
+    """Sum the rows, each clipped to C (Abadi et al. 2016, Algorithm 1)."""
     return np.tensordot(weights * np.minimum(1.0, clip_norm / np.linalg.norm(gradients, axis=1)), gradients, axes=1)
 
 
@@ -56,7 +57,7 @@ def plain_jax_model() -> tuple[Loss, Any]:
 
 
 def case(name: str) -> tuple[Loss, Any, Any]:
-    """(loss, params, a batch of 6) of a model whose gradients are partly above and partly below C = 1."""
+    """Return (loss, params, a batch of 6) of a model with gradient norms both above and below C = 1."""
     random = np.random.default_rng(2)
     if name == "plain":
         loss_fn, params = plain_jax_model()
@@ -82,7 +83,7 @@ def test_sums_and_norms_are_those_of_one_example_after_the_other(name: str, meth
     loss_fn, params, batch = case(name)
     mask = np.array([1, 1, 0, 1, 1, 1], np.float32)
     gradients, expected_norms = one_by_one(loss_fn, params, batch, 6)
-    clip_norm = float(np.median(expected_norms))  # half of them are clipped
+    clip_norm = float(np.median(expected_norms))  # clips half of the examples
     expected = clipped(gradients, mask, clip_norm)
     sums, norms = jax.jit(clipped_grad_sum(loss_fn, clip_norm=clip_norm, method=method))(params, batch, mask)
     assert jax.tree.structure(sums) == jax.tree.structure(params)
@@ -90,12 +91,12 @@ def test_sums_and_norms_are_those_of_one_example_after_the_other(name: str, meth
     assert {s.dtype for s in jax.tree.leaves(sums)} == {np.dtype(np.float32)}
     assert norms.dtype == np.float32
     assert np.abs(np.asarray(norms)[mask > 0] / expected_norms[mask > 0] - 1).max() < 1e-5
-    # Norms are inflated by a margin of 8e-6 before clipping; the rest is rounding.
+    # Norms are increased by a margin of 8e-6 before clipping; the rest is rounding.
     assert np.linalg.norm(flat(sums) - expected) < 1e-5 * np.linalg.norm(expected)
 
 
 def linear(params: Any, example: Any) -> Any:
-    """A loss whose gradient is the example itself, so that any gradient can be tried."""
+    """A loss whose gradient is the example itself, to test any gradient we like."""
     return sum(jnp.sum(p * example[name]) for name, p in params.items())
 
 
@@ -106,13 +107,13 @@ linear_sums = {c: jax.jit(clipped_grad_sum(linear, clip_norm=c)) for c in CLIP_N
 
 
 def rows(gradients: np.ndarray) -> dict[str, np.ndarray]:
-    """Gradients [p, 161] as a batch for `linear`."""
+    """Turn gradients [p, 161] into a batch for `linear`."""
     gradients = np.asarray(gradients, np.float32)
     return {"w": gradients[:, :150].reshape(-1, 3, 50), "b": gradients[:, 150:]}
 
 
 def total(clip_norm: float, gradients: np.ndarray, mask: Any = None) -> np.ndarray:
-    """The clipped sum in the layout of `gradients`, in float64."""
+    """Return the clipped sum in the layout of `gradients`, in float64."""
     sums, _ = linear_sums[clip_norm](
         ZEROS, rows(gradients), np.ones(len(gradients), np.float32) if mask is None else np.asarray(mask, np.float32)
     )
@@ -124,7 +125,7 @@ def total(clip_norm: float, gradients: np.ndarray, mask: Any = None) -> np.ndarr
 )
 @settings(derandomize=True, deadline=None, max_examples=300)
 def test_no_example_adds_more_than_the_clipping_norm(seed: int, clip_norm: float, exponents: list[float]) -> None:
-    """Gradients whose coordinates have any mixture of scales from 1e-6 to 1e6."""
+    """Draw gradients whose coordinates mix scales from 1e-6 to 1e6."""
     random = np.random.default_rng(seed)
     gradient = random.normal(size=DIMENSION) * 10.0 ** random.choice(exponents, DIMENSION)
     gradient = gradient.astype(np.float32).astype(np.float64)
@@ -171,7 +172,7 @@ def test_a_gradient_that_is_not_finite_adds_exactly_nothing() -> None:
     for i in range(1, 7):
         assert not total(1.0, bad[i : i + 1]).any()
         norm = linear_sums[1.0](ZEROS, rows(bad[i : i + 1]), np.ones(1, np.float32))[1]
-        assert not np.isfinite(norm[0])  # and it is counted as such
+        assert not np.isfinite(norm[0])  # and the norm says so
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30, 7.0])
@@ -219,7 +220,7 @@ def test_bfloat16_gradients_are_clipped_and_summed_in_float32() -> None:
     function = jax.jit(clipped_grad_sum(loss_fn, clip_norm=clip_norm))
     sums, found = function(params, batch, ones)
     assert {s.dtype for s in jax.tree.leaves(sums)} == {np.dtype(np.float32)}
-    # Fusion may keep more digits of an intermediate than the gradient that was materialised here.
+    # Fusion may keep more digits of an intermediate value than the gradient stored here has.
     assert np.abs(np.asarray(found) / norms - 1).max() < 2e-2
     assert np.linalg.norm(flat(sums) - expected) < 2e-2 * np.linalg.norm(expected)
     for i in range(6):
@@ -227,7 +228,7 @@ def test_bfloat16_gradients_are_clipped_and_summed_in_float32() -> None:
 
 
 def whole_norm(gradient: np.ndarray) -> tuple[float, float]:
-    """(norm found / true norm, norm of the contribution) for one huge gradient, C = 1."""
+    """Return (computed norm / true norm, norm of the contribution) of one huge gradient at C = 1."""
     function = jax.jit(clipped_grad_sum(lambda params, example: jnp.sum(params * example), clip_norm=1.0))
     sums, norms = function(jnp.zeros(gradient.shape), gradient[None], np.ones(1, np.float32))
     true = np.sqrt(np.sum(np.square(gradient, dtype=np.float64)))
@@ -235,14 +236,16 @@ def whole_norm(gradient: np.ndarray) -> tuple[float, float]:
 
 
 def test_the_norm_of_a_huge_model_is_accurate() -> None:
-    """A running float32 sum of 2^25 equal squares stops at 2^24: a norm 30% too small, an example 1.4 C large."""
+    """A sequential float32 sum of 2^25 equal squares stops at 2^24: the norm would be 30% too small, and the
+    contribution 1.4 C.
+    """
     ratio, contribution = whole_norm(np.full(2**25, 0.1, np.float32))
     assert abs(ratio - 1) < 1e-6
     assert 1 - 2e-5 < contribution <= 1
 
 
 def test_small_coordinates_beside_a_large_one_are_counted() -> None:
-    """Beside 1, each square 4e-8 rounds away in a running sum; together they are 0.17."""
+    """Next to 1, each square of 4e-8 is lost in a sequential float32 sum; together they are 0.17."""
     gradient = np.full(2**22, 2e-4, np.float32)
     gradient[0] = 1
     ratio, contribution = whole_norm(gradient)
@@ -279,3 +282,7 @@ def test_a_clipping_norm_that_bounds_nothing_is_refused(clip_norm: float) -> Non
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(ValueError, match="gohst"):
         clipped_grad_sum(linear, clip_norm=1.0, method="gohst")
+
+
+def test_every_name_in_all_exists() -> None:
+    assert [name for name in clipping.__all__ if not hasattr(clipping, name)] == []

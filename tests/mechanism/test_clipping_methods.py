@@ -1,4 +1,4 @@
-"""Every clipping method against one example after the other in float64, on losses of every making."""
+"""Every clipping method on many kinds of losses, against one example after the other in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zoo import EXAMPLES, ZOO, Case, mixed_precision, normal
 from dpdist.mechanism.clipping import choose_strategies, clipped_grad_sum, trainable
 from dpdist.mechanism.clipping.norms import Side, squared_norm
 
-#: method, strategies, and the relative deviation allowed: forced on long products, ghost takes a wider margin.
+#: Method, strategies, and the relative error allowed: ghost, forced on long products, has a wider margin.
 WAYS = {
     "bookkeeping": ("bookkeeping", {}, 1e-5),
     "ghost": ("ghost", {}, 1e-5),
@@ -31,7 +31,7 @@ MASK = np.array([1, 1, 0, 1, 1, 1], np.float32)
 
 @cache
 def reference(name: str) -> tuple[Case, np.ndarray, np.ndarray, float]:
-    """A case of the zoo, its gradients and norms in float64, and a C that clips half of them."""
+    """One loss of the zoo, its gradients and norms in float64, and a C that clips half of the examples."""
     loss_fn, params, batch = ZOO[name]()
     gradients, norms = one_by_one(loss_fn, params, batch, EXAMPLES)
     return (loss_fn, params, batch), gradients, norms, float(np.median(norms))
@@ -46,7 +46,7 @@ def methods(name: str, way: str) -> Any:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ZOO)
 def test_sums_and_norms_are_the_references(name: str, way: str) -> None:
-    """Masked, with a NaN in one example where it can hold one, and once with nobody."""
+    """Masked; with a NaN in one example, if it can hold one; and with all examples masked."""
     (_, params, batch), gradients, expected_norms, clip_norm = reference(name)
     function = jax.jit(methods(name, way))
     tolerance = WAYS[way][2]
@@ -117,25 +117,25 @@ def test_gradients_of_zeros_add_zeros(way: str) -> None:
 
 
 def test_strategies_are_what_the_uses_allow() -> None:
-    def plan(name: str) -> dict[str, str]:
+    def strategies(name: str) -> dict[str, str]:
         (loss_fn, params, batch), *_ = reference(name)
         example = jax.tree.map(lambda x: x[0], batch)
         leaves = choose_strategies(loss_fn, params, example, strategies={"*": "ghost"})
         return {leaf.path: leaf.reason or leaf.strategy for leaf in leaves}
 
-    assert plan("tied embeddings") == {"table": "ghost", "w": "ghost"}
-    assert plan("scan") == {"b": "it meets data in add", "shared": "ghost", "w": "ghost"}
-    assert plan("experts") == {"down": "ghost", "up": "ghost"}
-    assert plan("slices")["stack"] == plan("slices")["halves"] == plan("slices")["clamped"] == "ghost"
-    assert plan("slices")["sliding"] == "it is used in parts that overlap"
-    assert plan("low rank")["w"] == "it meets data in dot_general"
-    assert plan("reshaped")["w"] == "its uses divide it into rows and columns differently"
-    assert plan("odd corners")["unused"] == "no example's loss depends on it"
-    assert plan("own derivatives")["w"] == "it meets data in custom_vjp_call"
+    assert strategies("tied embeddings") == {"table": "ghost", "w": "ghost"}
+    assert strategies("scan") == {"b": "no ghost norm for its use in add", "shared": "ghost", "w": "ghost"}
+    assert strategies("experts") == {"down": "ghost", "up": "ghost"}
+    assert strategies("slices")["stack"] == strategies("slices")["halves"] == strategies("slices")["clamped"] == "ghost"
+    assert strategies("slices")["sliding"] == "it is used in parts that overlap"
+    assert strategies("low rank")["w"] == "no ghost norm for its use in dot_general"
+    assert strategies("reshaped")["w"] == "its uses divide it into rows and columns differently"
+    assert strategies("odd corners")["unused"] == "no example's loss depends on it"
+    assert strategies("own derivatives")["w"] == "no ghost norm for its use in custom_vjp_call"
 
 
 def cancelling(scale: float, nudge: float = 2**-22) -> tuple[np.ndarray, np.ndarray]:
-    """Factors [t, m], [t, n] whose outer products nearly cancel: the float32 inner products lose their sum."""
+    """Return factors [t, m], [t, n] whose outer products nearly cancel, too much for float32 inner products."""
     random = np.random.default_rng(0)
     a, g = random.normal(size=(64, 32)) * scale, random.normal(size=(64, 48)) * scale
     a, g = a.astype(np.float32), g.astype(np.float32)
@@ -143,7 +143,7 @@ def cancelling(scale: float, nudge: float = 2**-22) -> tuple[np.ndarray, np.ndar
 
 
 def test_under_cancellation_the_norm_is_still_bounded() -> None:
-    """The plain float32 product is negative here, and the example would go unclipped."""
+    """The plain float32 result is negative here, so the example would not be clipped."""
     a, g = cancelling(10.0)
     naive = np.asarray(jnp.sum((jnp.asarray(a) @ a.T) * (jnp.asarray(g) @ g.T)))
     true = float(np.sum((a.astype(np.float64).T @ g.astype(np.float64)) ** 2))
@@ -166,7 +166,7 @@ def test_under_cancellation_the_norm_is_still_bounded() -> None:
 
 
 def test_inner_products_are_taken_in_float64() -> None:
-    """Here float32's are off by many times their sum, and float64's by less than a tenth, all on the safe side."""
+    """In float32 the error is many times the sum; in float64 it is less than a tenth, on the safe side."""
     a, g = cancelling(10.0, 2**-16)
     naive = float(jnp.sum((jnp.asarray(a) @ a.T) * (jnp.asarray(g) @ g.T)))
     true = float(np.sum((a.astype(np.float64).T @ g.astype(np.float64)) ** 2))
@@ -176,7 +176,7 @@ def test_inner_products_are_taken_in_float64() -> None:
 
 
 def test_the_rounding_of_a_weighted_product_is_within_the_bound() -> None:
-    """One number, the sum of 128 that nearly cancel: what the float32 product is off by is a part of it."""
+    """The gradient is one number, a sum of 128 terms that nearly cancel, so the float32 error is a large part of it."""
     function = jax.jit(
         clipped_grad_sum(
             lambda p, e: jnp.sum((e["a"] @ p["w"]) * e["g"]),
@@ -192,12 +192,12 @@ def test_the_rounding_of_a_weighted_product_is_within_the_bound() -> None:
         batch = {"a": np.concatenate([a, a])[None], "g": np.concatenate([g * np.float32(1 + 2**-10), -g])[None]}
         found.append(abs(float(function(params, batch, np.ones(1, np.float32))[0]["w"][0, 0])))
     assert max(found) <= 1e-3
-    assert np.median(found) > 0.8e-3  # they are clipped, and little more than they have to be
+    assert np.median(found) > 0.8e-3  # clipped, and not much more than necessary
 
 
 @pytest.mark.parametrize("strategy", ["ghost", "instantiate"])
 def test_bfloat16_products_are_clipped_and_summed_in_float32(strategy: str) -> None:
-    """Adding a thousand examples must not round to bfloat16, whose steps would exceed C."""
+    """The sum of a thousand examples must not round to bfloat16, whose spacing would exceed C."""
     loss_fn, params, batch = mixed_precision()
     function = jax.jit(clipped_grad_sum(loss_fn, clip_norm=0.3, method="bookkeeping", strategies={"[wkt]*": strategy}))
     rows = np.arange(1000) % EXAMPLES
@@ -232,7 +232,7 @@ def test_frozen_parameters_count_in_no_norm_and_get_no_sum(method: str) -> None:
 
 
 def test_frozen_parameters_cost_no_gradient() -> None:
-    """With all but the last layer frozen nothing goes backwards through the others."""
+    """If all but the last layer are frozen, no backward pass goes through the others."""
     params = {"w": [normal(i, 64, 64) for i in range(6)]}
     batch = {"x": normal(9, 8, 32, 64)}
 
@@ -267,7 +267,7 @@ def networks(draw: st.DrawFn) -> list[tuple[str, int]]:
 
 
 def network(layers: list[tuple[str, int]]) -> Case:
-    """A random model of [t, 4] whose layers share three square weights and what else they need."""
+    """Draw a random model of [t, 4] whose layers share three square weights and some smaller parameters."""
     params = {
         "w": [normal(i, 4, 4, scale=0.6) for i in range(3)],
         "b": [normal(10 + i, 4) for i in range(3)],

@@ -1,4 +1,4 @@
-"""Keys: one for every purpose, step and leaf, the same wherever they are derived, and the secret stays hidden."""
+"""Keys: distinct for every purpose, step and leaf, and the same wherever derived; the secret stays hidden."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def keys(key: bytes = KEY, nonce: bytes = NONCE) -> Keys:
 
 
 def streams(k: Keys, step: int) -> dict[str, bytes]:
-    """All 64-bit halves of what a step derives for three leaves, by name."""
+    """Return all 64-bit halves of the keys that a step derives for three leaves, by name."""
     sampling, noise = k.sampling(step), k.noise(step, 3)
     named = {f"sampling {i}": sampling[i].tobytes() for i in range(2)} | {"loss": k.loss(step).tobytes()}
     return named | {f"noise {leaf} {z}": noise[leaf, z].tobytes() for leaf in range(3) for z in range(4)}
@@ -68,11 +68,11 @@ def test_every_field_of_a_derivation_matters() -> None:
 
 def test_derivation_is_deterministic() -> None:
     assert streams(keys(), 5) == streams(keys(), 5)
-    assert np.array_equal(keys().noise(5, 3), keys().noise(5, 4)[:3])  # a leaf's key depends on its place alone
+    assert np.array_equal(keys().noise(5, 3), keys().noise(5, 4)[:3])  # a leaf's key depends only on its position
 
 
 def test_derivation_gives_the_pinned_bits() -> None:
-    """An accidental change would silently give every resumed run other samples and noise."""
+    """An accidental change would silently give every resumed run different samples and noise."""
     assert keys().sampling(7).tolist() == PINNED_SAMPLING
     assert keys().noise(7, 2)[1].tolist() == PINNED_NOISE
     assert keys().loss(7).tolist() == PINNED_LOSS
@@ -87,7 +87,7 @@ def test_key_shapes_and_types_are_what_the_generators_take() -> None:
 
 
 def traces(secret: Secret) -> str:
-    """What a debugger-like handler prints, local variables included, when derivation fails."""
+    """Return the traceback, with local variables, of a failing derivation."""
     text = ""
     for broken in ({"step": -1}, {"leaf": 1 << 40}, {"size": 65}, {"nonce": "text"}):
         with pytest.raises(Exception) as caught:  # noqa: PT011

@@ -1,4 +1,4 @@
-"""The draw: Gaussian to the last test, on a fine grid, and a function of its keys alone."""
+"""The noise draw: Gaussian by several tests, on a fine grid, and a function of its keys alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def first() -> np.ndarray:
 
 
 def variance_is(values: np.ndarray, scale: float) -> bool:
-    """Whether the sum of squares lies in the chi-square interval of N(0, scale^2)."""
+    """Return whether the sum of squares lies in the chi-square interval of N(0, scale^2)."""
     statistic = np.sum((values.astype(np.float64) / scale) ** 2)
     low, high = stats.chi2.ppf([ALPHA / 2, 1 - ALPHA / 2], values.size)
     return bool(low < statistic < high)
@@ -39,13 +39,13 @@ def test_the_standard_deviation_is_the_scale(first: np.ndarray) -> None:
     assert first.dtype == np.float32
     assert first.shape == (sum(SIZES),)
     assert variance_is(first, SCALE)
-    assert not variance_is(first, SCALE * 1.01)  # the interval is tight enough to tell
+    assert not variance_is(first, SCALE * 1.01)  # the interval is tight enough to reject 1%
     assert abs(first.mean(dtype=np.float64)) < 4.5 * SCALE / np.sqrt(first.size)
 
 
 def test_the_distribution_is_normal(first: np.ndarray) -> None:
     assert stats.kstest(first.astype(np.float64) / SCALE, "norm").pvalue > ALPHA
-    # Tails too: counts beyond 3 and 4 standard deviations, on either side.
+    # The tails too: counts beyond 3 and 4 standard deviations on each side.
     for edge in (-4.0, -3.0, 3.0, 4.0):
         beyond = int(np.sum(first / SCALE < edge) if edge < 0 else np.sum(first / SCALE > edge))
         assert stats.binomtest(beyond, first.size, stats.norm.sf(abs(edge))).pvalue > ALPHA
@@ -60,9 +60,9 @@ def test_the_grid_is_finer_than_that_of_one_float32_normal() -> None:
         return len(values) - len(np.unique(values))
 
     # n values from a grid of m equally likely ones collide n^2 / 2m times: 65,536 times for m = 2^23.
-    assert collisions(single) > 50_000  # a single draw is indeed no finer
+    assert collisions(single) > 50_000  # a single draw is no finer
     assert collisions(averaged) < 2**40 / (2 * 2**24)  # a grid of more than 2^24 equally likely values
-    # Steps between neighbours in the middle of the distribution are finer too.
+    # Neighbouring values in the middle of the distribution are closer too.
     middle = [np.unique(values[np.abs(values) < 0.05]) for values in (single, averaged)]
     assert np.diff(middle[1].astype(np.float64)).min() < np.diff(middle[0].astype(np.float64)).min()
 
@@ -84,7 +84,7 @@ def test_same_keys_give_same_bits(first: np.ndarray) -> None:
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize("half", range(2))
 def test_each_of_the_four_keys_matters(first: np.ndarray, which: int, half: int) -> None:
-    """With one key changed a quarter of the variance is replaced: the difference has variance 2 / 4."""
+    """Changing one key replaces a quarter of the variance, so the difference has variance 2 / 4."""
     keys = KEYS.noise(0, len(SIZES)).copy()
     keys[:, which, half] ^= 1
     assert variance_is(draw(keys) - first, SCALE * np.sqrt(0.5))

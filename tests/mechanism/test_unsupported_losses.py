@@ -1,4 +1,4 @@
-"""Losses that hold what JAX cannot differentiate: exact where no gradient goes through it, named where one would."""
+"""Losses with operations that JAX cannot differentiate: exact if no gradient goes through them, else named."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def score(p: Any, h: Any) -> Any:
 
 
 def shrunk(x: Any, factor: Any = 0.5) -> Any:
-    """As often as it takes to fall below a bound."""
+    """Multiply until the result falls below a bound."""
     return lax.while_loop(lambda h: jnp.max(jnp.abs(h)) > 0.4, lambda h: h * factor, x)  # LINE: while
 
 
 def shrinkings(x: Any) -> Any:
-    """How often that is: an integer, beside which the loop carries what depends on x."""
+    """Count those multiplications: an integer, but the loop also carries values that depend on x."""
     again, body = lambda carry: jnp.max(jnp.abs(carry[1])) > 0.4, lambda carry: (carry[0] + 1, carry[1] * 0.5)
     return lax.while_loop(again, body, (0, x))[0]
 
@@ -112,12 +112,12 @@ EXACT: dict[str, Loss] = {
 
 
 def summed(loss_fn: Loss, method: str) -> Any:
-    """The clipped gradient sum, or for `plain` the one of plain SGD, which must say as much."""
+    """Return the clipped gradient sum; for `plain` the one of plain SGD, which must give the same errors."""
     return plain_grad_sum(loss_fn) if method == "plain" else clipped_grad_sum(loss_fn, clip_norm=1.0, method=method)
 
 
 def line_of(primitive: str) -> int:
-    """The line of this file that says it holds `primitive`."""
+    """Find the line of this file whose comment names `primitive`."""
     lines = Path(__file__).read_text().splitlines()
     return next(number for number, line in enumerate(lines, 1) if line.endswith(f"# LINE: {primitive}"))
 
@@ -138,7 +138,7 @@ def test_what_has_no_derivative_is_named_with_its_line_and_parameters(name: str,
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", EXACT)
 def test_what_no_gradient_goes_through_is_exact(name: str, method: str) -> None:
-    """dpdist's warnings are errors here, so no other method has taken the place of the one that is asked for."""
+    """dpdist's warnings are errors here, so we know that the requested method did not fall back to another."""
     gradients, norms = one_by_one(EXACT[name], PARAMS, BATCH, 3)
     mask, clip_norm = np.array([1, 0, 1], np.float32), float(np.median(norms))
     sums, found = jax.jit(clipped_grad_sum(EXACT[name], clip_norm=clip_norm, method=method))(PARAMS, BATCH, mask)
@@ -147,8 +147,8 @@ def test_what_no_gradient_goes_through_is_exact(name: str, method: str) -> None:
     assert np.abs(np.asarray(found)[mask > 0] / norms[mask > 0] - 1).max() < 1e-5
 
 
-def test_per_example_takes_the_place_of_a_method_that_asks_for_a_derivative_too_many() -> None:
-    """No gradient of `v` comes out of the branches, which the graph takes for one equation that `v` goes into."""
+def test_per_example_replaces_a_method_that_needs_a_missing_derivative() -> None:
+    """`v` goes into a `cond`, which stays one equation in the graph, but no gradient of `v` comes out of it."""
 
     def loss_fn(p: Any, e: Any) -> Any:
         stopped = [lambda x: lax.stop_gradient(x * p["net"]["v"]), lambda x: lax.stop_gradient(x - p["net"]["v"])]
@@ -156,7 +156,7 @@ def test_per_example_takes_the_place_of_a_method_that_asks_for_a_derivative_too_
 
     gradients, norms = one_by_one(loss_fn, PARAMS, BATCH, 3)
     clip_norm = float(np.median(norms))
-    with pytest.warns(UserWarning, match="per_example takes the place"):
+    with pytest.warns(UserWarning, match="falls back to the slower method per_example"):
         sums, _ = clipped_grad_sum(loss_fn, clip_norm=clip_norm, method="ghost")(PARAMS, BATCH, ONES)
     expected = clipped(gradients, ONES, clip_norm)
     assert np.linalg.norm(flat(sums) - expected) <= 1e-5 * np.linalg.norm(expected)
@@ -172,7 +172,7 @@ def test_frozen_parameters_need_no_derivative(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", [*METHODS, "plain"])
-def test_a_mistake_in_the_loss_itself_stays_what_it_is(method: str) -> None:
+def test_an_error_in_the_loss_itself_is_not_replaced(method: str) -> None:
     function = summed(lambda p, e: jnp.sum(e["x"] @ p["head"][:3]), method)
     with pytest.raises(TypeError, match="contracting dimensions"):
         function(PARAMS, BATCH, ONES)
@@ -193,14 +193,14 @@ def test_a_loss_that_is_no_scalar_is_refused(method: str) -> None:
 
 @pytest.mark.parametrize("method", [*METHODS, "plain"])
 def test_a_complex_parameter_is_refused(method: str) -> None:
-    """Its gradient is complex, and to float32 only the real part would be left."""
+    """Its gradient is complex; a cast to float32 would drop the imaginary part."""
     function = summed(lambda p, e: jnp.sum(jnp.abs(e["x"] * p["w"])), method)
     with pytest.raises(UnsupportedLossError, match="w is complex64: give its real and imaginary parts"):
         function({"w": normal(1, 4).astype(np.complex64)}, BATCH, ONES)
 
 
 @pytest.mark.parametrize("method", ["bookkeeping", "ghost"])
-def test_a_mistake_of_ours_is_not_taken_for_a_refusal(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_bug_is_not_reported_as_an_unsupported_loss(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def mistaken(*_: Any) -> Any:
         raise ValueError("shapes do not match")
 

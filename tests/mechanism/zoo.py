@@ -1,4 +1,4 @@
-"""Losses of many makings, each with parameters and a batch of six: whatever a clipping method could get wrong."""
+"""Many kinds of losses, each with parameters and a batch of six: cases that a clipping method could get wrong."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokens(length: int, vocabulary: int) -> dict[str, np.ndarray]:
 
 
 def tied_embeddings() -> Case:
-    """A table that is looked up, multiplied, and multiplied transposed; tokens repeat."""
+    """A table used for lookup, for a product and for a transposed product; tokens repeat."""
     params = {"table": normal(3, 9, 5), "w": normal(4, 5, 5)}
 
     def loss(params: Any, example: Any) -> Any:
@@ -44,7 +44,7 @@ def tied_embeddings() -> Case:
 
 
 def out_of_range(mode: str) -> Case:
-    """Indices beyond the table: filled with a constant, or taken from its end."""
+    """Indices outside the table: filled with a constant, or clamped to its ends."""
     batch = {"ids": np.array([[0, 4, 7], [-1, 1, 1], [5, 5, 5], [9, 9, 0], [4, 3, 2], [4, 4, 4]], np.int32)}
 
     def loss(params: Any, example: Any) -> Any:
@@ -85,7 +85,7 @@ def convolution(**how: Any) -> Case:
 
 
 def patches() -> Case:
-    """Windows that tile the image, as those of a vision transformer, over two rows of images at once."""
+    """Windows that tile the image, as in a vision transformer, over two rows of images at once."""
     params = {"kernel": normal(9, 2, 4, 3, 5)}
 
     def loss(params: Any, example: Any) -> Any:
@@ -142,7 +142,7 @@ def rematerialised() -> Case:
 
 
 def control_flow() -> Case:
-    """Parameters that decide, and branches that hold parameters, chosen by parameters and by data."""
+    """Branches that contain parameters, chosen by parameters and by data."""
     params = {"gate": np.float32(0.37), "w": normal(18, 4, 4), "v": normal(19, 4, 4)}
 
     def loss(params: Any, example: Any) -> Any:
@@ -168,7 +168,7 @@ def experts() -> Case:
 
 
 def odd_corners() -> Case:
-    """A scalar, an unused and an empty parameter, a penalty on the parameters, and a mean over an integer input."""
+    """A scalar, an unused and an empty parameter; a penalty on the parameters; a mean over an integer input."""
     params = {
         "scale": np.float32(0.7), "unused": normal(22, 3), "empty": np.zeros((0, 3), np.float32), "w": normal(23, 5, 3),
     }  # fmt: skip
@@ -187,7 +187,7 @@ def low_rank() -> Case:
 
 
 def slices() -> Case:
-    """Parts of one parameter: apart from each other, the same twice, and overlapping; by static and by fixed index."""
+    """Slices of one parameter: disjoint, identical and overlapping; with static and with constant dynamic indices."""
     params = {
         "stack": normal(27, 4, 6, 6), "position": normal(28, 9, 6), "overlap": normal(29, 8, 6),
         "clamped": normal(26, 3, 6, 6), "halves": normal(25, 8, 6), "sliding": normal(24, 8, 6),
@@ -197,7 +197,7 @@ def slices() -> Case:
         h = example["x"] + params["position"][:4]
         for layer in (0, 2, 2, 3):
             h = jnp.tanh(h @ params["stack"][layer])
-        h = h @ lax.dynamic_slice(params["clamped"], (7, 0, 0), (1, 6, 6))[0]  # the last: XLA moves a start back
+        h = h @ lax.dynamic_slice(params["clamped"], (7, 0, 0), (1, 6, 6))[0]  # the last one: XLA clamps the start
         h = h + jnp.tanh(h[:, :4]) @ params["halves"][:4] + jnp.sin(h[:, 2:]) @ params["halves"][4:]
         h = jnp.tanh(h @ params["sliding"][:6]) + jnp.sin(h @ params["sliding"][2:])
         h = h @ params["overlap"][:6] + h @ params["overlap"][2:]
@@ -207,7 +207,7 @@ def slices() -> Case:
 
 
 def reshaped() -> Case:
-    """One parameter, stored as another shape, and the transpose of another, twice."""
+    """A parameter stored in another shape; and the transpose of another parameter, used twice."""
     params = {"w": normal(30, 2, 3, 4), "v": normal(31, 6, 6)}
 
     def loss(params: Any, example: Any) -> Any:
@@ -218,7 +218,7 @@ def reshaped() -> Case:
 
 
 def own_derivatives() -> Case:
-    """`custom_vjp` and `custom_jvp` whose derivative is not that of their formula, over parameters and data."""
+    """`custom_vjp` and `custom_jvp`, over parameters and data, whose rule is not the derivative of their formula."""
 
     @jax.custom_vjp
     def double_back(x: Any, w: Any) -> Any:
@@ -241,7 +241,7 @@ def own_derivatives() -> Case:
 
 
 def fourier() -> Case:
-    """Real parameters that meet complex data."""
+    """Real parameters combined with complex data."""
     params = {"w": normal(40, 5), "phase": normal(41, 5), "mix": normal(42, 8, 8), "turn": normal(43, 5, 5)}
 
     def loss(params: Any, example: Any) -> Any:
@@ -253,7 +253,7 @@ def fourier() -> Case:
 
 
 def mixed_precision() -> Case:
-    """Parameters kept in float32 and used in bfloat16 through every kind of rule."""
+    """Parameters stored in float32 and used in bfloat16, by every kind of factor rule."""
     params = {"w": normal(34, 6, 8), "k": normal(35, 3, 1, 8, 4), "table": normal(36, 9, 6), "b": normal(37, 8)}
 
     def loss(params: Any, example: Any) -> Any:

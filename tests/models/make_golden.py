@@ -1,6 +1,6 @@
-"""Makes the files in `golden/`: random weights of the peers' models, and the logits those give.
+"""Make the files in `golden/`: random weights of other libraries' models, and the logits that they give.
 
-Run by hand where the `peers` extra is installed; the tests that read the files need none of it:
+Run it by hand with the `peers` extra installed; the tests that read the files do not need that extra:
 
     python tests/models/make_golden.py
 """
@@ -20,7 +20,7 @@ from tiny import CLASSES, GOLDEN, OPTIONS, columns
 
 
 def shake(model: Any, by: float) -> Any:
-    """Adds noise to every parameter: biases of 0 and gains of 1 would hide what is left out."""
+    """Add noise to every parameter: with biases of 0 and gains of 1, a missing one would not be noticed."""
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
             parameter += by * torch.randn(parameter.shape)
@@ -32,7 +32,7 @@ def pixels(data: dict[str, np.ndarray]) -> torch.Tensor:
 
 
 def vit(directory: Path, seed: int) -> np.ndarray:
-    """Saves a model of random weights in `directory`; returns its logits of the examples."""
+    """Save a model with random weights in `directory`; return its logits of the examples."""
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(seed)
@@ -53,7 +53,7 @@ def vit(directory: Path, seed: int) -> np.ndarray:
 
 
 def bert(directory: Path, seed: int) -> np.ndarray:
-    """Saves a model of random weights in `directory`; returns its logits of the examples."""
+    """Save a model with random weights in `directory`; return its logits of the examples."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(seed)
@@ -74,7 +74,7 @@ def bert(directory: Path, seed: int) -> np.ndarray:
 
 
 def bit_resnet(directory: Path, seed: int) -> np.ndarray:
-    """Saves a model of random weights in `directory`, in half precision; returns its logits of the examples."""
+    """Save a model with random weights in `directory`, in half precision; return its logits of the examples."""
     from safetensors.torch import save_file as save_tensors
     from timm.layers import StdConv2d
     from timm.models.resnetv2 import ResNetV2

@@ -18,7 +18,7 @@ TOKENS = {"input_ids": jax.ShapeDtypeStruct((128,), jnp.int32), "label": jax.Sha
 
 
 def by_hand(width: int, depth: int, mlp: int) -> int:
-    """Parameters of the encoder and its pooler, counted from the architecture."""
+    """Count the parameters of the encoder and its pooler from the architecture."""
     attention = 4 * (width * width + width)
     dense = width * mlp + mlp + mlp * width + width
     embedding = (30522 + 512 + 2) * width + 2 * width
@@ -73,7 +73,7 @@ def test_what_the_mask_hides_does_not_matter() -> None:
 
 
 def test_padding_of_a_batch_is_finite_and_an_unknown_token_is_not() -> None:
-    """An example of zeros pads a microbatch; one that is not finite is left out of the step."""
+    """Padding is an example of zeros; an example that is not finite contributes nothing to a step."""
     _, data, _ = golden("bert")
     model, params = golden_model("bert")
     assert np.isfinite(logits(model, params, {name: np.zeros_like(rows) for name, rows in data.items()})).all()
@@ -105,7 +105,7 @@ def test_options_that_cannot_be_used_are_refused(options: dict[str, Any], messag
     assert caught.value.field == "model.options"
 
 
-def test_random_parameters_tell_examples_apart() -> None:
+def test_random_parameters_give_each_example_other_logits() -> None:
     model = build("bert", depth=1)
     found = logits(model, model.init(jax.random.key(0)), columns("bert"))
     assert np.isfinite(found).all()

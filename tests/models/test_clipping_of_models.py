@@ -1,4 +1,4 @@
-"""Clipped sums of the built-in models by every method, and what they cost where it was promised."""
+"""Clipped sums of the built-in models by every method, and the documented cost of some."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MASK = np.array([1, 1, 0, 1], np.float32)
 
 @cache
 def problem(name: str) -> tuple[Any, Any, dict[str, np.ndarray]]:
-    """(loss, parameters that all matter, four examples) of a tiny model."""
+    """Return (loss, parameters that all matter, four examples) of a tiny model."""
     model, params = tiny.golden_model(name)
     batch = tiny.columns(name) | {"label": np.array([0, 3, 1, 4], np.int32)}
     return models.example_loss(model), params, batch
@@ -32,7 +32,7 @@ def sums_of(name: str, **how: Any) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def clip_norm(name: str) -> float:
-    """A norm that clips about half of the examples."""
+    """Return a clipping norm that clips about half of the examples."""
     loss_fn, params, batch = problem(name)
     gradients = jax.jit(jax.vmap(jax.grad(loss_fn), (None, 0)))(params, batch)
     squares = sum(np.sum(np.square(g).reshape(4, -1), axis=1) for g in map(np.asarray, jax.tree.leaves(gradients)))
@@ -67,7 +67,7 @@ def test_every_matrix_of_a_transformer_can_be_clipped_by_its_factors(name: str) 
 
 
 def test_bookkeeping_is_one_forward_and_one_backward_pass() -> None:
-    """Layers of ViT-B/16 at 224, 197 tokens; a whole one costs 1.08 times plain SGD's operations, 1.13 its memory."""
+    """Layers of ViT-B/16 at 224 (197 tokens); a whole one takes 1.08 times plain SGD's operations, 1.13 its memory."""
     batch = {"image": np.zeros((4, 224, 224, 3), np.uint8), "label": np.zeros(4, np.int32)}
     example = {name: jax.ShapeDtypeStruct(column.shape[1:], column.dtype) for name, column in batch.items()}
     chosen = config.Model(name="vit", options={"variant": "B/16", "depth": 3})
@@ -82,6 +82,6 @@ def test_bookkeeping_is_one_forward_and_one_backward_pass() -> None:
     private_flops, private_memory = cost(clipped_grad_sum(loss_fn, clip_norm=1.0, method="bookkeeping"))
     assert private_flops <= 1.15 * flops
     assert private_memory <= 1.25 * memory
-    # A second backward pass would cost another third, and every example's gradient 12 bytes a parameter.
+    # A second backward pass would cost another third; storing every example's gradient, 12 bytes a parameter.
     twice_flops, _ = cost(clipped_grad_sum(loss_fn, clip_norm=1.0, method="ghost"))
     assert twice_flops > 1.5 * flops

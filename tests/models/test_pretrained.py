@@ -1,4 +1,4 @@
-"""Pretrained weights: every tensor has its place, and what does not fit is named with both shapes."""
+"""Pretrained weights: every tensor must be used, and one that does not fit is named with both shapes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Tensors = dict[str, np.ndarray]
 
 
 def loaded(name: str, path: Path, **options: Any) -> Any:
-    """Parameters of the tiny model from the weights at `path`."""
+    """Load the tiny model's parameters from the weights at `path`."""
     return build(name, pretrained=str(path), **options).init(KEY)
 
 
@@ -36,7 +36,7 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.fixture
 def vit() -> Tensors:
-    """The tensors of the golden ViT by name, to be changed and saved."""
+    """Return the golden ViT's tensors by name, to change and save."""
     return load_file(GOLDEN / "vit.safetensors")
 
 
@@ -46,7 +46,7 @@ def saved(directory: Path, tensors: Tensors) -> Path:
 
 
 def sharded(directory: Path, tensors: Tensors) -> None:
-    """Two files and their index, as large models are saved."""
+    """Save tensors as two files and an index, as large models are."""
     names = sorted(tensors)
     files = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
     for file, part in files.items():
@@ -85,7 +85,7 @@ def test_an_encoder_saved_without_its_classifier_has_no_prefix(name: str, prefix
 
 
 def test_older_berts_are_read_too(tmp_path: Path) -> None:
-    """bert-base-uncased says gamma and beta, and brings the heads of its pretraining."""
+    """bert-base-uncased has the names gamma and beta, and the heads of its pretraining."""
     tensors = load_file(GOLDEN / "bert.safetensors")
     older = {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): values
@@ -219,13 +219,13 @@ def test_images_of_other_channels_are_refused(vit: Tensors) -> None:
 # Files
 
 
-def test_a_path_that_is_not_there_is_told_and_nothing_is_downloaded(tmp_path: Path) -> None:
+def test_a_missing_path_is_reported_and_nothing_is_downloaded(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or directory; nothing is downloaded") as caught:
         loaded("vit", tmp_path / "google" / "vit-base-patch16-224-in21k")
     assert caught.value.field == "model.options.pretrained"
 
 
-def test_a_directory_without_weights_is_told_what_it_holds(tmp_path: Path) -> None:
+def test_a_directory_without_weights_is_refused_with_its_content(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="but nothing; other formats are not read"):
         loaded("vit", tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
@@ -261,7 +261,7 @@ def test_an_index_and_shards_that_disagree_are_refused(vit: Tensors, tmp_path: P
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}'])
-def test_a_damaged_index_is_told(tmp_path: Path, content: str) -> None:
+def test_a_damaged_index_is_reported(tmp_path: Path, content: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(InputError, match="is damaged: it maps no tensors to files"):
         loaded("vit", tmp_path)
@@ -271,7 +271,7 @@ def test_a_damaged_index_is_told(tmp_path: Path, content: str) -> None:
 
 
 def test_the_shapes_of_a_model_need_no_file(tmp_path: Path) -> None:
-    """A finished run is loaded by its shapes and its checkpoint, on machines that never had the weights."""
+    """Loading a finished run needs only shapes and its checkpoint; the machine may not have the weights."""
     model = build("vit", pretrained=str(tmp_path / "gone"))
     params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     assert size(params) == size(jax.eval_shape(build("vit").init, KEY))

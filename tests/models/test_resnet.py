@@ -20,7 +20,7 @@ CIFAR = {"image": jax.ShapeDtypeStruct((32, 32, 3), jnp.uint8), "label": jax.Sha
 
 
 def by_hand(layers: Sequence[int], factor: int) -> int:
-    """Parameters before the classifier: kernels without bias, and a gain and a shift for each normalised channel."""
+    """Count the parameters before the classifier: kernels without bias; a gain and a shift per normalised channel."""
     channels, total = 64 * factor, 7 * 7 * 3 * 64 * factor
     for depth, out in zip(layers, (256, 512, 1024, 2048), strict=True):
         out, inner = out * factor, out * factor // 4
@@ -49,7 +49,7 @@ def shapes(variant: str, **options: Any) -> Any:
     ],
 )
 def test_the_published_sizes(variant: str, backbone: int) -> None:
-    """Five blocks are built; all of them are counted."""
+    """We build five blocks and count the parameters of all."""
     layers, factor = VARIANTS[variant]
     params = shapes(variant, layers=[1, 2, 1, 1])
     assert size(params["head"]) == 2048 * factor * 10 + 10
@@ -98,7 +98,7 @@ def test_every_parameter_learns() -> None:
 
 
 def test_the_scale_of_a_kernel_does_not_matter() -> None:
-    """The weights are standardised, so that the network depends on their direction alone."""
+    """Weights are standardised, so the network depends only on their direction."""
     _, data, expected = golden("bit_resnet")
     model, params = golden_model("bit_resnet")
     params = jax.tree.map(lambda leaf: leaf, params)
@@ -125,7 +125,7 @@ def test_options_that_cannot_be_used_are_refused(options: dict[str, Any], messag
     assert caught.value.field == "model.options"
 
 
-def test_random_parameters_tell_examples_apart() -> None:
+def test_random_parameters_give_each_example_other_logits() -> None:
     model = build("bit_resnet", layers=[1], channels=[128])
     found = logits(model, model.init(jax.random.key(0)), columns("bit_resnet"))
     assert np.isfinite(found).all()

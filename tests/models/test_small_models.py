@@ -1,4 +1,4 @@
-"""Models: functions of one example, refused with the field's name where they cannot be used."""
+"""Models as functions of one example; one that cannot be used is refused with the config field's name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def shapes(model: models.Model) -> Any:
 
 
 def some_params(model: models.Model) -> Any:
-    """Parameters of the right shapes, quicker than compiling an initialiser."""
+    """Return parameters of the right shapes, faster than by compiling an initialiser."""
     random = np.random.default_rng(3)
     return jax.tree.map(lambda x: (random.normal(size=x.shape) / np.sqrt(x.shape[0])).astype(x.dtype), shapes(model))
 
@@ -175,7 +175,7 @@ def test_a_missing_loss_is_named() -> None:
     assert "cross_entropy" in str(caught.value)
 
 
-# A user's own
+# A user's own model
 
 
 OWN = """
@@ -209,7 +209,7 @@ def strict(*, flavour):
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A module of the user's in the working directory, which Python would not search by itself."""
+    """Write a user's module in the working directory, where Python would not look for it by itself."""
     (tmp_path / "users_own_model.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])

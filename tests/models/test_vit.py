@@ -19,7 +19,7 @@ CIFAR = {"image": jax.ShapeDtypeStruct((32, 32, 3), jnp.uint8), "label": jax.Sha
 
 
 def by_hand(width: int, depth: int, mlp: int, patch: int, classes: int) -> int:
-    """Parameters at 224x224, counted from the paper's equations 1 to 4."""
+    """Count the parameters at 224x224 from the paper's equations 1 to 4."""
     attention = 4 * (width * width + width)
     dense = width * mlp + mlp + mlp * width + width
     embedding = patch * patch * 3 * width + width + width + (1 + (224 // patch) ** 2) * width
@@ -42,7 +42,7 @@ def shapes(variant: str, **options: Any) -> Any:
     ],
 )
 def test_the_published_sizes(variant: str, backbone: int) -> None:
-    """Two layers are built; all of them are counted."""
+    """We build two layers and count the parameters of all."""
     width, depth, _, mlp, patch = VARIANTS[variant]
     assert size(shapes(variant, depth=2)) == by_hand(width, 2, mlp, patch, classes=100)
     assert by_hand(width, depth, mlp, patch, classes=100) == backbone + width * 100 + 100
@@ -102,7 +102,7 @@ def test_an_image_of_another_size_is_resized_on_the_device() -> None:
 
 
 def bilinear(images: np.ndarray, size: int) -> np.ndarray:
-    """Enlarged to [n, size, size, channels]: pixel centres at half-integers, edges repeated."""
+    """Enlarge to [n, size, size, channels]: pixel centres at half-integers, edges repeated."""
     old = images.shape[1]
     place = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
     low = np.minimum(place.astype(int), old - 2)
@@ -131,7 +131,7 @@ def test_options_that_cannot_be_used_are_refused(options: dict[str, Any], messag
     assert caught.value.field == "model.options"
 
 
-def test_random_parameters_tell_examples_apart() -> None:
+def test_random_parameters_give_each_example_other_logits() -> None:
     model = build("vit", depth=1)
     found = logits(model, model.init(jax.random.key(0)), columns("vit"))
     assert np.isfinite(found).all()

@@ -1,4 +1,4 @@
-"""Models small enough to be kept in the repository: `make_golden.py` builds them with PyTorch, the tests here."""
+"""Models small enough for the repository: `make_golden.py` builds them with PyTorch, the tests with dpdist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpdist import config, models
 
 GOLDEN = Path(__file__).parent / "golden"
 CLASSES = 5
-#: Model options by name; `make_golden.py` makes the peers' models of the same numbers.
+#: Model options by name; `make_golden.py` builds the other libraries' models with the same numbers.
 OPTIONS: dict[str, dict[str, Any]] = {
     "vit": {"width": 32, "depth": 2, "heads": 4, "mlp": 48, "patch": 4, "image_size": 16},
     "bit_resnet": {"layers": [1, 2], "channels": [128, 128], "image_size": 40},
@@ -23,7 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def columns(name: str) -> dict[str, np.ndarray]:
-    """Four examples for a model, by column."""
+    """Return four examples for a model, by column."""
     random = np.random.default_rng(7)
     if name != "bert":
         size = OPTIONS[name]["image_size"]
@@ -36,7 +36,7 @@ def columns(name: str) -> dict[str, np.ndarray]:
 
 
 def build(name: str, *, classes: int = CLASSES, data: dict[str, np.ndarray] | None = None, **options: Any) -> Any:
-    """The tiny model of a name, with some options of its own, for examples like those in `data`."""
+    """Build the tiny model of a name, with additional options, for examples like those in `data`."""
     rows = columns(name) if data is None else data
     example = {column: jax.ShapeDtypeStruct(values.shape[1:], values.dtype) for column, values in rows.items()}
     return models.build(config.Model(name=name, options=OPTIONS[name] | options), example=example, classes=classes)
@@ -44,28 +44,28 @@ def build(name: str, *, classes: int = CLASSES, data: dict[str, np.ndarray] | No
 
 @cache
 def compiled(apply: Any) -> Any:
-    """`apply` of many examples, compiled once for all the tests that use it."""
+    """Return `apply` for many examples, compiled once for all tests."""
     return jax.jit(jax.vmap(apply, in_axes=(None, 0)))
 
 
 def logits(model: models.Model, params: Any, data: dict[str, np.ndarray]) -> np.ndarray:
-    """Logits [n, classes] of examples given by column."""
+    """Return the logits [n, classes] of examples given by column."""
     return np.asarray(compiled(model.apply)(params, data))
 
 
 def golden(name: str) -> tuple[Path, dict[str, np.ndarray], np.ndarray]:
-    """The weights' file, the examples and the logits that `make_golden.py` got from the peer's model."""
+    """Return the weights' file, the examples, and the logits that `make_golden.py` got from the other library."""
     expected = load_file(GOLDEN / f"{name}.expected.safetensors")
     return GOLDEN / f"{name}.safetensors", expected, expected.pop("logits")
 
 
 @cache
 def golden_model(name: str) -> tuple[models.Model, Any]:
-    """The model with the golden weights, and those."""
+    """Return the model and its golden weights."""
     model = build(name, pretrained=str(GOLDEN / f"{name}.safetensors"))
     return model, model.init(jax.random.key(0))
 
 
 def size(params: Any) -> int:
-    """Number of parameters."""
+    """Count the parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,4 +1,4 @@
-"""`physical_batch_size: auto` against simulated steps: real Poisson samples through the real plan."""
+"""`physical_batch_size: auto` against simulated steps: real Poisson samples, assigned to devices as in training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from dpdist.mechanism.keys import Keys, Secret
 from dpdist.mechanism.sampling import Assignment, assign, microbatch_sizes, poisson_sample
+from dpdist.program import microbatches
 from dpdist.program.microbatches import choose_physical_batch, expected_rows, largest_that_fits, tail_of
 
 How = Literal["balanced", "shard"]
@@ -23,7 +24,7 @@ def sample(step: int, dataset_size: int, q: float) -> np.ndarray:
     return poisson_sample(KEYS.sampling(step), q, 0, dataset_size)
 
 
-def plans(
+def assignments(
     dataset_size: int, q: float, hosts: int, per_host: int, assignment: How, physical: int, tail: int
 ) -> list[Assignment]:
     host_of_device = [host for host in range(hosts) for _ in range(per_host)]
@@ -66,7 +67,7 @@ def test_expected_rows_are_those_of_simulated_steps(
     size: int, q: float, hosts: int, per_host: int, assignment: How
 ) -> None:
     for physical in (8, 32):
-        steps = plans(size, q, hosts, per_host, assignment, physical, tail_of(physical))
+        steps = assignments(size, q, hosts, per_host, assignment, physical, tail_of(physical))
         rows = [sum(p.microbatches) + microbatches._LAUNCH_EXAMPLES * len(p.microbatches) for p in steps]
         expected = expected_rows(
             physical,
@@ -87,7 +88,7 @@ def test_expected_rows_are_those_of_simulated_steps(
 def test_the_chosen_batch_costs_least_in_simulated_steps(
     size: int, q: float, hosts: int, per_host: int, assignment: How, platform: str
 ) -> None:
-    steps = plans(size, q, hosts, per_host, assignment, 1, 1)
+    steps = assignments(size, q, hosts, per_host, assignment, 1, 1)
     largest = [max(end - begin for begin, end in p.slices) for p in steps]
     chosen = choose_physical_batch(
         dataset_size=size,
@@ -123,7 +124,7 @@ def test_a_fixed_batch_fits_one_microbatch_exactly() -> None:
 )
 def test_the_useful_fraction_of_device_time_is_as_designed(hosts: int, assignment: How, useful: float) -> None:
     """DESIGN.md section 4: N = 50,000, B = 25,000, 4 devices a host, microbatches of 32 and no smaller ones."""
-    steps = plans(50_000, 0.5, hosts, 4, assignment, 32, 32)
+    steps = assignments(50_000, 0.5, hosts, 4, assignment, 32, 32)
     examples = sum(len(p.sample) for p in steps)
     rows = 4 * hosts * sum(sum(p.microbatches) for p in steps)
     assert abs(examples / rows - useful) < 0.006
@@ -132,7 +133,7 @@ def test_the_useful_fraction_of_device_time_is_as_designed(hosts: int, assignmen
 def test_the_small_microbatch_saves_padding() -> None:
     padding = []
     for tail in (tail_of(32), 32):
-        steps = plans(50_000, 0.02, 2, 4, "balanced", 32, tail)
+        steps = assignments(50_000, 0.02, 2, 4, "balanced", 32, tail)
         padding.append(np.mean([sum(p.microbatches) - len(p.sample) / 8 for p in steps]))
     assert padding[0] < 0.5 * padding[1]
 

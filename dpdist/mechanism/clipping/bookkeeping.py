@@ -1,8 +1,8 @@
 """Clipped gradient sums in one forward and one backward pass, for any loss (Bu et al. 2023, arXiv 2210.00038).
 
-The backward pass goes through the data alone: its gradients with respect to a shift of zero at every use of a
-parameter are all that norms and weighted sums need, and no weight gradient of a single example is computed unless
-it is the cheaper way to its norm.
+We add a shift of zero to the output of every use of a parameter and differentiate with respect to these shifts alone.
+The resulting gradients at the outputs are all that norms and weighted sums need. The gradient of one example with
+respect to a parameter is computed only where that is the cheaper way to its norm (strategy `instantiate`).
 """
 
 from __future__ import annotations
@@ -27,85 +27,89 @@ from dpdist.mechanism.clipping.per_example import per_example_grad_sum
 from dpdist.mechanism.clipping.strategy import LeafStrategy, sides_swapped
 from dpdist.mechanism.clipping.weights import weigh, weighted_sum
 
-#: params, graph -> (a plan for every leaf, the factors of every use); see `strategy.plan_leaves`.
-Planner = Callable[[Graph, Any], tuple[list[LeafStrategy], list[Factors | None]]]
+#: (graph, params) -> (the strategy of every leaf, the factors of every use); see `strategy.strategies_of`.
+ChooseStrategies = Callable[[Graph, Any], tuple[list[LeafStrategy], list[Factors | None]]]
 
 
 def bookkeeping_grad_sum(
     loss_fn: Callable[[Any, Any], Any],
     *,
     clip_norm: float,
-    assigner: Planner,
-    twice: bool,
+    choose: ChooseStrategies,
+    two_passes: bool,
     frozen: Collection[str] = frozenset(),
 ) -> Callable[[Any, Any, Any], tuple[Any, Float32[Array, " p"]]]:
-    """See `clipped_grad_sum`.
+    """Make the function that `clipped_grad_sum` describes.
 
     Args:
-        twice: make the passes once for the norms and again for the sum, which costs their time and keeps no gradient
-            at the outputs in between: ghost clipping (Li et al. 2022, arXiv 2110.05679).
+        choose: decides the strategy of every leaf.
+        two_passes: run forward and backward once for the norms and once more for the sum, as ghost clipping does
+            (Li et al. 2022, arXiv 2110.05679): slower, but no gradient at an output is stored in between.
     """
 
     def clipped_sum(params: Any, batch: Any, mask: Float[Array | np.ndarray, " p"]) -> tuple[Any, Float32[Array, " p"]]:
         params, batch, mask = jax.tree.map(jnp.asarray, (params, batch, mask))
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
         graph = trace(loss_fn, params, example, frozen)
-        plans, factors = assigner(graph, params)
+        strategies, factors = choose(graph, params)
         try:
-            return passes(graph, plans, factors, params, batch, mask)
+            return passes(graph, strategies, factors, params, batch, mask)
         except NoDerivativeError as error:
             if (named := unsupported(graph, params)) is not None:
                 raise named from error
-            # Shifts ask for one derivative more than the loss where an opaque equation stops the gradient inside.
-            warnings.warn(f"per_example takes the place of a method that needs fewer gradients: {error}", stacklevel=1)
+            # JAX can differentiate the loss itself, but not with shifts: they need one more derivative where an
+            # equation that is not inlined stops the gradient inside.
+            warnings.warn(f"clipping falls back to the slower method per_example: {error}", stacklevel=1)
             return per_example_grad_sum(loss_fn, clip_norm=clip_norm, frozen=frozen)(params, batch, mask)
 
     def passes(
         graph: Graph,
-        plans: Sequence[LeafStrategy],
+        strategies: Sequence[LeafStrategy],
         factors: Sequence[Factors | None],
         params: Any,
         batch: Any,
         mask: Any,
     ) -> tuple[Any, Float32[Array, " p"]]:
+        """Return (sums, norms) by one pass, or by two if `two_passes`."""
         leaves, structure = jax.tree.flatten(params)
-        first = _Pass(graph, plans, factors, leaves, jax.tree.leaves(batch), mask.shape[0])
+        first = _Pass(graph, strategies, factors, leaves, jax.tree.leaves(batch), mask.shape[0])
         norms, bounds = first.norms()
         scale, used = weigh(bounds, mask, clip_norm)
         second = first
-        if twice:
-            # No weight is ever NaN, but XLA cannot know, and so cannot take both passes for one. (It drops barriers.)
+        if two_passes:
+            # No weight is ever NaN, but XLA cannot prove it and so cannot merge the two passes into one. (An
+            # optimization barrier would not do: XLA drops it.)
             never = jnp.isnan(scale).any()
             columns = [jnp.where(never, jnp.zeros_like(column), column) for column in jax.tree.leaves(batch)]
-            second = _Pass(graph, plans, factors, leaves, columns, mask.shape[0])
+            second = _Pass(graph, strategies, factors, leaves, columns, mask.shape[0])
         return trainable(jax.tree.unflatten(structure, second.weighted(scale, used)), frozen), norms
 
     return clipped_sum
 
 
 class _Instantiated(NamedTuple):
-    """Every example's gradient of one leaf, in whatever layout it came out, and the way from there to the leaf's."""
+    """Every example's gradient of one leaf, in the layout it was computed in, and the map to the leaf's layout."""
 
     gradients: Float32[Array, "p ..."]
     to_leaf: Callable[[Array], Array]
 
 
 class _Pass:
-    """One forward and one backward pass over a batch of p examples, and what follows from it."""
+    """One forward and one backward pass over a batch of p examples; gives their norms and weighted sums."""
 
     def __init__(
         self,
         graph: Graph,
-        plans: Sequence[LeafStrategy],
+        strategies: Sequence[LeafStrategy],
         factors: Sequence[Factors | None],
         leaves: Sequence[Array],
         batch: Sequence[Array],
         examples: int,
     ) -> None:
-        self._graph, self._plans, self._factors, self._leaves = graph, plans, factors, leaves
+        self._graph, self._strategies, self._factors, self._leaves = graph, strategies, factors, leaves
         self._examples = examples
         self._shared = graph.compute_params(leaves)
-        zero = jnp.zeros((), graph.aval(graph.loss).dtype)
+        zero = jnp.zeros((), graph.aval(graph.loss).dtype)  # the example's last leaf: see `trace`
         shifts = [
             [
                 jnp.zeros(graph.aval(use.node.outputs[j]).shape, graph.aval(use.node.outputs[j]).dtype)
@@ -118,42 +122,42 @@ class _Pass:
             def loss(shifts: Any) -> tuple[Array, Any]:
                 return graph.compute_loss(self._shared, (*columns, zero), shifts)
 
-            # Not jax.grad, which refuses the complex values of a Fourier transform.
+            # Not jax.grad, which rejects the complex values of a Fourier transform.
             value, back, operands = jax.vjp(loss, shifts, has_aux=True)
             return back(jnp.ones_like(value))[0], operands
 
-        #: For every use, the gradients at its outputs, and its data operands by number, each with leading axis p.
+        #: For every use, the gradients at its outputs and its data operands by value number, with leading axis p.
         with deriving():
             self._at_outputs, self._operands = jax.vmap(one_example, axis_size=examples)(*batch)
         self._instantiated = self._instantiate()
 
     def norms(self) -> tuple[Float32[Array, " p"], Float32[Array, " p"]]:
-        """(|g_i|, what bounds it and the rounding of its weighted sum), over all leaves."""
+        """Return (|g_i|, an upper bound on |g_i| that covers the rounding of the weighted sum), over all leaves."""
         exact = bound = jnp.zeros((self._examples,), jnp.float32)
         for instantiated in self._instantiated.values():
             flat = instantiated.gradients.reshape(self._examples, -1)
             square = jnp.sum(flat * flat, axis=1)
             exact, bound = exact + square, bound + square
-        for plan in self._plans:
-            for group in plan.groups if plan.strategy == "ghost" else ():
+        for leaf in self._strategies:
+            for group in leaf.groups if leaf.strategy == "ghost" else ():
                 square, terms = self._group_norm(group)
                 length = sum(factors.length for u in group if (factors := self._factors[u]) is not None)
-                # The weighted sum is a float32 product of other rounding than the norm: for n terms
-                # at most n 2^-24 of their magnitudes (Higham 2002, section 3.5).
+                # The weighted sum is a float32 product, rounded differently from the norm: over n terms its error is
+                # at most n 2^-24 times the sum of their magnitudes (Higham 2002, section 3.5).
                 rounding = (length + 2) * 2.0**-24 * terms
                 exact, bound = exact + square, bound + jnp.square(jnp.sqrt(square) + rounding)
         return jnp.sqrt(exact), jnp.sqrt(bound)
 
     def weighted(self, scale: Float32[Array, " p"], used: Bool[Array, " p"]) -> list[Float32[Array, "..."]]:
-        """For every leaf, sum_i scale[i] g_i over the examples that are used."""
+        """Return, for every leaf, sum_i scale[i] g_i over the examples with used[i]."""
         sums = []
-        for number, plan in enumerate(self._plans):
+        for number, leaf in enumerate(self._strategies):
             if number in self._instantiated:
                 instantiated = self._instantiated[number]
                 sums.append(instantiated.to_leaf(weighted_sum(scale, used, instantiated.gradients)))
                 continue
-            total = jnp.zeros(plan.shape, jnp.float32)
-            for u in (u for group in plan.groups for u in group):
+            total = jnp.zeros(leaf.shape, jnp.float32)
+            for u in (u for group in leaf.groups for u in group):
                 total = total + self._weighted_use(u, scale, used)
             sums.append(total)
         return sums
@@ -170,17 +174,17 @@ class _Pass:
         else:
             kept = jnp.where(here, left.astype(jnp.float32), 0.0)
             product = jnp.einsum("pgtm,pgtn->gmn", kept, weights, precision=lax.Precision.HIGHEST)
-        return factors.view.back(factors.arrange(product))
+        return factors.view.to_leaf(factors.arrange(product))
 
     def _rows(self, u: int) -> tuple[Array, Array]:
-        """Both factors of a use, with leading axis p."""
+        """Return the left and right factor of use `u`, with leading axis p."""
         factors = self._factors[u]
         assert factors is not None
         left = jax.vmap(factors.left)(self._operands[u][factors.operand])
         return left, jax.vmap(factors.right)(self._at_outputs[u][0])
 
     def _group_norm(self, group: Sequence[int]) -> tuple[Float32[Array, " p"], Float32[Array, " p"]]:
-        """`squared_norm` of the sum of the gradients of all uses in a group."""
+        """Return `squared_norm` of the summed gradients of all uses in a group."""
         used = [factors for u in group if (factors := self._factors[u]) is not None]
 
         def one_example(rows: list[tuple[Array, Array]]) -> tuple[Array, Array]:
@@ -194,8 +198,8 @@ class _Pass:
         return jax.vmap(one_example)([self._rows(u) for u in group])
 
     def _instantiate(self) -> dict[int, _Instantiated]:
-        """The gradient of every example, by leaf, for the leaves whose strategy asks for it."""
-        wanted = [n for n, plan in enumerate(self._plans) if plan.strategy == "instantiate"]
+        """Compute the gradient of every example, by leaf number, for the leaves whose strategy is `instantiate`."""
+        wanted = [n for n, leaf in enumerate(self._strategies) if leaf.strategy == "instantiate"]
         found: dict[int, list[_Instantiated]] = {n: [] for n in wanted}
         pending: dict[int, Array] = {}
         for u, use in enumerate(self._graph.uses):
@@ -205,23 +209,23 @@ class _Pass:
                 product = jax.vmap(partial(_product, factors))(*self._rows(u))
                 found[factors.view.leaf].append(_Instantiated(product, partial(_leaf_of, factors)))
                 continue
-            for number, gradient in self._through(use, u).items():
+            for number, gradient in self._at_operands(use, u).items():
                 pending[number] = pending[number] + gradient if number in pending else gradient
         for leaf, gradient in self._back_to_leaves(pending, wanted).items():
             found[leaf].append(_Instantiated(gradient, lambda x: x))
-        return {n: self._added(n, parts) for n, parts in found.items()}
+        return {n: self._sum_of_uses(n, parts) for n, parts in found.items()}
 
-    def _added(self, leaf: int, parts: Sequence[_Instantiated]) -> _Instantiated:
-        """One gradient of the parts that several uses have in it."""
+    def _sum_of_uses(self, leaf: int, parts: Sequence[_Instantiated]) -> _Instantiated:
+        """Add up the gradients of one leaf from its several uses."""
         if len(parts) == 1:
             return parts[0]
-        total = jnp.zeros((self._examples, *self._plans[leaf].shape), jnp.float32)
+        total = jnp.zeros((self._examples, *self._strategies[leaf].shape), jnp.float32)
         for part in parts:
             total = total + jax.vmap(part.to_leaf)(part.gradients)
         return _Instantiated(total, lambda x: x)
 
-    def _through(self, use: Use, u: int) -> dict[int, Array]:
-        """Every example's gradient at the parameter operands of a use, by the primitive's own derivative."""
+    def _at_operands(self, use: Use, u: int) -> dict[int, Array]:
+        """Compute every example's gradient at the parameter operands of a use, by the primitive's own derivative."""
         node = use.node
 
         def one_example(operands: dict[int, Array], at_outputs: Sequence[Array]) -> list[Array]:
@@ -240,12 +244,12 @@ class _Pass:
             found = jax.vmap(one_example, axis_size=self._examples)(self._operands[u], self._at_outputs[u])
         gradients: dict[int, Array] = {}
         for position, gradient in zip(use.operands, found, strict=True):
-            number = node.inputs[position]  # the same value may be an operand twice
+            number = node.inputs[position]  # one value may be several operands of the same node
             gradients[number] = gradients[number] + gradient if number in gradients else gradient
         return gradients
 
     def _back_to_leaves(self, pending: dict[int, Array], wanted: Sequence[int]) -> dict[int, Array]:
-        """From gradients at parameter-derived values to those at the leaves."""
+        """Carry gradients at parameter-derived values back to the leaves in `wanted`."""
         numbers = list(pending)
         reached = [n for n in wanted if any(n in self._graph.values[number].leaves for number in numbers)]
         if not reached:
@@ -265,10 +269,15 @@ class _Pass:
 
 
 def _product(factors: Factors, left: Array, right: Array) -> Float32[Array, "groups rows columns"]:
-    """sum_t left^T right of one example, or its transpose: CPUs multiply small matrices faster into long rows."""
+    """Compute sum_t left^T right of one example, transposed if m > n: a CPU's product is faster into long rows.
+
+    Args:
+        left: [groups, t, m], or integers [t] where it is one-hot.
+        right: [groups, t, n].
+    """
     right = right.astype(jnp.float32)
     if factors.one_hot:
-        # The row -1, which stands for none, is dropped: out of range once negative numbers no longer count back.
+        # Row -1 means no row. Indexing would count it from the end, so move it out of range, where `drop` ignores it.
         rows = jnp.where(left >= 0, left, factors.m)
         return jnp.zeros((1, factors.m, factors.n), jnp.float32).at[0, rows].add(right[0], mode="drop")
     order = "gtm,gtn->gnm" if _transposed(factors) else "gtm,gtn->gmn"
@@ -280,5 +289,5 @@ def _transposed(factors: Factors) -> bool:
 
 
 def _leaf_of(factors: Factors, product: Float32[Array, "groups rows columns"]) -> Float32[Array, "..."]:
-    """The gradient of the leaf from what `_product` made, or from a sum of such."""
-    return factors.view.back(factors.arrange(jnp.swapaxes(product, 1, 2) if _transposed(factors) else product))
+    """Turn a result of `_product`, or a sum of such results, into the gradient of the leaf."""
+    return factors.view.to_leaf(factors.arrange(jnp.swapaxes(product, 1, 2) if _transposed(factors) else product))

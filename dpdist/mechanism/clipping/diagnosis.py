@@ -1,7 +1,7 @@
-"""Why a loss has no per-example gradients: the equation at fault, the parameters behind it, and its line.
+"""Explain why a loss has no per-example gradients: which equation, at which source line, behind which parameters.
 
-JAX says at best which primitive failed, not which of the loss's many equations. That is found by asking for the
-derivative of ever shorter ends of the loss. It is asked only once something has failed, so no sum depends on it.
+JAX names at best the primitive that failed, not which of the loss's many equations it was. We find the equation by
+differentiating ever shorter tails of the loss. This runs only after a failure, so no gradient sum depends on it.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ import jax.numpy as jnp
 from dpdist.mechanism.clipping.graph import FLAT, Graph, Node, UnsupportedLossError, bodies, trace
 from dpdist.mechanism.clipping.paths import paths_of
 
-#: What JAX raises for a primitive without a rule, for a wrong rule of the user's own, and for a while loop.
+#: What JAX raises for a primitive without a derivative rule, for a wrong rule of the user's, and for a while loop.
 _REFUSALS = (NotImplementedError, TypeError, ValueError)
 _REMEDY = "jax.custom_vjp to give it the rule that is missing"
 _REMEDIES = {
     "while": "lax.scan, or lax.fori_loop with a trip count known when it is traced",
     "pure_callback": "a vmap_method, and jax.custom_vjp to give it a derivative",
 }
-_SHOWN = 8  # paths of parameters in a message
+_SHOWN = 8  # parameter paths listed in a message
 
 
 class NoDerivativeError(Exception):
-    """JAX refused a derivative that was asked of it; why is its cause."""
+    """JAX could not differentiate; its own error is the `__cause__`."""
 
 
 @contextmanager
 def deriving() -> Iterator[None]:
-    """For where JAX derives what the user wrote, and nothing else: a mistake of ours must not pass for a refusal.
+    """Turn JAX's errors into NoDerivativeError.
+
+    Wrap only JAX's differentiation of user code, so that our own bugs are not reported as unsupported losses.
 
     Raises:
-        NoDerivativeError: in place of what JAX raises.
+        NoDerivativeError: JAX could not differentiate.
     """
     try:
         yield
@@ -48,10 +50,10 @@ def deriving() -> Iterator[None]:
 def naming_the_fault(
     loss_fn: Callable[[Any, Any], Any], params: Any, batch: Any, frozen: Collection[str]
 ) -> Iterator[None]:
-    """For where JAX derives `loss_fn` for a `batch` of examples as a whole.
+    """Wrap JAX's differentiation of `loss_fn` over a `batch`, to name the equation that fails.
 
     Raises:
-        UnsupportedLossError: in place of what JAX raises, where the equation at fault is found.
+        UnsupportedLossError: instead of JAX's error, if the equation at fault is found.
     """
     try:
         yield
@@ -63,7 +65,7 @@ def naming_the_fault(
 
 
 def unsupported(graph: Graph, params: Any) -> UnsupportedLossError | None:
-    """The error that names what of this loss JAX can't differentiate or batch; None if there is nothing."""
+    """Return an error that names the equation JAX cannot differentiate or batch; None if there is no such equation."""
     reaching = {n: graph.values[n].leaves for n in (*graph.params, *graph.example)}
     found = _fault(graph, [graph.loss], reaching)
     return None if found is None else UnsupportedLossError(_message(*found, paths_of(params)))
@@ -85,11 +87,14 @@ def _message(node: Node, leaves: Collection[int], refusal: Exception, paths: Seq
 def _fault(
     graph: Graph, outputs: Sequence[int], reaching: Mapping[int, frozenset[int]]
 ) -> tuple[Node, frozenset[int], Exception] | None:
-    """The last node whose derivative is needed and does not exist, the parameters behind it and what JAX says.
+    """Find the last node whose derivative is needed but does not exist; None if all exist.
 
     Args:
-        outputs: whose gradients are asked for.
-        reaching: for every input of the graph, the leaves that a gradient from there flows to.
+        outputs: the values to differentiate.
+        reaching: for every input of the graph, the numbers of the leaves that a gradient at it flows to.
+
+    Returns:
+        The node, the leaves whose gradient goes through it, and JAX's error.
     """
     nodes, reaching = graph.nodes, dict(reaching)
     for node in nodes:
@@ -98,15 +103,15 @@ def _fault(
     if _refusal(graph, 0, outputs, reaching) is None:
         return None
 
-    # A shorter end needs fewer derivatives, so the node is the one before the longest end that has them all.
-    ends = range(1, len(nodes) + 1)
-    number = bisect_left(ends, True, key=lambda start: _refusal(graph, start, outputs, reaching) is None)
+    # A shorter tail needs fewer derivatives, so the node at fault comes just before the longest tail that has them all.
+    tails = range(1, len(nodes) + 1)
+    number = bisect_left(tails, True, key=lambda start: _refusal(graph, start, outputs, reaching) is None)
     node, refusal = nodes[number], _refusal(graph, number, outputs, reaching)
     assert refusal is not None
     leaves = _behind(node, reaching)
     for body, results in bodies(node):
-        # What a step of a scan carries out goes into the next, so any input may be behind any other.
-        own = node.inputs[len(node.inputs) - len(body.example) :]  # all but the index of a branch
+        # A scan step's carry goes into the next step, so every input may depend on every parameter behind the scan.
+        own = node.inputs[len(node.inputs) - len(body.example) :]  # without the branch index of a `cond`
         into = {
             i: leaves if node.name == "scan" else reaching.get(n, frozenset())
             for i, n in zip(body.example, own, strict=True)
@@ -124,22 +129,22 @@ def _behind(node: Node, reaching: Mapping[int, frozenset[int]]) -> frozenset[int
 def _refusal(
     graph: Graph, start: int, outputs: Sequence[int], reaching: Mapping[int, frozenset[int]]
 ) -> Exception | None:
-    """What JAX says to the derivative of the nodes from `start` on, with respect to all that goes into them."""
-    end = graph.nodes[start:]
-    later = {i for node in end for i in node.outputs}
+    """Return JAX's error when it differentiates the nodes from `start` on by all their inputs; None if it can."""
+    tail = graph.nodes[start:]
+    later = {i for node in tail for i in node.outputs}
     axes = {i: 0 if graph.values[i].data else None for i in reaching if i not in later}
 
     def gradients(known: dict[int, Any]) -> Any:
         def results(moved: dict[int, Any]) -> list[Any]:
             values = graph.constants | known | moved
-            for node in end:
+            for node in tail:
                 values.update(zip(node.outputs, node.call(*(values[i] for i in node.inputs)), strict=True))
             return [values[i] for i in outputs if graph.values[i].differentiable]
 
         found, back = jax.vjp(results, {i: value for i, value in known.items() if reaching[i]})
         return back([jnp.ones_like(value) for value in found])
 
-    two = {None: (), 0: (2,)}  # as few examples as a batch can have
+    two = {None: (), 0: (2,)}  # a batch of two examples is enough
     shapes = {i: jax.ShapeDtypeStruct(two[axis] + graph.aval(i).shape, graph.aval(i).dtype) for i, axis in axes.items()}
     try:
         jax.eval_shape(jax.vmap(gradients, in_axes=(axes,)), shapes)

@@ -1,8 +1,8 @@
-"""Gradients as products: for a matrix product, a convolution or a table lookup the gradient is a sum of outer products.
+"""Write the gradient of a matrix product, a convolution or a table lookup as a sum of outer products.
 
-For one example, the gradient with respect to the parameter operand is sum over t of left[t]^T right[t], where `left`
-comes from the data operand and `right` is the gradient at the output (Goodfellow 2015, arXiv 1510.01799; Li et al.
-2022, arXiv 2110.05679; Bu et al. 2022, arXiv 2205.10683, for convolutions). From the factors its norm can be had
+For one example, the gradient with respect to the parameter operand is the sum over t of left[t]^T right[t], where
+`left` comes from the data operand and `right` is the gradient at the output (Goodfellow 2015, arXiv 1510.01799; Li et
+al. 2022, arXiv 2110.05679; Bu et al. 2022, arXiv 2205.10683, for convolutions). The factors give the gradient's norm
 without the gradient itself, and a weighted sum over examples is one product over examples and t together.
 """
 
@@ -24,33 +24,34 @@ from dpdist.mechanism.clipping.view import View
 
 @dataclass(frozen=True)
 class Factors:
-    """How the gradient of one use, with respect to the view of its parameter, is made of two factors.
+    """The two factors whose product is the gradient of one use with respect to the view of its parameter.
 
-    left is [groups, t, m], or the integers [t] of rows where it is one-hot (then groups = 1); right is [groups, t, n].
-    The gradient is `arrange(sum_t left^T right)`, of an array [groups, m, n].
+    left is [groups, t, m], or the row numbers [t] where its rows are one-hot (then groups = 1); right is [groups, t,
+    n]. The gradient is `arrange(sum_t left^T right)`, where the sum is [groups, m, n].
     """
 
     view: View
     groups: int
+    #: The number of positions t.
     length: int
     m: int
     n: int
     one_hot: bool
-    #: Axes of the view that the columns of left and right and the groups run over, in order.
+    #: The axes of the view that make up the columns of left, the columns of right, and the groups; in order.
     left_axes: tuple[int, ...]
     right_axes: tuple[int, ...]
     group_axes: tuple[int, ...]
-    #: Left factor from the data operand, right factor from the gradient at the output, of one example.
+    #: For one example: the left factor from the data operand, the right factor from the gradient at the output.
     left: Callable[[Any], Array]
     right: Callable[[Any], Array]
-    #: [groups, m, n] to the shape of the view.
+    #: Rearranges [groups, m, n] to the shape of the view.
     arrange: Callable[[Array], Array]
     #: The number of the data operand among the graph's values.
     operand: int
 
 
 def factors_of(graph: Graph, use: Use) -> Factors | None:
-    """The factors of a use, or None where its gradient is not such a product of a view of one parameter."""
+    """Return the factors of a use; None if its gradient is not such a product for a view of one parameter."""
     node = use.node
     if len(use.operands) != 1 or len(use.outputs) != 1 or node.name not in _RULES:
         return None
@@ -66,22 +67,22 @@ def _dot_general(
     params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View, inputs: Sequence[int]
 ) -> Factors:
     (contract, batch) = params["dimension_numbers"]
-    mine, other = position, 1 - position
-    data, parameter = avals[other], avals[mine]
-    contract_data, contract_param = contract[other], contract[mine]
-    batch_data, batch_param = batch[other], batch[mine]
+    other = 1 - position
+    data, parameter = avals[other], avals[position]
+    contract_data, contract_param = contract[other], contract[position]
+    batch_data, batch_param = batch[other], batch[position]
     free_data = [i for i in range(data.ndim) if i not in (*contract_data, *batch_data)]
     free_param = [i for i in range(parameter.ndim) if i not in (*contract_param, *batch_param)]
     groups = math.prod(data.shape[i] for i in batch_data)
     length = math.prod(data.shape[i] for i in free_data)
     m = math.prod(parameter.shape[i] for i in contract_param)
     n = math.prod(parameter.shape[i] for i in free_param)
-    # The output has the batch axes, then the free axes of the left-hand operand, then those of the right-hand one.
+    # The output has the batch axes first, then the free axes of operand 0, then those of operand 1.
     first, second = (len(free_data), len(free_param)) if other == 0 else (len(free_param), len(free_data))
-    heads = list(range(len(batch_data)))
-    former = list(range(len(heads), len(heads) + first))
-    latter = list(range(len(heads) + first, len(heads) + first + second))
-    rows, columns = (former, latter) if other == 0 else (latter, former)
+    batch_axes = list(range(len(batch_data)))
+    free_0 = list(range(len(batch_axes), len(batch_axes) + first))
+    free_1 = list(range(len(batch_axes) + first, len(batch_axes) + first + second))
+    rows, columns = (free_0, free_1) if other == 0 else (free_1, free_0)
     order = [*batch_param, *contract_param, *free_param]
 
     def arrange(product: Array) -> Array:
@@ -98,7 +99,7 @@ def _dot_general(
         right_axes=tuple(free_param),
         group_axes=tuple(batch_param),
         left=lambda x: jnp.transpose(x, (*batch_data, *free_data, *contract_data)).reshape(groups, length, m),
-        right=lambda g: jnp.transpose(g, (*heads, *rows, *columns)).reshape(groups, length, n),
+        right=lambda g: jnp.transpose(g, (*batch_axes, *rows, *columns)).reshape(groups, length, n),
         arrange=arrange,
         operand=inputs[other],
     )
@@ -107,10 +108,10 @@ def _dot_general(
 def _gather(
     params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View, inputs: Sequence[int]
 ) -> Factors | None:
-    """A lookup of whole rows, as of an embedding."""
+    """A lookup of whole rows, as in an embedding; None for any other gather."""
     table, indices, numbers = avals[0], avals[1], params["dimension_numbers"]
     row = table.shape[1:]
-    plain = (
+    whole_rows = (
         position == 0
         and numbers.collapsed_slice_dims == (0,)
         and numbers.start_index_map == (0,)
@@ -118,14 +119,14 @@ def _gather(
         and tuple(params["slice_sizes"]) == (1, *row)
         and numbers.offset_dims == tuple(range(indices.ndim - 1, indices.ndim - 1 + len(row)))
     )
-    if not plain:
+    if not whole_rows:
         return None
     drop = params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     length, n = math.prod(indices.shape[:-1]), math.prod(row)
 
     def left(x: Array) -> Array:
         rows = x.reshape(length)
-        # A row out of range is filled with a constant, which no gradient reaches, or taken from the nearest end.
+        # A row out of range is either filled with a constant, so it has no gradient, or clamped to the nearest row.
         outside = (rows < 0) | (rows >= table.shape[0])
         return jnp.where(outside, -1, rows) if drop else jnp.clip(rows, 0, table.shape[0] - 1)
 
@@ -149,7 +150,7 @@ def _gather(
 def _convolution(
     params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View, inputs: Sequence[int]
 ) -> Factors | None:
-    """A convolution is a matrix product over the patches that its kernel sees."""
+    """A convolution, as a matrix product over the patches that its kernel sees."""
     if position != 1 or params["batch_group_count"] != 1:
         return None
     numbers = params["dimension_numbers"]
@@ -178,7 +179,7 @@ def _convolution(
     def arrange(product: Array) -> Array:
         split = product.reshape(groups, *size, channels // groups, n)
         axes = len(size)
-        # To [output features (group, n), input features, *window], then to where the kernel has them.
+        # To [output features (group, n), input features, *window], then to the kernel's own order of axes.
         ordered = jnp.transpose(split, (0, axes + 2, axes + 1, *range(1, axes + 1)))
         ordered = ordered.reshape(features, channels // groups, *size)
         return jnp.transpose(ordered, np.argsort(rhs).tolist())
@@ -201,19 +202,19 @@ def _convolution(
 
 
 def _patch_index(params: dict[str, Any], spatial: Sequence[int], size: Sequence[int], out: Sequence[int]) -> np.ndarray:
-    """[positions, window]: the pixel that each place of the window sees, -1 where it sees padding or a gap."""
+    """Return [positions, window]: the pixel that each window element sees, -1 where it sees padding or a gap."""
     index = np.zeros((*out, *size), np.int64)
     inside = np.ones((*out, *size), bool)
     axes = len(spatial)
     for axis in range(axes):
-        places = np.arange(out[axis])[:, None] * params["window_strides"][axis]
-        places = places + np.arange(size[axis]) * params["rhs_dilation"][axis] - params["padding"][axis][0]
-        gap = params["lhs_dilation"][axis]
-        ok = (places % gap == 0) & (places >= 0) & (places // gap < spatial[axis])
+        coordinates = np.arange(out[axis])[:, None] * params["window_strides"][axis]
+        coordinates = coordinates + np.arange(size[axis]) * params["rhs_dilation"][axis] - params["padding"][axis][0]
+        dilation = params["lhs_dilation"][axis]
+        valid = (coordinates % dilation == 0) & (coordinates >= 0) & (coordinates // dilation < spatial[axis])
         shape = [1] * (2 * axes)
-        shape[axis], shape[axes + axis] = places.shape
-        index = index * spatial[axis] + np.where(ok, places // gap, 0).reshape(shape)
-        inside &= ok.reshape(shape)
+        shape[axis], shape[axes + axis] = coordinates.shape
+        index = index * spatial[axis] + np.where(valid, coordinates // dilation, 0).reshape(shape)
+        inside &= valid.reshape(shape)
     return np.where(inside, index, -1).reshape(math.prod(out), math.prod(size))
 
 
@@ -225,13 +226,13 @@ def _patches(
     out: Sequence[int],
     params: dict[str, Any],
 ) -> Array:
-    """[rows, positions, window, channels] from [rows, pixels, channels]: moves entries only, so nothing is rounded."""
+    """Turn [rows, pixels, channels] into [rows, positions, window, channels]; only moves entries, so rounds nothing."""
     rows, _, channels = flat.shape
     tiles = tuple(params["window_strides"]) == tuple(size) and tuple(spatial) == tuple(
         a * b for a, b in zip(size, out, strict=True)
     )
     if tiles and set(params["lhs_dilation"]) | set(params["rhs_dilation"]) == {1} and not np.any(params["padding"]):
-        # Windows that do not overlap, as of a patch embedding: a transpose is enough.
+        # Windows that tile the image without overlap, as in a patch embedding: a transpose is enough.
         split = flat.reshape(rows, *(side for pair in zip(out, size, strict=True) for side in pair), channels)
         axes = len(size)
         order = (0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)

@@ -1,8 +1,8 @@
-"""A one-example loss as a flat graph, in which every place where a parameter meets data is marked.
+"""Trace a one-example loss into a flat graph and mark every equation that combines a parameter with data.
 
-Values are of two kinds: parameter-derived (or constant), the same for every example, and data-derived. An equation
-that mixes the two is a *use* of the parameters behind it. Calls that hold parameters are inlined and short scans
-unrolled, so that uses come to light; whatever has a derivative rule of its own (`custom_jvp`, `custom_vjp`) or branches
+A value is either parameter-derived (or constant), and then the same for every example, or data-derived. An equation
+with inputs of both kinds is a *use* of the parameters behind it. To find the uses, calls that involve parameters are
+inlined and short scans unrolled. An equation with its own derivative rule (`custom_jvp`, `custom_vjp`) or with branches
 (`cond`, `while`) stays one equation.
 """
 
@@ -14,91 +14,102 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src import source_info_util  # where in the user's code an equation comes from has no public name
+from jax._src import source_info_util  # JAX has no public name for an equation's source line
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from dpdist.mechanism.clipping.paths import paths_of
 from dpdist.mechanism.clipping.view import View, whole
 
-#: Equations that only call another jaxpr, by the name of the parameter that holds it.
+#: Primitives that only call another jaxpr, and the equation parameter that holds it.
 _CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "call": "call_jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}
-#: Equations whose derivative is that of the jaxprs they hold, by the name of the parameter that holds one or several.
+#: Primitives whose derivative is that of the jaxprs they hold, and the equation parameter that holds one or several.
 _BODIES = {**_CALLS, "cond": "branches", "scan": "jaxpr"}
-#: Operations through which no gradient passes: their derivative is zero wherever they have one.
+#: Primitives that no gradient passes through: their derivative is zero wherever it exists.
 FLAT = frozenset({"stop_gradient", "sign", "floor", "ceil", "round"})
-#: Longest scan over a parameter that is unrolled; a longer one is one equation, whose gradients are instantiated.
+#: The longest scan that is unrolled; a longer one stays one equation, and its parameters' gradients are instantiated.
 LONGEST_UNROLLED = 48
 
 
 class UnsupportedLossError(ValueError):
-    """Per-example gradients of this loss cannot be had: the message names equation, parameters and source line."""
+    """This loss has no per-example gradients; the message names the equation, the parameters and the source line."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of a value before anything is computed."""
+    """The static properties of one value in the graph."""
 
+    #: Shape and dtype.
     aval: Any
-    #: Data-derived: one for each example.
+    #: True if the value is data-derived, so different for every example.
     data: bool
-    #: Numbers of the parameter leaves a gradient flows to from here; for data-derived values of no interest.
+    #: Numbers of the parameter leaves that a gradient at this value flows to; empty for data-derived values.
     leaves: frozenset[int] = frozenset()
-    #: How a parameter-derived value shows its one leaf, if it does.
+    #: For a parameter-derived value that is a view of exactly one leaf: which view.
     view: View | None = None
 
     @property
     def differentiable(self) -> bool:
+        """True if the dtype is floating-point or complex."""
         return bool(jnp.issubdtype(self.aval.dtype, jnp.inexact))
 
 
 @dataclass(frozen=True)
 class Node:
-    """One operation: `outputs = call(*inputs)`, by the numbers of the values."""
+    """One equation: `outputs = call(*inputs)`, where inputs and outputs are value numbers."""
 
     name: str
     call: Callable[..., Sequence[Any]]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    #: The equation's parameters, for the rules that look at them.
+    #: The JAX equation's parameters (strides, dimension numbers, ...).
     params: dict[str, Any]
+    #: File and line of the user's code.
     source: str
 
 
 @dataclass(frozen=True)
 class Use:
-    """A node that mixes parameters with data."""
+    """A node that combines parameters with data."""
 
     node: Node
-    #: Positions of the inputs that gradients to parameters flow through, and the leaves that they reach.
+    #: Positions of the inputs through which gradients flow to parameters.
     operands: tuple[int, ...]
+    #: Numbers of the leaves that those gradients reach.
     leaves: frozenset[int]
-    #: Positions of the outputs that are differentiable and that a gradient of the loss comes back to.
+    #: Positions of the differentiable outputs that the loss's gradient reaches.
     outputs: tuple[int, ...]
 
 
 @dataclass
 class Graph:
-    """The loss, in two lists of nodes in the order in which they can be computed."""
+    """The loss as nodes in an order in which they can be computed; values are referred to by number."""
 
     values: list[Value] = field(default_factory=list)
+    #: Arrays of the constant values.
     constants: dict[int, Any] = field(default_factory=dict)
+    #: The values that are the parameter leaves, in order.
     params: tuple[int, ...] = ()
+    #: The values that are the example's leaves, in order.
     example: tuple[int, ...] = ()
-    #: Data-derived values come from these nodes, parameter-derived ones from the others.
+    #: Nodes that compute the data-derived values.
     data_nodes: list[Node] = field(default_factory=list)
+    #: Nodes that compute the parameter-derived values.
     param_nodes: list[Node] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
+    #: The value that is the loss.
     loss: int = -1
 
     @property
     def nodes(self) -> list[Node]:
+        """All nodes, in an order in which they can be computed."""
         return [*self.param_nodes, *self.data_nodes]
 
     def aval(self, number: int) -> Any:
+        """Return shape and dtype of a value."""
         return self.values[number].aval
 
     def compute_params(self, leaves: Sequence[Any]) -> dict[int, Any]:
-        """Every parameter-derived value and constant, by number."""
+        """Compute every parameter-derived value; returns them and the constants by number."""
         known = dict(self.constants) | dict(zip(self.params, leaves, strict=True))
         for node in self.param_nodes:
             known.update(zip(node.outputs, node.call(*(known[i] for i in node.inputs)), strict=True))
@@ -107,9 +118,17 @@ class Graph:
     def compute_loss(
         self, shared: dict[int, Any], example: Sequence[Any], shifts: Sequence[Sequence[Any]]
     ) -> tuple[Any, list[dict[int, Any]]]:
-        """(loss, the data operands of every use), with `shifts[u][j]` added to the j-th differentiable output of use u.
+        """Compute the loss of one example, with `shifts[u][j]` added to output number `uses[u].outputs[j]` of use u.
 
-        The derivative with respect to a shift of zero is the gradient at that output.
+        The derivative with respect to a shift, at zero, is the gradient of the loss at that output.
+
+        Args:
+            shared: what `compute_params` returned.
+            example: the example's leaves.
+            shifts: zeros of the outputs' shapes.
+
+        Returns:
+            The loss, and the data operands of every use by value number.
         """
         known = shared | dict(zip(self.example, example, strict=True))
         kept: list[dict[int, Any]] = []
@@ -126,7 +145,7 @@ class Graph:
 
 
 def refuse_complex(params: Any, frozen: Collection[str]) -> None:
-    """Raise UnsupportedLossError where a parameter that trains is complex: its imaginary part would go unclipped."""
+    """Raise UnsupportedLossError if a parameter that trains is complex: its imaginary part would not be clipped."""
     for path, leaf in zip(paths_of(params), jax.tree.leaves(params), strict=True):
         if path not in frozen and jnp.iscomplexobj(leaf):
             raise UnsupportedLossError(
@@ -137,13 +156,13 @@ def refuse_complex(params: Any, frozen: Collection[str]) -> None:
 def trace(
     loss_fn: Callable[[Any, Any], Any], params: Any, example: Any, frozen: Collection[str] = frozenset()
 ) -> Graph:
-    """The graph of `loss_fn(params, example)`.
+    """Trace `loss_fn(params, example)` into a graph.
 
     Args:
-        loss_fn: of one example, to a floating-point scalar.
+        loss_fn: maps one example to a floating-point scalar.
         params: pytree of arrays or shapes.
-        example: pytree of shapes of one example.
-        frozen: paths of parameters that no gradient is asked of: they count as constants.
+        example: pytree of shapes of one example, without a batch axis.
+        frozen: paths of parameters that do not train; they count as constants.
 
     Raises:
         UnsupportedLossError: the loss is not a floating-point scalar, or a parameter that trains is complex.
@@ -153,7 +172,7 @@ def trace(
     if len(found) != 1 or found[0].shape != () or not jnp.issubdtype(found[0].dtype, jnp.floating):
         raise UnsupportedLossError(f"the loss of one example must be a floating-point scalar, not {found}")
     zero = jax.ShapeDtypeStruct((), found[0].dtype)
-    # A zero that counts as data: a loss, or a part of it, that depends on the parameters alone gets a use too.
+    # The zero counts as data. So even a loss, or a term of it, that depends on the parameters alone has a use.
     closed = jax.make_jaxpr(lambda params, example, zero: loss_fn(params, example) + zero)(params, example, zero)
     return _Tracer().run(closed, [path not in frozen for path in paths_of(params)])
 
@@ -165,6 +184,7 @@ class _Tracer:
         self.graph = Graph()
 
     def run(self, closed: Any, trains: Sequence[bool]) -> Graph:
+        """Copy the loss's whole jaxpr; `trains` says of each parameter leaf whether it trains."""
         graph, jaxpr = self.graph, closed.jaxpr
         numbers = []
         for position, variable in enumerate(jaxpr.invars):
@@ -174,11 +194,11 @@ class _Tracer:
             numbers.append(self.new(value))
         graph.params, graph.example = tuple(numbers[: len(trains)]), tuple(numbers[len(trains) :])
         (graph.loss,) = self.copy(jaxpr, [self.constant(c) for c in closed.consts], numbers)
-        self.forget_dead_uses()
+        self.drop_dead_uses()
         return graph
 
-    def forget_dead_uses(self) -> None:
-        """Drop uses, and outputs of uses, that no gradient of the loss comes back to: they need no derivative."""
+    def drop_dead_uses(self) -> None:
+        """Drop uses, and outputs of uses, that the loss's gradient does not reach: they need no derivative."""
         live = {self.graph.loss}
         for node in reversed(self.graph.data_nodes):
             if node.name not in FLAT and not live.isdisjoint(node.outputs):
@@ -196,7 +216,7 @@ class _Tracer:
         return number
 
     def copy(self, jaxpr: Jaxpr, constants: Sequence[int], inputs: Sequence[int]) -> list[int]:
-        """Add the equations of `jaxpr`, whose variables stand for known values; returns those of its outputs."""
+        """Add the equations of `jaxpr`, given the numbers of its constants and inputs; returns those of its outputs."""
         known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
 
         def read(atom: Any) -> int:
@@ -208,6 +228,7 @@ class _Tracer:
         return [read(atom) for atom in jaxpr.outvars]
 
     def equation(self, equation: JaxprEqn, inputs: list[int]) -> list[int]:
+        """Add one equation, inlined or unrolled where it involves parameters; returns the numbers of its outputs."""
         values = [self.graph.values[i] for i in inputs]
         name = equation.primitive.name
         if any(value.leaves for value in values):
@@ -229,6 +250,7 @@ class _Tracer:
         params: dict[str, Any],
         source: str,
     ) -> list[int]:
+        """Add a node, and a use if it combines parameters with data; returns the numbers of its outputs."""
         values = [self.graph.values[i] for i in inputs]
         data = any(value.data for value in values)
         leaves = frozenset().union(*(v.leaves for v in values if not v.data and name not in FLAT))
@@ -255,20 +277,20 @@ class _Tracer:
         return outputs
 
     def unroll(self, equation: JaxprEqn, inputs: list[int]) -> list[int]:
-        """A scan, step by step: each step's slice of a stacked parameter is a view of it."""
+        """Add a scan step by step, so that each step's slice of a stacked parameter is a view of it."""
         source, steps = _source(equation), range(equation.params["length"])
         jaxpr, constants = _inner(equation.params["jaxpr"])
-        # What is carried has one shape inside and out, what is scanned one axis less inside. (Releases of JAX differ
-        # in how they say how many there are of each.)
+        # A carry has the same shape inside and outside the scan; a scanned input has one axis less inside. We count
+        # them by that because JAX releases store the counts differently.
         scanned = sum(_axes(v) > _axes(w) for v, w in zip(equation.invars, jaxpr.invars, strict=True))
         carried = sum(_axes(v) == _axes(w) for v, w in zip(equation.outvars, jaxpr.outvars, strict=True))
-        columns = inputs[len(inputs) - scanned :]
+        stacked = inputs[len(inputs) - scanned :]
         fixed = inputs[: len(inputs) - scanned - carried]
         carry = inputs[len(fixed) : len(fixed) + carried]
-        held = [self.constant(c) for c in constants]
+        closed_over = [self.constant(c) for c in constants]
         rows: dict[int, list[int]] = {}
         for step in reversed(steps) if equation.params["reverse"] else steps:
-            results = self.copy(jaxpr, held, [*fixed, *carry, *(self.row(i, step, source) for i in columns)])
+            results = self.copy(jaxpr, closed_over, [*fixed, *carry, *(self.row(i, step, source) for i in stacked)])
             carry, rows[step] = results[:carried], results[carried:]
         stacks = []
         for position, variable in enumerate(equation.outvars[carried:]):
@@ -277,7 +299,7 @@ class _Tracer:
         return [*carry, *stacks]
 
     def row(self, number: int, index: int, source: str) -> int:
-        """`value[index]`, by the operations that views understand."""
+        """Add `value[index]`, written with operations that a `View` can follow."""
         shape, dtype = self.graph.aval(number).shape, self.graph.aval(number).dtype
         starts, limits = (index, *(0 for _ in shape[1:])), (index + 1, *shape[1:])
         (cut,) = self.node(
@@ -300,9 +322,9 @@ class _Tracer:
 
 
 def bodies(node: Node) -> Iterator[tuple[Graph, list[int]]]:
-    """The jaxprs that a node runs, each as a graph whose `example` is all that goes in, and the numbers of its outputs.
+    """Yield the jaxprs that a node runs: each as a graph with all its inputs as `example`, and its outputs' numbers.
 
-    Not those of a node with a derivative rule of its own, nor of a while loop, which has none whatever it holds.
+    Yields nothing for a node with its own derivative rule, nor for a while loop, which cannot be differentiated at all.
     """
     held = node.params[_BODIES[node.name]] if node.name in _BODIES else ()
     for each in held if isinstance(held, tuple) else (held,):
@@ -313,7 +335,7 @@ def bodies(node: Node) -> Iterator[tuple[Graph, list[int]]]:
 
 
 def _inner(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
-    """An equation's own jaxpr and its constants, whether it is closed over them or not."""
+    """Return the jaxpr that an equation holds and its constants; it may be a Jaxpr or a ClosedJaxpr."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
@@ -324,7 +346,7 @@ def _axes(atom: Any) -> int:
 def _bind(equation: JaxprEqn) -> Callable[..., Sequence[Any]]:
     def call(*inputs: Any) -> Sequence[Any]:
         bound = equation.primitive.get_bind_params(equation.params)
-        functions, params = bound if isinstance(bound, tuple) else ((), bound)  # releases of JAX differ
+        functions, params = bound if isinstance(bound, tuple) else ((), bound)  # depends on the JAX release
         with source_info_util.user_context(equation.source_info.traceback), equation.ctx.manager:
             results = equation.primitive.bind(*functions, *inputs, **params)
         return results if equation.primitive.multiple_results else [results]

@@ -1,4 +1,4 @@
-"""Parameters by path, such as `layers/0/kernel`, and the split into those that train and those that stay."""
+"""Parameters by path, such as `layers/0/kernel`, and the split into trainable and frozen ones."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import jax
 
 
 def paths_of(params: Any) -> list[str]:
-    """The path of every leaf, in the order of `jax.tree.leaves`."""
+    """Return the path of every leaf, in the order of `jax.tree.leaves`."""
     found = jax.tree_util.tree_leaves_with_path(params)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
 
 
 def matching(params: Any, patterns: Iterable[str]) -> frozenset[str]:
-    """Paths that match at least one pattern; `*` stands for anything, slashes too.
+    """Return the paths that match at least one `fnmatch` pattern; `*` matches anything, slashes too.
 
     Raises:
-        ValueError: a pattern matches nothing.
+        ValueError: a pattern matches no parameter.
     """
     paths, matched = paths_of(params), set()
     for pattern in patterns:
@@ -31,12 +31,14 @@ def matching(params: Any, patterns: Iterable[str]) -> frozenset[str]:
 
 
 def trainable(params: Any, frozen: Collection[str]) -> Any:
-    """`params` with None in place of every frozen leaf: a tree that has the others as its only leaves."""
+    """Return `params` with None for every frozen leaf, so that the trainable ones are its only leaves."""
     leaves, structure = jax.tree.flatten(params)
     kept = [None if path in frozen else leaf for path, leaf in zip(paths_of(params), leaves, strict=True)]
     return jax.tree.unflatten(structure, kept)
 
 
-def with_frozen(moved: Any, params: Any) -> Any:
-    """The inverse: `moved` with the leaves of `params` where it holds None."""
-    return jax.tree.map(lambda new, old: old if new is None else new, moved, params, is_leaf=lambda leaf: leaf is None)
+def with_frozen(trained: Any, params: Any) -> Any:
+    """Undo `trainable`: return `trained` with the leaves of `params` wherever it holds None."""
+    return jax.tree.map(
+        lambda new, old: old if new is None else new, trained, params, is_leaf=lambda leaf: leaf is None
+    )

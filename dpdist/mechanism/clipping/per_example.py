@@ -1,4 +1,4 @@
-"""The reference method: materialise every example's gradient, clip, sum."""
+"""The reference method: compute every example's gradient, clip it, add it up."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dpdist.mechanism.clipping.weights import weigh, weighted_sum
 def per_example_grad_sum(
     loss_fn: Callable[[Any, Any], Any], *, clip_norm: float, frozen: Collection[str] = frozenset()
 ) -> Callable[[Any, Any, Any], tuple[Any, Float32[Array, " p"]]]:
-    """See `clipped_grad_sum`. Costs p times the parameters in memory, 12 bytes a parameter and example."""
+    """Make the function that `clipped_grad_sum` describes; it needs 12 bytes of memory per parameter and example."""
 
     def clipped_sum(params: Any, batch: Any, mask: Float[Array | np.ndarray, " p"]) -> tuple[Any, Float32[Array, " p"]]:
-        def loss(moving: Any, example: Any) -> Array:
-            return loss_fn(with_frozen(moving, params), example)
+        def loss(training: Any, example: Any) -> Array:
+            return loss_fn(with_frozen(training, params), example)
 
         refuse_complex(params, frozen)
         with naming_the_fault(loss_fn, params, batch, frozen):

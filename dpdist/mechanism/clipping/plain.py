@@ -1,4 +1,4 @@
-"""The non-private arm: the plain gradient sum of the same batch, for comparisons."""
+"""The plain gradient sum of a batch, without clipping: for non-private training."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dpdist.mechanism.clipping.paths import trainable, with_frozen
 def plain_grad_sum(
     loss_fn: Callable[[Any, Any], Any], *, frozen: Collection[str] = frozenset()
 ) -> Callable[[Any, Any, Any], tuple[Any, Float32[Array, " p"]]]:
-    """`f(params, batch, mask) -> (sums, norms)` without any bound: no privacy, and norms all 0.
+    """Make `f(params, batch, mask) -> (sums, norms)` that clips nothing: no privacy, and norms all 0.
 
-    One backward pass over the masked sum of losses, as an ordinary trainer does it.
+    It runs one backward pass over the masked sum of losses. Shapes are those of `clipped_grad_sum`.
 
     Raises:
         UnsupportedLossError: when `f` is called or traced, as for `clipped_grad_sum`.
@@ -28,13 +28,13 @@ def plain_grad_sum(
 
     def grad_sum(params: Any, batch: Any, mask: Float[Array | np.ndarray, " p"]) -> tuple[Any, Float32[Array, " p"]]:
         refuse_complex(params, frozen)
-        # Padding of zeros may have no gradient (0 * inf is NaN), so a real row stands in for it, with weight 0.
+        # A padding row of zeros may have a NaN gradient even at weight 0 (0 * inf), so compute a real row in its place.
         used = mask > 0
         rows = jnp.where(used, jnp.arange(mask.shape[0]), jnp.argmax(used))
         real = jax.tree.map(lambda column: column[rows], batch)
 
-        def total(moving: Any) -> Array:
-            losses = jax.vmap(loss_fn, in_axes=(None, 0))(with_frozen(moving, params), real)
+        def total(training: Any) -> Array:
+            losses = jax.vmap(loss_fn, in_axes=(None, 0))(with_frozen(training, params), real)
             return jnp.sum(jnp.where(used, losses, 0.0))
 
         with naming_the_fault(loss_fn, params, batch, frozen):

@@ -1,8 +1,8 @@
-"""How the norm of each parameter's gradient is had: from the factors (`ghost`), or from the gradient (`instantiate`).
+"""Choose how each parameter's gradient norm is computed: from factors (`ghost`) or from the gradient (`instantiate`).
 
-Both are exact. Ghost costs 2 t^2 (m + n) operations for a gradient [m, n] over t positions and keeps nothing;
-instantiating costs no operation that plain training would not make, but writes the gradient of every example and reads
-it twice. Which is cheaper depends on the rates: see `DeviceRates`.
+Both are exact. `ghost` costs up to 2 t^2 (m + n) operations for a gradient [m, n] over t positions and stores nothing.
+`instantiate` costs no operation beyond those of plain training, but writes the gradient of every example to memory and
+reads it twice. Which is faster depends on the device: see `DeviceRates`.
 """
 
 from __future__ import annotations
@@ -23,66 +23,68 @@ STRATEGIES: tuple[Strategy, ...] = ("ghost", "instantiate")
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceRates:
-    """What a device does in a second; only the ratio matters for a choice."""
+    """Peak rates of a device; the choice of strategy depends only on their ratio."""
 
-    #: Floating-point operations of a float64 matrix product.
+    #: Floating-point operations per second in a float64 matrix product.
     flops_float64: float
-    #: Bytes read from or written to the device's memory.
+    #: Bytes per second read from or written to the device's memory.
     bandwidth: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeafStrategy:
-    """What is known of one parameter before anything is computed."""
+    """How the gradient norm of one parameter is computed."""
 
     path: str
     shape: tuple[int, ...]
     strategy: Strategy
-    #: Uses whose factors add up (each list), to be told from the others by the regions of the parameter they see.
+    #: The parameter's uses by number. One group holds the uses that see the same region of the parameter, so that their
+    #: gradients add up; different groups see disjoint regions, so that their squared norms add up.
     groups: tuple[tuple[int, ...], ...]
     #: Why `ghost` is not possible; empty where it is.
     reason: str
-    #: Estimated seconds per example of either; 0 where the strategy was not chosen by cost.
+    #: (strategy, estimated seconds per example) of both; empty where the choice was not made by time.
     seconds: tuple[tuple[str, float], ...] = ()
 
 
-Choose = Callable[[Sequence[Sequence[Factors]]], tuple[Strategy, dict[str, float]]]
+#: The factors of one parameter, by group -> (the preferred strategy, estimated seconds per example of each if known).
+Preference = Callable[[Sequence[Sequence[Factors]]], tuple[Strategy, dict[str, float]]]
 
 
 def smaller(groups: Sequence[Sequence[Factors]]) -> tuple[Strategy, dict[str, float]]:
-    """The strategy that needs less memory, 2 t^2 numbers or m n (Bu et al. 2022, arXiv 2205.10683, section 4)."""
+    """Prefer the strategy with less memory, 2 t^2 or m n numbers (Bu et al. 2022, arXiv 2205.10683, section 4)."""
     ghost = sum(2 * _length(group) ** 2 * group[0].groups for group in groups)
     gradient = sum(_size(group[0]) for group in groups)
     return ("ghost" if ghost < gradient else "instantiate"), {}
 
 
-def cheaper(rates: DeviceRates) -> Choose:
-    """The strategy that takes less time on `rates`, by a roofline: operations and bytes, each over their rate."""
+def faster(rates: DeviceRates) -> Preference:
+    """Prefer the strategy that takes less time on `rates`: operations and bytes, each divided by its rate, added up."""
 
-    def choose(groups: Sequence[Sequence[Factors]]) -> tuple[Strategy, dict[str, float]]:
+    def prefer(groups: Sequence[Sequence[Factors]]) -> tuple[Strategy, dict[str, float]]:
         ghost = instantiate = 0.0
         for group in groups:
             t, f = _length(group), group[0]
             wide = (0 if f.one_hot else f.m) + f.n
             inner = t * (t + 1) * wide * f.groups
-            # Both factors are converted to float64, and the two [t, t] products written and read.
+            # Both factors are converted to float64, and the two [t, t] products are written and read.
             moved = 12 * t * wide * f.groups + 32 * t * t * f.groups
             ghost += inner / rates.flops_float64 + moved / rates.bandwidth
-            # The weighted sum of ghost is the product that instantiating makes anyway.
+            # The product that `instantiate` computes is not counted: `ghost` computes it too, for the weighted sum.
             instantiate += 12 * _size(f) / rates.bandwidth
         return ("ghost" if ghost < instantiate else "instantiate"), {"ghost": ghost, "instantiate": instantiate}
 
-    return choose
+    return prefer
 
 
-def plan_leaves(
-    graph: Graph, params: Any, choose: Choose, overrides: Mapping[str, str]
+def strategies_of(
+    graph: Graph, params: Any, prefer: Preference, overrides: Mapping[str, str]
 ) -> tuple[list[LeafStrategy], list[Factors | None]]:
-    """The plan of every leaf, and the factors of every use.
+    """Choose the strategy of every leaf; returns these and the factors of every use.
 
     Args:
-        overrides: strategy by path pattern (`fnmatch`); the first that matches wins. A parameter that has no factors is
-            instantiated whatever they say.
+        overrides: strategy by path pattern (`fnmatch`); the first that matches wins over `prefer`. A parameter for
+            which `ghost` is not possible is instantiated regardless.
 
     Raises:
         ValueError: an unknown strategy, or a pattern that matches no parameter.
@@ -92,18 +94,18 @@ def plan_leaves(
         if asked not in STRATEGIES:
             raise ValueError(f"{pattern}: unknown strategy {asked!r}; there are {' and '.join(STRATEGIES)}")
         matching(params, [pattern])
-    plans = []
+    strategies = []
     for number, path in enumerate(paths_of(params)):
         shape = tuple(graph.aval(graph.params[number]).shape)
-        mine = [u for u, use in enumerate(graph.uses) if number in use.leaves]
-        groups, reason = _groups(mine, factors, graph)
+        own_uses = [u for u, use in enumerate(graph.uses) if number in use.leaves]
+        groups, reason = _groups(own_uses, factors, graph)
         strategy: Strategy = "instantiate"
         seconds: dict[str, float] = {}
         if not reason:
-            strategy, seconds = choose([[f for u in group if (f := factors[u]) is not None] for group in groups])
+            strategy, seconds = prefer([[f for u in group if (f := factors[u]) is not None] for group in groups])
             asked = next((s for pattern, s in overrides.items() if fnmatchcase(path, pattern)), strategy)
             strategy = "ghost" if asked == "ghost" else "instantiate"
-        plans.append(
+        strategies.append(
             LeafStrategy(
                 path=path,
                 shape=shape,
@@ -113,18 +115,18 @@ def plan_leaves(
                 seconds=tuple(seconds.items()),
             )
         )
-    return plans, factors
+    return strategies, factors
 
 
 def _groups(
     uses: Sequence[int], factors: Sequence[Factors | None], graph: Graph
 ) -> tuple[tuple[tuple[int, ...], ...], str]:
-    """Uses by the region of the parameter that they see, or why its norm is not a matter of factors."""
+    """Group a parameter's uses by the region of it that they see; if `ghost` is impossible, return why instead."""
     if not uses:
         return (), "no example's loss depends on it"
-    without = sorted({graph.uses[u].node.name for u in uses if factors[u] is None})
-    if without:
-        return (), f"it meets data in {', '.join(without)}"
+    no_factors = sorted({graph.uses[u].node.name for u in uses if factors[u] is None})
+    if no_factors:
+        return (), f"no ghost norm for its use in {', '.join(no_factors)}"
     groups: dict[Any, list[int]] = {}
     for u in uses:
         if (found := factors[u]) is not None:
@@ -139,7 +141,7 @@ def _groups(
 
 
 def sides_swapped(first: Factors, other: Factors) -> bool | None:
-    """Whether left and right change places to make `other` a product like `first`; None where neither way does."""
+    """Return whether swapping left and right makes `other` a product like `first`; None if neither order does."""
     a, b = _axes(first), _axes(other)
     if a is None or b is None or a[2] != b[2]:
         return None
@@ -149,18 +151,19 @@ def sides_swapped(first: Factors, other: Factors) -> bool | None:
 
 
 def _add_up(group: Sequence[Factors]) -> bool:
+    """True if the factors of a group's uses can be concatenated into one sum of outer products."""
     return all(sides_swapped(group[0], other) is not None for other in group) and (
         group[0].groups == 1 or not any(factors.one_hot for factors in group)
     )
 
 
 def _axes(factors: Factors) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
-    """Axes of the leaf, those of size 1 left out, that run over left's columns, right's columns and the groups."""
-    seen = factors.view.axes
-    if seen is None:
+    """Return the leaf's axes that make up left's columns, right's columns and the groups, without those of size 1."""
+    of_leaf = factors.view.axes
+    if of_leaf is None:
         return None
     left, right, groups = (
-        tuple(axis for i in axes if (axis := seen[i]) is not None)
+        tuple(axis for i in axes if (axis := of_leaf[i]) is not None)
         for axes in (factors.left_axes, factors.right_axes, factors.group_axes)
     )
     return left, right, groups

@@ -1,8 +1,8 @@
-"""A parameter seen through operations that move its entries and change none of them.
+"""A parameter after operations that only move its entries: reshapes, transposes, slices, and casts.
 
-Reshapes, transposes, casts and slices leave the norm of a gradient as it is, so a rule may work with the view and carry
-its result back. The way back is taken in float32: a cast to bfloat16 on the way out must not round the sum of
-clipped gradients on the way in.
+They do not change the norm of a gradient. So the gradient is computed at the view and mapped back to the parameter. The
+map back runs in float32: where the loss casts a parameter to bfloat16, the sum of clipped gradients must not be rounded
+to bfloat16 too.
 """
 
 from __future__ import annotations
@@ -21,20 +21,27 @@ Region = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class View:
-    """How a value shows (a part of) one parameter leaf."""
+    """A value whose entries are (some of) the entries of one parameter leaf."""
 
     leaf: int
     leaf_shape: tuple[int, ...]
     shape: tuple[int, ...]
-    #: The steps from the leaf to the value, each the name of an operation and its argument.
-    steps: tuple[tuple[str, Any], ...]
-    #: The leaf's axis behind each axis, None for one of size 1; None altogether where a reshape has mixed axes.
+    #: The operations from the leaf to the value: (name, argument) each.
+    operations: tuple[tuple[str, Any], ...]
+    #: The leaf's axis behind each axis of the value, None for one of size 1. None as a whole once a reshape mixed axes.
     axes: tuple[int | None, ...] | None
-    #: What of each axis of the leaf is seen, [start, stop).
+    #: The part of each of the leaf's axes that is visible, [start, stop).
     region: Region
 
     def through(self, name: str, params: dict[str, Any], aval: Any, literals: list[Any]) -> View | None:
-        """The view after one more operation, or None where it does more than move entries."""
+        """Return the view after one more operation; None if that operation does more than move entries.
+
+        Args:
+            name: the operation's primitive.
+            params: its equation parameters.
+            aval: shape and dtype of its output.
+            literals: its inputs where they are constants, None for the others.
+        """
         if not jnp.issubdtype(aval.dtype, jnp.floating):
             return None
         shape = tuple(aval.shape)
@@ -43,14 +50,15 @@ class View:
         if name == "transpose":
             order = tuple(params["permutation"])
             axes = None if self.axes is None else tuple(self.axes[i] for i in order)
-            return replace(self, shape=shape, steps=(*self.steps, ("transpose", order)), axes=axes)
+            return replace(self, shape=shape, operations=(*self.operations, ("transpose", order)), axes=axes)
         reshaped = name in ("squeeze", "expand_dims") or (name == "reshape" and params["dimensions"] is None)
         if reshaped or (name == "broadcast_in_dim" and math.prod(shape) == math.prod(self.shape)):
-            return replace(self, shape=shape, steps=(*self.steps, ("reshape", shape)), axes=self._unit_axes(shape))
+            operations = (*self.operations, ("reshape", shape))
+            return replace(self, shape=shape, operations=operations, axes=self._axes_after_reshape(shape))
         if name == "slice" and params["strides"] in (None, (1,) * len(shape)):
             return self._cut(tuple(params["start_indices"]), shape)
         if name == "dynamic_slice" and all(value is not None for value in literals[1:]):
-            # XLA moves a start that lies too far out back to the last that fits.
+            # XLA clamps the start so that the slice lies within the array.
             starts = [
                 int(np.clip(int(value), 0, full - part))
                 for value, full, part in zip(literals[1:], self.shape, shape, strict=True)
@@ -58,8 +66,8 @@ class View:
             return self._cut(tuple(starts), shape)
         return None
 
-    def _unit_axes(self, shape: tuple[int, ...]) -> tuple[int | None, ...] | None:
-        """Axes after a reshape that adds and drops axes of size 1 alone."""
+    def _axes_after_reshape(self, shape: tuple[int, ...]) -> tuple[int | None, ...] | None:
+        """Return `axes` after a reshape to `shape`; None unless it only adds and drops axes of size 1."""
         if self.axes is None:
             return None
         kept = [axis for axis, size in zip(self.axes, self.shape, strict=True) if size != 1]
@@ -78,13 +86,13 @@ class View:
                 region[axis] = (region[axis][0] + start, region[axis][0] + start + size)
                 axes[position] = None if size == 1 else axis
         limits = tuple(start + size for start, size in zip(starts, shape, strict=True))
-        step = ("slice", (starts, limits))
-        return replace(self, shape=shape, steps=(*self.steps, step), axes=tuple(axes), region=tuple(region))
+        operations = (*self.operations, ("slice", (starts, limits)))
+        return replace(self, shape=shape, operations=operations, axes=tuple(axes), region=tuple(region))
 
-    def show(self, leaf: Array) -> Array:
-        """The view of `leaf`, in the leaf's own type."""
+    def apply(self, leaf: Array) -> Array:
+        """Return the view of `leaf`, in the leaf's own dtype."""
         value = leaf
-        for name, argument in self.steps:
+        for name, argument in self.operations:
             if name == "transpose":
                 value = jnp.transpose(value, argument)
             elif name == "reshape":
@@ -93,21 +101,21 @@ class View:
                 value = jax.lax.slice(value, *argument)
         return value
 
-    def back(self, gradient: Array) -> Array:
-        """The gradient of the leaf, float32 and zero outside the region, from that of the view."""
+    def to_leaf(self, gradient: Array) -> Array:
+        """Turn a gradient of the view into one of the leaf: float32, and zero outside the region."""
         leaf = jax.ShapeDtypeStruct(self.leaf_shape, jnp.float32)
-        (whole_gradient,) = jax.linear_transpose(self.show, leaf)(gradient.astype(jnp.float32))
+        (whole_gradient,) = jax.linear_transpose(self.apply, leaf)(gradient.astype(jnp.float32))
         return whole_gradient
 
 
 def whole(leaf: int, shape: tuple[int, ...]) -> View:
-    """A leaf as it is."""
+    """Return the view that shows a leaf unchanged."""
     axes = tuple(None if size == 1 else axis for axis, size in enumerate(shape))
     return View(leaf, tuple(shape), tuple(shape), (), axes, tuple((0, size) for size in shape))
 
 
 def disjoint(a: Region, b: Region) -> bool:
-    """True where no entry lies in both."""
+    """True if no entry lies in both regions."""
     return any(
         stop_a <= start_b or stop_b <= start_a for (start_a, stop_a), (start_b, stop_b) in zip(a, b, strict=True)
     )

@@ -1,4 +1,4 @@
-"""From norms to the weight of every example: what bounds a contribution, the same for all methods."""
+"""Compute every example's clipping weight from its gradient norm, for all methods, and sum stored gradients with it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32
 
-# Norms are inflated by this much before clipping, so that the float32 rounding of the norm (XLA sums in
-# blocks, so its relative error stays near 1e-6 even for 1e8 parameters) and of the product
-# cannot let an example contribute more than C.
+# Norms are increased by this fraction before clipping, so that the float32 rounding of the norm (XLA sums in blocks,
+# so its relative error stays near 1e-6 even for 1e8 parameters) and of the product cannot make an example contribute
+# more than C.
 NORM_MARGIN = 8e-6
 
 
 def weigh(
     norms: Float32[Array, " p"], mask: Float[Array | np.ndarray, " p"], clip_norm: float
 ) -> tuple[Float32[Array, " p"], Bool[Array, " p"]]:
-    """(min(1, C / norm), 0 where an example counts for nothing; whether it counts).
+    """Return every example's weight min(1, C / norm) and whether it is used; an unused one has weight 0.
 
-    A gradient so large that its square overflows counts as not finite: it is dropped, never unbounded.
+    An example is used if it is not masked and its norm is finite. A gradient whose square overflows has an infinite
+    norm, so it is dropped rather than left unbounded.
     """
     used = jnp.asarray(mask > 0) & jnp.isfinite(norms)
     scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norms * (1 + NORM_MARGIN), clip_norm * 1e-6))
@@ -28,10 +29,10 @@ def weigh(
 def weighted_sum(
     scale: Float32[Array, " p"], used: Bool[Array, " p"], gradients: Float[Array, "p ..."]
 ) -> Float32[Array, "..."]:
-    """sum_i scale[i] gradients[i] in float32.
+    """Return sum_i scale[i] gradients[i] in float32.
 
-    As one product it runs 1.3 to 1.7 times faster than scaling each gradient first. Examples that do not count are
-    selected away on both operands: 0 * NaN is NaN, so a zero weight alone removes nothing.
+    One product runs 1.3 to 1.7 times faster than scaling each gradient first. Unused examples are replaced by 0 with
+    `where` in both operands: 0 * NaN is NaN, so a weight of 0 would not remove them.
     """
     flat = gradients.reshape(gradients.shape[0], -1).astype(jnp.float32)
     kept = jnp.where(used[:, None], flat, 0.0)

@@ -1,4 +1,4 @@
-"""The arms that are JAX and nothing else: plain SGD, every method of dpdist, and the paper's masked method."""
+"""The benchmark's arms in JAX: plain SGD, every clipping method of dpdist, and the paper's masked method."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpdist_launch.measure.bench.tasks import Problem
 
 JAX = "jax"
 SGD, MASKED, NAIVE = "sgd", "jax-masked", "naive"
-#: Every arm that `--methods` can name, and what it is.
+#: Every arm that `--methods` can name, with its description.
 ARMS = {
     SGD: "plain SGD: one backward pass over the summed losses, no privacy",
     "auto": "dpdist, each parameter's norm in the way that is faster on the machine",
@@ -29,7 +29,7 @@ ARMS = {
 
 
 def jax_arm(name: str) -> Arm:
-    """The arm of that name, of `ARMS`; `naive` is none of them: it has no program to run twice."""
+    """Return an arm of `ARMS` by name; not `naive`, which has no single program to run repeatedly."""
     return Arm(
         name=name,
         framework=JAX,
@@ -39,7 +39,7 @@ def jax_arm(name: str) -> Arm:
 
 
 def grad_sum(name: str, problem: Problem) -> GradSum:
-    """`f(params, batch, mask) -> (sums, norms)` as the arm computes it."""
+    """Return the arm's `f(params, batch, mask) -> (sums, norms)`; see `clipped_grad_sum`."""
     if name == SGD:
         return plain_grad_sum(problem.loss)
     if name == MASKED:
@@ -48,10 +48,10 @@ def grad_sum(name: str, problem: Problem) -> GradSum:
 
 
 def masked_grad_sum(loss_fn: Callable[[Any, Any], Array], *, clip_norm: float) -> GradSum:
-    """The method of arXiv 2406.17298: batches of a fixed size, all their gradients, and a mask that drops the padding.
+    """Make the method of arXiv 2406.17298: fixed batch size, all per-example gradients, and a mask for the padding.
 
-    Written from the mathematics, sum_i mask_i min(1, C / |g_i|) g_i, in the order in which the paper has it: clipped
-    gradients first, then the masked sum. All in one program, where XLA may fuse what it can.
+    We wrote it from the formula, sum_i mask_i min(1, C / |g_i|) g_i, in the paper's order: clipped gradients first,
+    then the masked sum. It is one program, so XLA may fuse its parts.
     """
 
     def clipped_sum(params: Any, batch: Any, mask: Float[Array, " p"]) -> tuple[Any, Float32[Array, " p"]]:

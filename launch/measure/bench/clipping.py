@@ -1,4 +1,4 @@
-"""What clipping costs: every way to compute a clipped gradient sum, timed side by side on one physical batch."""
+"""Time every method of computing a clipped gradient sum, side by side on one physical batch."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to measure, and how."""
+    """What to measure, and how. Construction raises InputError for a value out of range or an unknown name."""
 
     #: Names of `TASKS`.
     models: Sequence[str]
     #: Names of `ARMS`; plain SGD is measured in any case.
     methods: Sequence[str] = tuple(arms.ARMS)
-    #: Physical batch size by model, where it is not the task's own.
+    #: Physical batch size by model; the others use the task's.
     batches: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    #: Measure other projects' implementations as well.
+    #: Also measure other projects' implementations.
     peers: bool = False
     rounds: int = 15
-    #: Seconds of a turn.
+    #: Length of a turn in seconds.
     seconds: float = 0.3
-    #: Find the largest batch of each compiled arm that fits so many bytes; None does not look.
+    #: Also find each compiled arm's largest batch that fits into this many bytes; None skips the search.
     memory_limit: float | None = None
-    #: Write `clipping.json` and `clipping.md` there, after every model.
+    #: Directory to write `clipping.json` and `clipping.md` to after every model.
     to: Path | None = None
-    #: What the user typed, for the record.
+    #: The command line, to be recorded.
     command: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -84,10 +84,10 @@ def _named(progress: Progress, model: str, line: str) -> None:
 
 
 def bench_clipping(request: Request, *, progress: Progress = _to_stderr) -> dict[str, Any]:
-    """Measure all models of the request, one after the other; returns the content of `clipping.json`.
+    """Measure all models of the request, one after the other; return the content of `clipping.json`.
 
     Raises:
-        InputError: peers are asked for and not installed.
+        InputError: peers are requested but not installed.
     """
     measured = arms_of(request)
     names = {arm.name for arm in measured} | set(request.methods)
@@ -118,7 +118,7 @@ def bench_clipping(request: Request, *, progress: Progress = _to_stderr) -> dict
                 progress=partial(_named, progress, name),
             )
             content["written"] = datetime.now(UTC).isoformat(timespec="seconds")
-            if request.to is not None:  # now, since the next model may take an hour, or all the memory
+            if request.to is not None:  # after every model: the next may take an hour, or run out of memory
                 request.to.mkdir(parents=True, exist_ok=True)
                 write_atomically(request.to / "clipping.json", json.dumps(content, indent=2) + "\n")
                 write_atomically(request.to / "clipping.md", table.text(content))
@@ -127,7 +127,7 @@ def bench_clipping(request: Request, *, progress: Progress = _to_stderr) -> dict
 
 @contextlib.contextmanager
 def _without_compilation_cache() -> Iterator[None]:
-    """A program from the cache would have been compiled in no time."""
+    """Disable the compilation cache, which would falsify the compile times."""
     earlier = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -137,7 +137,7 @@ def _without_compilation_cache() -> Iterator[None]:
 
 
 def arms_of(request: Request) -> list[Arm]:
-    """The arms that take turns; plain SGD, which the others are compared with, is always among them."""
+    """Return the arms to measure in turns, always with plain SGD, the baseline."""
     found = [arms.jax_arm(name) for name in arms.ARMS if name == arms.SGD or name in request.methods]
     found = [arm for arm in found if arm.name != arms.NAIVE]
     return found + (peers.peer_arms() if request.peers else [])
@@ -155,7 +155,7 @@ def measure(
     clock: Clock = time.perf_counter,
     progress: Progress = lambda line: None,
 ) -> dict[str, Any]:
-    """All arms on one model: its parameters, batch, and for every arm its numbers or why it has none."""
+    """Measure all arms on one model; return its batch, its parameter count and every arm's numbers or error."""
     load = os.getloadavg()[0]
     problem = problem_of(task, size)
     programs, results = _prepare(problem, measured, progress)
@@ -199,13 +199,13 @@ def measure(
 def _prepare(
     problem: Problem, measured: Sequence[Arm], progress: Progress
 ) -> tuple[dict[str, Program], dict[str, dict[str, Any]]]:
-    """Compile every arm, run it once and compare its sum with the reference; an arm that fails says why."""
+    """Compile every arm, run it once and compare its sum with the reference; record the error of an arm that fails."""
     programs: dict[str, Program] = {}
     results: dict[str, dict[str, Any]] = {
         arm.name: {"framework": arm.framework, "private": arm.private} for arm in measured
     }
     references: dict[bool, Sums] = {}
-    # The reference method first, so that the others are compared with it and no two results are kept.
+    # The reference method first: the others are compared with it, and only its sums need to be kept.
     for arm in sorted(measured, key=lambda arm: arm.name != "per_example"):
         try:
             program = arm.prepare(problem)
@@ -234,7 +234,7 @@ def _reason(error: Exception) -> str:
 
 
 def distance(sums: Sums, reference: Sums) -> float:
-    """Relative L2 distance of all parameters together."""
+    """Return the L2 distance over all parameters together, relative to the reference's norm."""
     apart = sum(float(np.sum(np.square(sums[path] - reference[path], dtype=np.float64))) for path in reference)
     whole = sum(float(np.sum(np.square(reference[path], dtype=np.float64))) for path in reference)
     return float(np.sqrt(apart / whole)) if whole else float(np.sqrt(apart))

@@ -1,4 +1,4 @@
-"""`dpdist bench`: the command line of the benchmarks. It imports JAX only once there is something to do."""
+"""`dpdist bench`: the benchmarks' command line. JAX is imported only by the subcommand that runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ examples:
 
 
 def add_to(commands: Any) -> None:
-    """Add the subcommands."""
+    """Add `bench` and its subcommands to the `dpdist` command."""
     bench = commands.add_parser("bench", help="measure this machine")
     subjects = bench.add_subparsers(required=True, metavar="SUBJECT")
 
@@ -61,7 +61,7 @@ def add_to(commands: Any) -> None:
     add("--rounds", type=int, default=15, help="turns of every arm (15)")
     add("--seconds", type=float, default=0.3, help="length of a turn, after one call that is not timed (0.3)")
     add("--largest-batch", action="store_true", help="also the largest batch that fits; compiles several more programs")
-    add("--memory", type=float, default=8.0, metavar="GIB", help="what it has to fit (8)")
+    add("--memory", type=float, default=8.0, metavar="GIB", help="memory that the largest batch must fit into (8)")
     add("--to", type=Path, metavar="DIR", help="write clipping.json and clipping.md there as well")
     clipping.set_defaults(run=_clipping)
 
@@ -106,7 +106,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _batches(text: str | None, models: tuple[str, ...]) -> dict[str, int]:
-    """Sizes by model, from `8` for all of them or `vit-ti=8,vit-s=4`."""
+    """Parse `8` (for all models) or `vit-ti=8,vit-s=4` into sizes by model."""
     sizes: dict[str, int] = {}
     for part in _names(text or ""):
         model, _, size = part.rpartition("=")

@@ -1,4 +1,4 @@
-"""Naive DP-SGD in JAX: the Poisson batch as it comes, of another size every step, so that nearly every one compiles."""
+"""Naive DP-SGD in JAX: each Poisson batch in its own size, so that nearly every step compiles again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpdist.mechanism.clipping import GradSum
 from dpdist_launch.measure.bench.rounds import Clock
 from dpdist_launch.measure.bench.tasks import Problem
 
-#: Training examples, each in a batch with probability p over their number, so that p are expected.
+#: Number of training examples; each is sampled with probability p / POPULATION, so that p are expected.
 POPULATION = 50_000
 STEPS = 5
 
@@ -20,16 +20,17 @@ STEPS = 5
 def naive_series(
     grad_sum: GradSum, problem: Problem, *, steps: int = STEPS, clock: Clock = time.perf_counter
 ) -> dict[str, Any]:
-    """Mean seconds of a step over a short series of binomially distributed batch sizes, compilation included.
+    """Measure the mean seconds of a step over a short series of binomial batch sizes, compilation included.
 
-    Nothing is compiled before. The fewer sizes a series has seen, the more of its steps compile: with small batches a
-    long run would meet every size at last, with the thousands of a logical batch it never does.
+    Nothing is compiled before the series. In a short series most sizes are new, so most steps compile. With small
+    batches, a long run would at last have seen every size; with logical batches of thousands of examples it never
+    would.
     """
     compilations = 0
 
     def counted(params: Any, batch: Any, mask: Any) -> Any:
         nonlocal compilations
-        compilations += 1  # runs only while JAX traces, which it does once for every new shape
+        compilations += 1  # runs only when JAX traces: once for every new shape
         return grad_sum(params, batch, mask)
 
     step = jax.jit(counted)

@@ -1,4 +1,4 @@
-"""An arm that is ready to run, and what the compiler says of it."""
+"""Arms, their compiled programs, and XLA's memory and cost analysis of these."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ Sums = dict[str, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What XLA says of a compiled program."""
+    """XLA's analysis of a compiled program."""
 
     #: Wall time of tracing and compiling.
     seconds: float
-    #: Memory beside arguments and results, at its peak.
+    #: Peak memory in addition to arguments and results.
     temp_bytes: int
     argument_bytes: int
     output_bytes: int
-    #: Floating-point operations, as XLA counts them; None where it does not.
+    #: Floating-point operations as XLA counts them; None if it does not.
     flops: float | None
 
     @property
     def memory(self) -> int:
-        """All bytes that a call needs."""
+        """Total bytes that a call needs."""
         return self.temp_bytes + self.argument_bytes + self.output_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """One arm on one problem, compiled where its framework compiles."""
+    """One arm on one problem; compiled, if its framework compiles ahead of time."""
 
-    #: Computes the batch once and waits for the result.
+    #: Computes the batch's gradient sum once and waits for the result.
     run: Callable[[], Any]
-    #: The gradient sums in what `run` returned, as the parameters of `dpdist` are named and laid out.
+    #: Turns the result of `run` into gradient sums with the names and layout of dpdist's parameters.
     read: Callable[[Any], Sums]
-    #: None where nothing is compiled ahead.
+    #: None if the framework does not compile ahead of time.
     compiled: Compiled | None = None
-    #: What the compiler would say of another physical batch size; nothing is run.
+    #: Compiles for another physical batch size, without running anything.
     compile_at: Callable[[int], Compiled] | None = None
 
 
@@ -57,13 +57,13 @@ class Arm:
     name: str
     #: Its times are compared with the plain SGD gradient of the same framework.
     framework: str
-    #: Whether it clips; the others are plain SGD.
+    #: True if it clips, False for plain SGD.
     private: bool
     prepare: Callable[[Problem], Program]
 
 
 def jax_program(grad_sum: GradSum, problem: Problem) -> Program:
-    """`grad_sum(params, batch, mask)` compiled for the problem."""
+    """Compile `grad_sum(params, batch, mask)` for the problem."""
     arguments = (problem.params, problem.batch, problem.mask)
     executable, compiled = _compile(grad_sum, arguments)
 
@@ -96,14 +96,14 @@ def _compile(grad_sum: GradSum, arguments: tuple[Any, Any, Any]) -> tuple[Any, C
     )
 
 
-#: Sizes beyond it say nothing of practice, and would take long to compile.
+#: Larger batches do not occur in practice and would take long to compile.
 LARGEST = 2**16
 
 
 def largest_batch(compile_at: Callable[[int], Compiled], *, limit: float, start: int) -> int | None:
-    """The largest power of two whose program fits `limit` bytes, from what the compiler says; None if not even 1 does.
+    """Find the largest power of two whose program needs at most `limit` bytes by XLA's analysis; None if 1 needs more.
 
-    Doubles or halves from the power of two at or below `start`.
+    The search doubles or halves from the power of two at or below `start`, and ends at LARGEST.
     """
     size = 1 << (start.bit_length() - 1)
     if not _fits(compile_at, size, limit):
@@ -121,6 +121,6 @@ def _fits(compile_at: Callable[[int], Compiled], size: int, limit: float) -> boo
     try:
         return compile_at(size).memory <= limit
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):  # a GPU's compiler refuses what cannot fit the device
+        if "RESOURCE_EXHAUSTED" in str(error):  # a GPU's compiler rejects a program that cannot fit
             return False
         raise

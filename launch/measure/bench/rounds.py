@@ -1,4 +1,4 @@
-"""Timing of several arms side by side: in rounds, so that a slow minute of the machine meets all of them."""
+"""Time several arms in rounds, so that a slow minute of the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ def interleaved(
     clock: Clock = time.perf_counter,
     after_round: Callable[[int], None] = lambda number: None,
 ) -> dict[str, list[float]]:
-    """Seconds a call of every run, by round.
+    """Return the seconds per call of every run, for each round.
 
-    In a round each has one turn, and the next round begins with the next of them. A turn is one call that is not
-    timed, so that caches and the threads of another framework settle, and then as many as take `seconds`, at least one.
+    In a round each run has one turn; the next round starts with the next run. A turn is one call that is not timed, so
+    that caches and another framework's threads settle, followed by timed calls until `seconds` have passed, at least
+    one.
     """
     names, times = list(runs), {name: list[float]() for name in runs}
     for number in range(rounds):
@@ -44,9 +45,10 @@ def _turn(run: Callable[[], object], seconds: float, clock: Clock) -> float:
 
 
 def ratios(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles, over rounds, of the ratio to the baseline of the same round.
+    """Return the median and quartiles, over rounds, of the ratio to the baseline's time in the same round.
 
-    The median of ratios, not the ratio of medians: both times of a ratio were taken in the same half minute.
+    We take the median of ratios, not the ratio of medians, because both times of a ratio were measured within half a
+    minute of each other.
     """
     low, median, high = np.percentile(np.divide(times, baseline), [25, 50, 75])
     return {"ratio": float(median), "ratio_p25": float(low), "ratio_p75": float(high)}

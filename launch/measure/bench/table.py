@@ -1,4 +1,4 @@
-"""`clipping.md`: a row an arm, a column a model, and all that one must know to trust the numbers."""
+"""Write `clipping.md`: one row per arm, one column per model, and the conditions of the measurement."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-#: Private sums further from the reference than this, relative, are another sum.
+#: Sums with a larger relative distance from the reference are reported as wrong.
 TOLERANCE = 1e-3
 _MIB = 2**20
 
 
 def text(content: dict[str, Any]) -> str:
-    """The page, from the content of `clipping.json`."""
+    """Return the page for the content of `clipping.json`."""
     models: dict[str, Any] = content["models"]
     arms = list(content["about"])
     parts = [
@@ -82,7 +82,7 @@ def _notes(content: dict[str, Any]) -> str:
 
 
 Found = dict[str, Any]
-#: The name of the best arm of a model, if there is one.
+#: All arms of a model -> the name of the best one, if there is one.
 Best = Callable[[dict[str, Found]], str | None]
 
 
@@ -98,7 +98,7 @@ def _highest(quantity: str) -> Best:
     return _lowest(quantity, -1)
 
 
-#: What is shown of an arm, given all arms of the model.
+#: (an arm, all arms of the model) -> the text of its cell.
 Cell = Callable[[Found, dict[str, Found]], str]
 
 
@@ -128,7 +128,7 @@ def _rate(arm: Found, others: dict[str, Found]) -> str:
 
 
 def _three_digits(value: float) -> str:
-    """Three of them, or all before the point: 4.57, 45.7, 457, 4,567."""
+    """Format with three significant digits, or all digits before the point: 4.57, 45.7, 457, 4,567."""
     return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 

@@ -1,4 +1,4 @@
-"""What is measured on: the models, with the shapes of their data and a usual physical batch."""
+"""The benchmark's tasks: models with the shapes of their data and a usual physical batch size."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from jaxtyping import Array
 from dpdist.config import Model
 from dpdist.models import build, example_loss
 
-#: C. Random weights have gradients of norm over 1, so that most examples are clipped.
+#: C. With random weights gradient norms exceed 1, so most examples are clipped.
 CLIP_NORM = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A model and the data it is fed."""
+    """A model and the shapes of its data."""
 
     model: Model
-    #: Shape and dtype of each column of one example; what is not random bytes lies below `bounds`.
+    #: Shape and dtype of each column of one example.
     example: Mapping[str, tuple[tuple[int, ...], str]]
     #: Exclusive upper bound of the integers in a column.
     bounds: Mapping[str, int]
-    #: Physical batch size, where none is asked for.
+    #: Default physical batch size.
     batch: int
 
     @property
     def classes(self) -> int:
-        """Of the labels."""
+        """Number of classes."""
         return self.bounds["label"]
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of one example, as `dpdist.models.build` takes them."""
+        """Return the shapes and dtypes of one example, for `dpdist.models.build`."""
         return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in self.example.items()}
 
     def examples(self, size: int, *, seed: int = 0) -> dict[str, np.ndarray]:
-        """`size` random examples, the columns stacked."""
+        """Draw `size` random examples; columns have a leading axis of that length."""
         rng = np.random.default_rng(seed)
         return {
             name: rng.integers(0, self.bounds[name], (size, *shape)).astype(dtype)
@@ -49,15 +49,15 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One physical batch: what every arm is given."""
+    """The input of every arm: one physical batch with parameters and loss."""
 
     task: Task
     #: `loss(params, example) -> scalar` of one example.
     loss: Callable[[Any, Any], Array]
     params: Any
-    #: Columns with leading axis `size`, on the device like the parameters.
+    #: Columns with leading axis `size`, on the device, as are the parameters.
     batch: dict[str, Array]
-    #: 1 for every example: a full batch, none of it padding.
+    #: 1 for every example: the batch is full, without padding.
     mask: Array
     clip_norm: float
 
@@ -68,7 +68,7 @@ class Problem:
 
 
 def problem_of(task: Task, size: int) -> Problem:
-    """The task with random weights and a random batch of `size` examples; always the same ones."""
+    """Make the task's problem with fixed random weights and a fixed random batch of `size` examples."""
     model = build(task.model, example=task.shapes(), classes=task.classes)
     params, batch, mask = jax.device_put(
         (model.init(jax.random.key(0)), task.examples(size), np.ones(size, np.float32))

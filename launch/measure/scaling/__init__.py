@@ -1,1 +1,1 @@
-"""Scaling sweeps: the throughput of DP-SGD and of plain SGD over node counts, and what the curves say."""
+"""Scaling sweeps: measure the throughput of DP-SGD and plain SGD over node counts, and report it."""

@@ -1,4 +1,4 @@
-"""`scaling.md`: the tables that one wants to read, and all that one must know to trust them."""
+"""Write `scaling.md`: the tables of a sweep, and the conditions of the measurement."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dpdist_launch.measure.scaling.arms import DP, SGD
 
 
 def text(content: dict[str, Any]) -> str:
-    """The page, from the content of `scaling.json`."""
+    """Return the page for the content of `scaling.json`."""
     arms: dict[str, Any] = content["arms"]
     points: list[dict[str, Any]] = content["points"]
     counts = sorted({count for arm in arms.values() for count in arm["nodes"]})
@@ -85,7 +85,7 @@ def _notes(content: dict[str, Any]) -> str:
 
 
 def shares_cores(point: dict[str, Any]) -> bool:
-    """Whether more nodes could not be faster: they are parts of one host, or there are more processes than cores."""
+    """Return whether processes shared cores: several nodes on one host, or more processes than cores on a host."""
     hardware = point["hardware"]
     return point["nodes"] > hardware["hosts"] or hardware["processes_per_host"] > hardware["cores_per_host"]
 

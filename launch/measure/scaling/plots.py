@@ -1,4 +1,4 @@
-"""Pictures of a sweep: throughput, fraction of ideal, and Amdahl's law over node counts."""
+"""Plot a sweep: throughput, fraction of ideal, and Amdahl's law over node counts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from dpdist_launch.measure.scaling.arms import DP, SGD, SGD_SYNC
 from dpdist_launch.measure.scaling.model import speed_up
 
-#: Colour and marker by arm: three of Okabe and Ito's, told apart by every kind of colour vision.
+#: Colour and marker by arm: three of Okabe and Ito's colours, distinguishable with every kind of colour vision.
 _STYLE = {DP: ("#0072B2", "o"), SGD: ("#E69F00", "s"), SGD_SYNC: ("#009E73", "^")}
 
 
 def write(root: Path, arms: dict[str, Any], nodes_label: str) -> None:
-    """Write `throughput.png`, `fraction_of_ideal.png` and `amdahl.png` of `report.aggregate`'s result."""
+    """Write `throughput.png`, `fraction_of_ideal.png` and `amdahl.png` for `arms`, the result of `report.aggregate`."""
     counts = sorted({count for arm in arms.values() for count in arm["nodes"]})
     for name, draw in (("throughput", _throughput), ("fraction_of_ideal", _fraction_of_ideal), ("amdahl", _amdahl)):
         _figure(root / f"{name}.png", arms, counts, nodes_label, draw)
@@ -34,7 +34,7 @@ def _figure(
     axes = figure.add_subplot()
     axes.set_xscale("log", base=2)
     draw(axes, arms)
-    # The measured counts and nothing else: powers of two or ten between them were not measured.
+    # Only measured counts are ticks; powers of two or ten in between were not measured.
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(counts[0] / 1.2, counts[-1] * 1.2)
@@ -46,7 +46,7 @@ def _figure(
 
 
 def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
-    """Handles and labels with the arms first: matplotlib puts curves with error bars behind all others."""
+    """Return handles and labels with the arms first; matplotlib lists curves with error bars last."""
     entries = sorted(
         zip(*axes.get_legend_handles_labels(), strict=True), key=lambda entry: entry[1].startswith(("ideal", "fit"))
     )
@@ -54,14 +54,14 @@ def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
 
 
 def _plain_ticks(axes: Axes) -> None:
-    """A logarithmic y axis with numbers as people write them."""
+    """Label a logarithmic y axis with plain numbers."""
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _curve(axes: Axes, arm: str, nodes: dict[int, Any], quantity: str, *, label: str, scale: float = 1.0) -> None:
-    """Means with bars from the smallest to the largest repeat."""
+    """Draw the means, with bars from the smallest to the largest repeat."""
     colour, marker = _STYLE[arm]
     spreads = [found[quantity] for found in nodes.values()]
     means = scale * np.array([spread["mean"] for spread in spreads])

@@ -1,4 +1,4 @@
-"""The reports of a sweep: `scaling.csv`, `scaling.json`, `scaling.md` and the plots, from the measured points."""
+"""Write a sweep's reports from its measured points: `scaling.csv`, `scaling.json`, `scaling.md` and the plots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dpdist_launch.measure.scaling.arms import ARMS, DP
 from dpdist_launch.measure.scaling.directory import SweepDirectory
 from dpdist_launch.measure.scaling.model import fraction_of_ideal, parallel_fraction
 
-#: What is averaged over the repeats of one arm at one node count.
+#: Quantities that are averaged over the repeats of one arm at one node count.
 _AVERAGED = (
     "step_seconds",
     "compile_seconds",
@@ -31,10 +31,10 @@ _AVERAGED = (
 
 
 def write(directory: SweepDirectory) -> Path:
-    """Write all reports into the directory of the sweep, whose name is returned as that of `scaling.md`.
+    """Write all reports into the sweep's directory; return the path of `scaling.md`.
 
     Raises:
-        InputError: the private points are not of one epsilon.
+        InputError: the private points differ in epsilon.
     """
     asked = directory.points()
     points = [measured for point in asked if (measured := directory.measured(point)) is not None]
@@ -60,10 +60,10 @@ def write(directory: SweepDirectory) -> Path:
 
 
 def require_one_epsilon(points: list[dict[str, Any]]) -> None:
-    """The privacy of a run must not depend on how many nodes share its work.
+    """Check that all private points state the same epsilon: it must not depend on the number of nodes.
 
     Raises:
-        InputError: two private points state another epsilon; it names them all.
+        InputError: they do not; it names the points by epsilon.
     """
     found: dict[float, list[str]] = {}
     for point in points:
@@ -72,16 +72,16 @@ def require_one_epsilon(points: list[dict[str, Any]]) -> None:
     if len(found) > 1:
         named = "; ".join(f"{epsilon!r} at {', '.join(names)}" for epsilon, names in found.items())
         remedy = (
-            "all points must be of one privacy plan: remove those files that are not of this sweep and run it again."
+            "all points must have the same epsilon: remove the files that are not from this sweep and run it again."
         )
         raise InputError("epsilon", named, remedy)
 
 
 def aggregate(points: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By arm: Amdahl's parallel fraction, and by node count what the repeats say together.
+    """Return, by arm, Amdahl's parallel fraction and, by node count, statistics over the repeats.
 
-    Throughput has `mean`, `min`, `max` and `std` (of the sample; 0 for one repeat), in examples per second; the
-    fraction of ideal is relative to the arm's own smallest node count.
+    Throughput (examples per second) and fraction of ideal (relative to the arm's own smallest node count) have `mean`,
+    `min`, `max` and `std`, the sample standard deviation (0 for one repeat).
     """
     arms: dict[str, dict[str, Any]] = {}
     for arm in ARMS:
@@ -119,7 +119,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def as_csv(points: list[dict[str, Any]]) -> str:
-    """A row a point; nested values have dotted names."""
+    """Return a CSV table with one row per point; nested values have dotted names."""
     rows = [_flat(point) for point in points]
     file = io.StringIO()
     writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
@@ -136,6 +136,6 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unit_name(points: list[dict[str, Any]]) -> str:
-    """What the node counts count, for the axes: `nodes (4 devices each)`."""
+    """Return the axis label of node counts: `nodes (4 devices each)`."""
     per_node = sorted({point["devices"] // point["nodes"] for point in points})
     return f"nodes ({' or '.join(map(str, per_node))} device{'s' if per_node != [1] else ''} each)"

@@ -1,4 +1,4 @@
-"""jax_privacy's clipped gradient as an arm."""
+"""The arm of jax_privacy's `clipped_grad`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpdist_launch.measure.bench.tasks import Problem
 
 
 def jax_privacy_arm() -> Arm:
-    """Every setting at its default, but that the loss is of one example."""
+    """Return the arm; all settings are defaults, except that the loss takes one example without a batch axis."""
     return Arm(
         name="jax_privacy",
         framework=JAX,

@@ -1,4 +1,4 @@
-"""Plain SGD in PyTorch and Opacus, as arms: the same weights, the same batch, the same sums."""
+"""The arms of PyTorch: plain SGD and Opacus, with the same weights and batch as the JAX arms."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ TORCH_SGD, OPACUS, OPACUS_GHOST = "torch sgd", "opacus", "opacus ghost"
 
 
 def torch_arms() -> list[Arm]:
-    """All arms of PyTorch, plain SGD first."""
-    # As many threads as XLA takes, and products as exact as XLA's: on a GPU its default is TF32 as well.
+    """Return all arms of PyTorch, plain SGD first."""
+    # As many threads as XLA uses, and the same precision: XLA's default on a GPU is TF32 too.
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    # Of layers whose input is data, not something with a gradient: embeddings, and the first layer.
+    # The warning is about layers whose input needs no gradient: embeddings, and the first layer.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    ways = {TORCH_SGD: _plain, OPACUS: _per_sample, OPACUS_GHOST: _ghost}
+    methods = {TORCH_SGD: _plain, OPACUS: _per_sample, OPACUS_GHOST: _ghost}
     return [
-        Arm(name=name, framework=TORCH, private=name != TORCH_SGD, prepare=partial(_program, way))
-        for name, way in ways.items()
+        Arm(name=name, framework=TORCH, private=name != TORCH_SGD, prepare=partial(_program, method))
+        for name, method in methods.items()
     ]
 
 
-#: (module, columns, labels, C) to a function that computes the gradient sum of every parameter.
-Way = Callable[[nn.Module, dict[str, Tensor], Tensor, float], Callable[[], list[Tensor]]]
+#: (module, columns, labels, C) -> a function that computes the gradient sum of every parameter.
+Method = Callable[[nn.Module, dict[str, Tensor], Tensor, float], Callable[[], list[Tensor]]]
 
 
-def _program(way: Way, problem: Problem) -> Program:
+def _program(method: Method, problem: Problem) -> Program:
     device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
     module = torch_model(problem.task).to(device)
     paths = dict(zip(paths_of(problem.params), map(np.asarray, jax.tree.leaves(problem.params)), strict=True))
-    # Strict: every parameter of ours has one of the same shape there, and there is no other.
+    # load_state_dict is strict: both models must have the same parameters in the same shapes.
     module.load_state_dict({_name(path): torch.tensor(_swap(path, leaf)) for path, leaf in paths.items()})
     columns = {name: torch.tensor(np.asarray(column), device=device) for name, column in problem.batch.items()}
     labels = columns.pop("label").long()
     order = [name for name, _ in module.named_parameters()]
-    compute = way(module, columns, labels, problem.clip_norm)
+    compute = method(module, columns, labels, problem.clip_norm)
 
     def run() -> list[Tensor]:
         sums = compute()
@@ -70,14 +70,14 @@ def _program(way: Way, problem: Problem) -> Program:
 
 
 def _name(path: str) -> str:
-    """`layers/0/grow/kernel` to `layers.0.grow.weight`; a parameter that stands alone is a module's weight there."""
+    """Turn `layers/0/grow/kernel` into `layers.0.grow.weight`; a bare parameter is an embedding's weight there."""
     *module, leaf = path.split("/")
     own = {"kernel": ["weight"], "scale": ["weight"], "bias": ["bias"]}.get(leaf, [leaf, "weight"])
     return ".".join(module + own)
 
 
 def _swap(path: str, array: np.ndarray, *, back: bool = False) -> np.ndarray:
-    """Kernels have inputs before outputs here, and the other way round in PyTorch."""
+    """Reorder a kernel's axes between JAX (inputs before outputs) and PyTorch (outputs before inputs)."""
     if not path.endswith("kernel"):
         return array
     if array.ndim == 2:
@@ -130,7 +130,7 @@ def _ghost(module: nn.Module, columns: dict[str, Tensor], labels: Tensor, clip_n
     )
 
     def compute() -> list[Any]:
-        criterion(wrapped(columns), labels).backward()  # makes both passes, and clears the gradients between them
+        criterion(wrapped(columns), labels).backward()  # runs both passes and clears the gradients in between
         sums = [parameter.grad for parameter in module.parameters()]
         optimizer.zero_grad(set_to_none=True)
         return sums

@@ -1,7 +1,7 @@
-"""The models of `dpdist.models` in PyTorch, made of layers that Opacus knows.
+"""The models of `dpdist.models` in PyTorch, built from layers that Opacus supports.
 
-Modules have the names of our parameters, so that weights map one to one. A parameter that stands alone is an
-embedding here: Opacus computes per-sample gradients of modules, not of bare parameters.
+Modules have the names of our parameters, so that weights map one to one. Our bare parameters are embeddings here,
+because Opacus computes per-sample gradients of modules only.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from dpdist.models.resnet import VARIANTS as RESNET_VARIANTS
 from dpdist.models.vit import VARIANTS as VIT_VARIANTS
 from dpdist_launch.measure.bench.tasks import Task
 
-#: Of the transformers' layer norms.
+#: Epsilon of the transformers' layer norms.
 EPSILON = 1e-12
 
 
 def torch_model(task: Task) -> nn.Module:
-    """The module of a task: columns as tensors with leading batch axis to logits [batch, classes].
+    """Build a task's module, which maps columns with a leading batch axis to logits [batch, classes].
 
     Raises:
-        InputError: there is no such model in PyTorch here.
+        InputError: we have no PyTorch version of the task's model.
     """
     name, options = task.model.name, task.model.options
     if name not in _MODELS:
@@ -59,7 +59,7 @@ class _TransformerMlp(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Transformer layer; ViT normalises before each part, BERT after it."""
+    """A transformer layer; ViT normalises before attention and MLP, BERT after them."""
 
     def __init__(self, width: int, heads: int, inner: int, *, before: bool) -> None:
         super().__init__()
@@ -76,15 +76,15 @@ class _Layer(nn.Module):
 
 
 def _rows(table: nn.Embedding, count: int, batch: int) -> Tensor:
-    """The first rows of a table for every example: Opacus needs a batch axis in the lookup, and one in memory."""
+    """Look up the first `count` rows for every example; Opacus needs a batch axis that exists in memory."""
     return table(torch.arange(count, device=table.weight.device).repeat(batch, 1))
 
 
 def _channels_first(image: Tensor) -> Tensor:
-    """[batch, height, width, channels] to NCHW, in memory too.
+    """Turn [batch, height, width, channels] into NCHW, with that order in memory too.
 
-    Opacus 1.6 takes padded activations for contiguous whatever their strides say, and its gradients of a convolution
-    on channels-last memory are wrong. With one channel, only a copy gets rid of such strides.
+    Opacus 1.6 assumes that padded activations are contiguous, without looking at their strides, so its gradients of a
+    convolution on channels-last memory are wrong. With one channel, only a copy changes the strides.
     """
     return image.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
 
@@ -164,7 +164,7 @@ class _Mlp(nn.Module):
 
 
 class _Convolution(nn.Module):
-    """With a standardised kernel: no layer that Opacus has a rule for, so it differentiates it by functorch."""
+    """A convolution with a standardised kernel. Opacus has no rule for it and differentiates it with functorch."""
 
     def __init__(self, size: int, channels: int, out: int, stride: int = 1) -> None:
         super().__init__()
@@ -187,13 +187,13 @@ class _Norm(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, channels: int, out: int, stride: int, opens: bool) -> None:
+    def __init__(self, channels: int, out: int, stride: int, first: bool) -> None:
         super().__init__()
         inner = out // 4
         self.norm1, self.conv1 = _Norm(channels), _Convolution(1, channels, inner)
         self.norm2, self.conv2 = _Norm(inner), _Convolution(3, inner, inner, stride)
         self.norm3, self.conv3 = _Norm(inner), _Convolution(1, inner, out)
-        self.project = _Convolution(1, channels, out, stride) if opens else None
+        self.project = _Convolution(1, channels, out, stride) if first else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
