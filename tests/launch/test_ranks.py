@@ -19,7 +19,8 @@ from dpdist.run.directory import RunDirectory
 from dpdist_launch import local
 from dpdist_launch.cli import main
 from dpdist_launch.local import run_local, train_local
-from dpdist_launch.ranks import rank_environment
+from dpdist_launch.ranks import outdated_summary, rank_environment
+from dpdist_launch.slurm.job import JobFailedError, TrainingJob, attach, job_folder
 
 SOURCE = Path(dpdist.__file__).parents[1]
 #: What the ranks run where it is not dpdist: the program is an argument.
@@ -172,6 +173,12 @@ def test_a_summary_from_before_is_no_proof_unless_the_run_had_ended_as_asked(tmp
     assert train_as(config, "pass") == 1
 
 
+def test_a_summary_that_cannot_be_read_is_left_to_the_ranks(tmp_path: Path) -> None:
+    """They say what is wrong with it, in one line; here it would be said in the launcher's traceback."""
+    (tmp_path / "summary.json").touch()
+    assert outdated_summary(training(tmp_path)) is None
+
+
 def test_the_command_judges_by_the_summary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,3 +189,20 @@ def test_the_command_judges_by_the_summary(
     assert main(["train", str(config), "--run-dir", str(tmp_path / "run"), "--processes", "2"]) == 1
     assert passed["program"] == (sys.executable, "-P", "-m", "dpdist_launch")
     assert "-m dpdist_launch seems to run something other than dpdist" in capsys.readouterr().err
+
+
+def test_a_job_is_judged_by_a_summary_that_it_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a later Python finds it: `attach` knows what lay there when the job was submitted."""
+    monkeypatch.setattr(TrainingJob, "wait", lambda *_, **__: "COMPLETED")
+    run, outdated = RunDirectory(tmp_path), {"status": "finished", "incarnation": 0}
+    folder = job_folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text(json.dumps({"job": "7", "outdated": outdated}))
+    job = attach(tmp_path)
+    assert job is not None
+    run.write_summary(outdated)
+    with pytest.raises(JobFailedError, match="job 7 is COMPLETED"):
+        job.result()
+    run.write_summary(outdated | {"incarnation": 1})
+    assert job.result()["incarnation"] == 1
+    assert TrainingJob("8", tmp_path).result()["incarnation"] == 1  # ended before, and nothing else was asked for
