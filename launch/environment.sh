@@ -31,7 +31,7 @@ esac
 constraints=${DPDIST_CONSTRAINTS-$constraints}
 
 stamp=.venv/.installed
-wanted="$(cat pyproject.toml ${constraints:+"$constraints"} | cksum) ${DPDIST_EXTRAS:-}"
+wanted="$(cat pyproject.toml ${constraints:+"$constraints"} | cksum) ${DPDIST_EXTRAS:-} $constraints"
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     echo "+ $python -m venv .venv && pip install ${constraints:+-c $constraints }-e .${DPDIST_EXTRAS:+[$DPDIST_EXTRAS]}"
     "$python" -m venv .venv

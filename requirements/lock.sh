@@ -10,10 +10,10 @@ trap 'rm -rf "$made"' EXIT
 "$python" -m venv "$made"
 "$made/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 {
-    echo "# The versions that dpdist[test] is tested with on $("$python" --version) and $(uname -sm): a constraint file of pip."
+    echo "# Versions for dpdist[test] on $("$python" --version), $(uname -sm): a constraint file of pip."
     echo "# launch/environment.sh installs from it, for the extras none and test; DPDIST_CONSTRAINTS= (empty) leaves it aside."
     echo "# Made by requirements/lock.sh; to renew it: make lock PYTHON=$(basename "$python"), then .ci/run."
-    "$made/bin/python" -m pip freeze --disable-pip-version-check --exclude-editable
+    "$made/bin/python" -m pip freeze --disable-pip-version-check --all --exclude pip --exclude-editable
 } >"$made/lock"
 cp "$made/lock" "$lock"
 echo "$lock: $(grep -c == "$lock") packages"
