@@ -1,4 +1,8 @@
-"""How a run is started and looked at. `submit` sends one to a SLURM cluster, `attach` finds its job again."""
+"""How a run is started and looked at. `submit` sends one to a SLURM cluster, `attach` finds its job again.
+
+`from launch import submit` is the door for scripts; where another package has that name, as ROS 2 does, it is
+`from dpdist_launch import submit`.
+"""
 
 from __future__ import annotations
 
@@ -22,5 +26,5 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module 'launch' has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,4 +1,4 @@
-"""`python -m launch` is `dpdist`."""
+"""`python -m dpdist_launch` is `dpdist`, and so is `python -m launch` where nothing else has that name."""
 
 import sys
 

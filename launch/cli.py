@@ -128,9 +128,9 @@ def _train(options: argparse.Namespace) -> int:
         overrides.append(f"run.dir={json.dumps(options.run_dir)}")
     config = configfile.load(options.config, overrides)  # before any process is started
     if options.processes is not None:
-        from dpdist_launch.local import run_local
+        from dpdist_launch.local import train_local
 
-        return run_local(["train", options.config, *overrides], options.processes, config.cluster.devices_per_process)
+        return train_local(config, ["train", options.config, *overrides], options.processes)
     from dpdist_launch.training import train_here
 
     return train_here(config)

@@ -17,12 +17,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from dpdist.cluster.environment import LOCAL_VARIABLES, free_port
+from dpdist.config import Config
 from dpdist.errors import InputError
+from dpdist_launch.ranks import PYTHON, final_summary, outdated_summary, rank_environment
 
+#: The command of a rank that trains.
+DPDIST = (*PYTHON, "-m", "dpdist_launch")
+EXIT_FAILED = 1
 #: A run that was preempted and saved exits with it: start me again.
 EXIT_PREEMPTED = 75
 #: Seconds that the others get, after one has failed, to report their own side of it.
@@ -33,13 +39,37 @@ _DRAIN = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
+def train_local(config: Config, argv: Sequence[str], processes: int, *, program: Sequence[str] = DPDIST) -> int:
+    """Train `config` in `processes` processes of this machine; call it from the main thread.
+
+    Args:
+        argv: the arguments of `dpdist` that give each rank the same config.
+
+    Returns:
+        What `run_local` returns; but 1 where all ranks returned 0 and `summary.json` does not say that the run ended.
+
+    Raises:
+        InputError: `processes` is less than 1.
+    """
+    outdated = outdated_summary(config)
+    code = run_local(argv, processes, config.cluster.devices_per_process, program=program)
+    if code == 0 and final_summary(Path(config.run.dir), outdated) is None:
+        print(
+            f"launcher: all {processes} ranks returned 0, but {config.run.dir}/summary.json does not say that this run "
+            f"has ended: {' '.join(program)} seems to run something other than dpdist",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
+    return code
+
+
 def run_local(
     argv: Sequence[str],
     processes: int,
     devices_per_process: int | None,
     environ: Mapping[str, str] | None = None,
     *,
-    program: Sequence[str] = (sys.executable, "-m", "launch"),
+    program: Sequence[str] = DPDIST,
 ) -> int:
     """Run `program` with `argv` as `processes` processes of one job; call it from the main thread.
 
@@ -61,9 +91,8 @@ def run_local(
     """
     if processes < 1:
         raise InputError("--processes", processes, "give at least 1.")
-    environ = _with_fair_share_of_cores(
-        os.environ if environ is None else environ, processes * (devices_per_process or 1)
-    )
+    environ = rank_environment(os.environ if environ is None else environ)
+    environ = _with_fair_share_of_cores(environ, processes * (devices_per_process or 1))
     coordinator = f"127.0.0.1:{free_port()}"
     ranks: list[subprocess.Popen[bytes]] = []
     try:
@@ -133,14 +162,15 @@ def _forward_output(ranks: list[subprocess.Popen[bytes]]) -> list[threading.Thre
     lock = threading.Lock()
 
     def forward(rank: int, pipe: IO[bytes], stream: IO[str]) -> None:
-        for line in pipe:
-            text = line.decode(errors="replace").rstrip("\n")
-            if "connected peer ranks" in text:  # Gloo's chatter, several lines a rank, torn where ranks meet
-                continue
-            # Our reader may be gone (`| head`). The ranks' pipes are emptied all the same, or they would stall.
-            with lock, suppress(BrokenPipeError):
-                stream.write(f"[{rank}] {text}\n")
-                stream.flush()
+        with pipe:
+            for line in pipe:
+                text = line.decode(errors="replace").rstrip("\n")
+                if "connected peer ranks" in text:  # Gloo's chatter, several lines a rank, torn where ranks meet
+                    continue
+                # Our reader may be gone (`| head`). The ranks' pipes are emptied all the same, or they would stall.
+                with lock, suppress(BrokenPipeError):
+                    stream.write(f"[{rank}] {text}\n")
+                    stream.flush()
 
     threads = []
     for rank, process in enumerate(ranks):

@@ -1,6 +1,9 @@
 # What dpdist's batch scripts share: the site's settings, the command to run, and how a job ends. train_80gpu.sh and
 # scaling.sh source it, `dpdist submit` writes it into the script that it submits. Bash, inside a SLURM job.
 
+# Files of the user's in the working directory, such as json.py, stand in for no module that a task imports.
+export PYTHONSAFEPATH=1
+
 die() { echo "dpdist job: $*" >&2; exit 2; }
 
 # read_site REPOSITORY: the site's own file, DPDIST_SITE or slurm/site.sh. Sets dpdist_container, what to put in front of a
@@ -26,26 +29,50 @@ read_site() {
     fi
 }
 
-# begin_job RUN_DIR: remember what lies there from before, to tell it at the end from what this start wrote.
+# as_task COMMAND...: run it where the tasks run. A container may have other paths than this shell.
+as_task() { if [ "${#dpdist_container[@]}" = 0 ]; then "$@"; else "${dpdist_container[@]}" "$@"; fi; }
+
+# stamp_summary: print what changes whenever the summary of the run is written; nothing where there is none.
+stamp_summary() { as_task stat -c '%i %Y' "$job_run_dir/summary.json" 2>/dev/null || true; }
+
+# summary_says PATTERN: succeed where the run's summary has a status that matches.
+summary_says() { as_task grep -qsE "\"status\": \"($1)\"" "$job_run_dir/summary.json" 2>/dev/null; }
+
+# begin_job [RUN_DIR]: remember what lies there from before, to tell it at the end from what this start wrote. A job
+# without a run directory trains nothing.
 begin_job() {
-    job_run_dir=$1
-    job_summary=$(stat -c '%i %Y' "$job_run_dir/summary.json" 2>/dev/null || true)
+    job_run_dir=${1-}
+    job_summary=${job_run_dir:+$(stamp_summary)}
     # The lines of this start alone: a requeued job appends to the log of its former starts.
     job_log=$(readlink /proc/$$/fd/2 || true)
     job_log_begin=$(stat -L -c %s "$job_log" 2>/dev/null || echo 0)
 }
 
+# run_has_ended LOG: succeed where this start brought the run to its end, or found it there and said so. That all processes
+# returned 0 is no proof: they may have been another program.
+run_has_ended() {
+    summary_says "finished|budget_exhausted" || return 1
+    [ "$job_summary" != "$(stamp_summary)" ] || [ ! -f "$job_log" ] || grep -q "nothing to do" <<<"$1"
+}
+
 # end_job CODE: requeue what was preempted and saved; otherwise exit with CODE, the reason on the last line.
 end_job() {
     local code=$1 lines="" first reason restarts=${SLURM_RESTART_COUNT:-0} most=${DPDIST_MAX_RESTARTS:-20}
-    [ "$code" != 0 ] || { echo "dpdist job: done" >&2; exit 0; }
     [ ! -f "$job_log" ] || lines=$(tail -c "+$((job_log_begin + 1))" "$job_log")
+    if [ "$code" = 0 ]; then
+        if [ -z "$job_run_dir" ] || run_has_ended "$lines"; then
+            echo "dpdist job: done" >&2
+            exit 0
+        fi
+        echo "dpdist job: failed: all processes returned 0, but $job_run_dir/summary.json does not say that this run has ended;" \
+            "what was started seems to be something other than dpdist" >&2
+        exit 1
+    fi
     # srun reports in the order of events, and then ends the others; its own code is only the highest of all.
     first=$(grep -m 1 -oE 'error: [^ ]+: tasks? .*' <<<"$lines" || true)
     # A saved preemption counts also where srun killed a rank that was still leaving. A rank that is told to leave before
     # it has joined knows no other way than to end, and nothing is lost.
-    if { [ "$job_summary" != "$(stat -c '%i %Y' "$job_run_dir/summary.json" 2>/dev/null || true)" ] \
-        && grep -qs '"status": "preempted"' "$job_run_dir/summary.json"; } \
+    if { [ "$job_summary" != "$(stamp_summary)" ] && summary_says preempted; } \
         || [[ $first == *"exit code 75" || $first == *": Terminated" ]]; then
         [ "$restarts" -lt "$most" ] || {
             echo "dpdist job: preempted, and already restarted $restarts times (DPDIST_MAX_RESTARTS): submit it again" >&2

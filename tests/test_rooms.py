@@ -34,11 +34,12 @@ FLOORS: list[dict[str, set[str]]] = [
 ]
 MAY_IMPORT = {room: others for floor in FLOORS for room, others in floor.items()}
 LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
-    "local": set(),
+    "ranks": set(),
+    "local": {"ranks"},
     "training": set(),
     "plan": set(),
-    "slurm": {"training"},
-    "measure": {"local", "slurm"},
+    "slurm": {"ranks", "training"},
+    "measure": {"local", "ranks", "slurm"},
     "cli": {"local", "training", "plan", "slurm", "measure"},
     "__main__": {"cli"},
     "__init__": {"slurm"},

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from dpdist.run.directory import DONE, RunDirectory
+from dpdist.run.directory import RunDirectory
+from dpdist_launch.ranks import final_summary
 
 #: States that a job does not leave by itself.
 _ENDED = {
@@ -105,11 +106,18 @@ class Job:
 
 
 class TrainingJob(Job):
-    """A training run as a job."""
+    """A training run as a job.
 
-    def __init__(self, job_id: str, run_dir: Path) -> None:
+    Args:
+        job_id: SLURM's number.
+        run_dir: the run directory, an absolute path.
+        outdated: the summary that lay there when the job was submitted, and that it had to replace.
+    """
+
+    def __init__(self, job_id: str, run_dir: Path, outdated: dict[str, Any] | None = None) -> None:
         super().__init__(job_id, job_folder(run_dir))
         self.run_dir = Path(run_dir)
+        self._outdated = outdated
 
     def result(self, *, poll_seconds: float = 5.0) -> dict[str, Any]:
         """Wait for the end, preemptions and requeues included; returns what `summary.json` says.
@@ -118,8 +126,8 @@ class TrainingJob(Job):
             JobFailedError: the job ended before the run did.
         """
         state = self.wait(poll_seconds=poll_seconds)
-        summary = RunDirectory(self.run_dir).read_summary()
-        if state in ("COMPLETED", "FORGOTTEN") and summary is not None and summary["status"] in DONE:
+        summary = final_summary(self.run_dir, self._outdated)
+        if state in ("COMPLETED", "FORGOTTEN") and summary is not None:
             return summary
         raise JobFailedError(f"job {self.id} is {state}: {self.last_lines()}")
 
@@ -129,7 +137,8 @@ def attach(run_dir: str | Path) -> TrainingJob | None:
     record = job_folder(Path(run_dir)) / "job.json"
     if not record.exists():
         return None
-    return TrainingJob(json.loads(record.read_text())["job"], Path(run_dir).absolute())
+    known = json.loads(record.read_text())
+    return TrainingJob(known["job"], Path(run_dir).absolute(), known.get("outdated"))
 
 
 def job_folder(run_dir: Path) -> Path:

@@ -1,8 +1,9 @@
 """Jobs on a SLURM cluster from Python, through submitit.
 
-submitit writes the batch script and carries the function to every task of its `srun`. What it does about time-outs is
-left out: its signal lets rank 0 exit alone. SLURM sends TERM instead, which JAX takes for a preemption notice; all
-ranks leave together, and the batch shell puts the job back into the queue (slurm/job.sh), outside of signal handlers.
+submitit writes the batch script, with the lines of `script.py`, and carries the function to every task of its `srun`.
+What submitit does about time-outs is left out: its signal lets rank 0 exit alone. SLURM sends TERM instead, which JAX
+takes for a preemption notice; all ranks leave together, and the batch shell puts the job back into the queue
+(slurm/job.sh), outside of signal handlers.
 """
 
 from __future__ import annotations
@@ -10,11 +11,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import shlex
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,8 @@ from dpdist.config import Config
 from dpdist.config import file as configfile
 from dpdist.errors import InputError
 from dpdist.run.directory import RunDirectory, write_atomically
+from dpdist_launch.ranks import outdated_summary
+from dpdist_launch.slurm import script
 from dpdist_launch.slurm.job import Job, TrainingJob, attach, job_folder
 
 #: Seconds between a notice and the kill at the time limit, as in slurm/train_80gpu.sh.
@@ -80,6 +80,7 @@ def submit(
         raise InputError(
             "run.dir", str(run_dir), f"cannot be written ({error.strerror}); name another directory."
         ) from None
+    outdated = outdated_summary(config)
     job = submit_function(
         _train_task,
         tree,
@@ -94,8 +95,8 @@ def submit(
         site=site,
         run_dir=run_dir,
     )
-    write_atomically(job_folder(run_dir) / "job.json", json.dumps({"job": job.id}) + "\n")
-    return TrainingJob(job.id, run_dir)
+    write_atomically(job_folder(run_dir) / "job.json", json.dumps({"job": job.id, "outdated": outdated}) + "\n")
+    return TrainingJob(job.id, run_dir, outdated)
 
 
 def submit_function(
@@ -117,7 +118,7 @@ def submit_function(
     Args:
         function: importable by its module's name; what it returns is ignored.
         folder: for script and logs, on a file system that the nodes share.
-        run_dir: where its `summary.json` tells a preempted run from a failed one.
+        run_dir: the run directory of a job that trains, whose `summary.json` tells how the job ended.
 
     Raises:
         InputError: there is no SLURM here, or it refused the request; the error quotes it.
@@ -132,13 +133,10 @@ def submit_function(
             "--tasks-per-node", tasks_per_node, f"each process needs a GPU of its own, and a node has {gpus_per_node}."
         )
     options = dict(sbatch or {})
-    site = _site_file(site)
-    with _submission_environment(site, options) as environ:
-        container = environ.get("DPDIST_CONTAINER")
+    site = script.site_file(site)
+    with script.submission_environment(site, options) as environ:
         try:
-            executor = submitit.SlurmExecutor(
-                folder, python='"${dpdist_container[@]}" python' if container else shlex.quote(sys.executable)
-            )
+            executor = submitit.SlurmExecutor(folder, python=script.python(environ))
         except RuntimeError:
             raise InputError("srun", None, "there is no SLURM on this machine; see slurm/virtual_cluster.sh.") from None
         executor.update_parameters(
@@ -149,7 +147,7 @@ def submit_function(
             cpus_per_task=cpus_per_task,
             # srun no longer inherits the number of CPUs from sbatch, and opens the logs of a requeued job anew.
             srun_args=["--kill-on-bad-exit=1", "--wait=60", f"--cpus-per-task={cpus_per_task}", "--open-mode=append"],
-            setup=_setup(site, run_dir or folder),
+            setup=script.setup(site, run_dir),
             teardown=['end_job "$?"'],
             # submitit gives each job the workload key `submitit`, which sites that check keys refuse.
             wckey=None,
@@ -175,62 +173,3 @@ def _train_task(tree: dict[str, Any]) -> None:
     code = train_here(config_module.from_dict(tree))
     if code != EXIT_DONE:
         os._exit(code)
-
-
-def _repository() -> Path:
-    """Where slurm/ is: DPDIST_HOME, or the clone that this was installed from with `pip install -e`."""
-    return Path(os.environ.get("DPDIST_HOME") or Path(__file__).parents[2])
-
-
-def _site_file(site: str | Path | None) -> Path | None:
-    if site is None and "DPDIST_SITE" not in os.environ:
-        default = _repository() / "slurm" / "site.sh"
-        return default if default.exists() else None
-    named = Path(site or os.environ["DPDIST_SITE"]).absolute()
-    if not named.is_file():
-        raise InputError("--site", str(named), "no such file; copy slurm/site.example.sh there and edit it.")
-    return named
-
-
-def _setup(site: Path | None, run_dir: Path) -> list[str]:
-    """The batch script's lines before `srun`."""
-    shared = _repository() / "slurm" / "job.sh"
-    if not shared.exists():
-        raise InputError("DPDIST_HOME", str(_repository()), "has no slurm/job.sh; set it to a clone of the repository.")
-    exports = [f"export DPDIST_SITE={shlex.quote(str(site))}"] if site else []
-    # The task is started by Python itself: there need not be a `dpdist` command.
-    command = f"export DPDIST=${{DPDIST:-{shlex.quote(sys.executable)}}}"
-    return [
-        *shared.read_text().splitlines(),
-        *exports,
-        command,
-        f"read_site {shlex.quote(str(_repository()))}",
-        f"begin_job {shlex.quote(str(run_dir))}",
-    ]
-
-
-@contextmanager
-def _submission_environment(site: Path | None, options: dict[str, str]) -> Iterator[dict[str, str]]:
-    """While the block runs, `os.environ` is what sbatch shall see: the site's settings, none of a job we may be in."""
-    environ = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(("SLURM_", "SUBMITIT_"))}
-    if site is not None:
-        read = subprocess.run(
-            ["bash", "-c", 'set -a; . "$1" >&2 && env -0', "bash", str(site)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if read.returncode != 0:
-            raise InputError("--site", str(site), f"cannot be read: {read.stderr.strip()[-300:]}")
-        found = dict(item.partition("=")[::2] for item in read.stdout.split("\0") if item)
-        environ |= {k: v for k, v in found.items() if k.startswith(("SBATCH_", "DPDIST_")) or k == "DPDIST"}
-    for option in options:  # sbatch lets a variable override what the script says
-        environ.pop("SBATCH_" + option.upper().replace("-", "_"), None)
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(environ)
-    try:
-        yield environ
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

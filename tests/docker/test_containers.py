@@ -60,8 +60,8 @@ def test_both_recipes_install_the_same() -> None:
     assert base is not None
     assert re.findall(r"^From: (\S+)$", DEFINITION, re.MULTILINE) == [base[1]]
 
-    (by_docker,) = re.findall(r"^RUN (pip install .+)$", DOCKERFILE, re.MULTILINE)
-    (by_apptainer,) = re.findall(r"^ +(pip install .+)$", section("post"), re.MULTILINE)
+    (by_docker,) = re.findall(r"^RUN (.+ pip install .+)$", DOCKERFILE, re.MULTILINE)
+    (by_apptainer,) = re.findall(r"^ +(.+ pip install .+)$", section("post"), re.MULTILINE)
     assert by_docker.replace("EXTRA", "extra") == by_apptainer
 
     installed = {source: target for source, target in copied_by_docker().items() if target.startswith("/source")}
@@ -72,6 +72,8 @@ def test_both_recipes_install_the_same() -> None:
 def test_everything_that_setuptools_packages_and_reads_is_copied() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = {name.rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    assert (ROOT / "dpdist_launch").readlink() == Path("launch")
+    assert "ln -s launch /source/dpdist_launch && pip install" in DOCKERFILE
     files = {"pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
     assert packages | files <= copied_by_apptainer().keys()
 

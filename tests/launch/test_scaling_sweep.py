@@ -287,11 +287,12 @@ def test_two_sweeps_do_not_work_in_one_directory(made_up: MadeUp, tmp_path: Path
 SMALL = ("--cluster", "local", "--steps", "3", "--nodes", "1,2")
 
 
-def start(config: Path, to: Path, *options: str) -> subprocess.Popen[str]:
+def start(config: Path, to: Path, *options: str, cwd: Path | None = None) -> subprocess.Popen[str]:
     ours = ("JAX_", "XLA_", "DPDIST_", "SLURM_", "NPROC", "OMP_")
     environ = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return subprocess.Popen(
-        [sys.executable, "-m", "launch", "scaling", str(config), "--to", str(to), *SMALL, *options],
+        [sys.executable, "-P", "-m", "dpdist_launch", "scaling", str(config), "--to", str(to), *SMALL, *options],
+        cwd=cwd,
         env=environ | {"PYTHONPATH": str(SOURCE)},
         stderr=subprocess.PIPE,
         text=True,
@@ -339,6 +340,27 @@ def test_a_real_sweep_interrupted_and_taken_up_again(tmp_path: Path, capsys: pyt
     assert main(["scaling", str(config), "--to", str(to), *SMALL, "optimizer.learning_rate=3"]) == 2
     assert "optimizer.learning_rate = 3" in capsys.readouterr().err
     assert files(to) == after
+
+
+def test_a_real_point_beside_files_with_the_names_of_modules(tmp_path: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(TREE))
+    for name in ("dpdist_launch.py", "json.py", "jax.py"):
+        (tmp_path / name).write_text("import os\nos._exit(0)\n")
+    run = start(config, tmp_path / "sweep", "--arms", "sgd", "--nodes", "1", cwd=tmp_path)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 0, said
+    assert len(files(tmp_path / "sweep")) == 1
+
+
+def test_a_local_point_whose_processes_return_0_without_a_result_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dpdist_launch.measure.scaling.clusters.run_local", lambda *_, **__: 0)
+    began = time.monotonic()
+    assert sweep(request(tmp_path, cluster="local", nodes=(1,), arms=(SGD,))) == 1
+    assert "failed (job here: FAILED, although every process returned 0)" in capsys.readouterr().err
+    assert time.monotonic() - began < 30  # no network file system to wait for
 
 
 def test_a_real_point_that_fails_is_shown_with_its_reason(tmp_path: Path) -> None:

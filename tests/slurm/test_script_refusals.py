@@ -85,6 +85,13 @@ def test_a_command_runs_in_the_container_of_the_site(slurm: dict[str, str], jobs
     assert f"ENGINE exec --nv --bind /scratch {image} dpdist train a.yaml --run-dir d" in batch.text
 
 
+def test_a_command_that_is_not_dpdist_and_returns_0(slurm: dict[str, str], jobs: Jobs, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    for given in ((f"run.dir={run_dir}",), (f"--run-dir={run_dir}", "run.dir=/elsewhere"), ("--run", str(run_dir))):
+        line = failing(slurm, jobs, str(jobs.config), *given, DPDIST="/bin/true")
+        assert f"failed: all processes returned 0, but {run_dir}/summary.json does not say" in line
+
+
 def test_more_tasks_than_gpus(slurm: dict[str, str], jobs: Jobs) -> None:
     line = failing(slurm, jobs, str(jobs.config), "cluster.platform=auto", tasks=3, options=("--gpus-per-node=2",))
     assert "CUDA_VISIBLE_DEVICES = '0,1': 3 processes run on this node" in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,31 @@ def test_the_python_call_trains_on_eight_processes_and_returns_the_summary(clust
     assert "wckey" not in (job.folder / f"{job.id}_submission.sh").read_text()
     # Done already: a second job for the run has nothing to do and says the same.
     assert submitted(cluster, run).result(poll_seconds=0.5) == summary
+
+
+def test_a_job_from_a_directory_of_files_with_the_names_of_modules(
+    cluster: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tasks find the user's own module there, and run ours."""
+    for file in (cluster.config, cluster.root / "userland.py"):
+        shutil.copy(file, tmp_path)
+    for name in ("launch.py", "dpdist_launch.py", "submitit.py", "json.py", "jax.py"):
+        (tmp_path / name).write_text(f"import os\nopen({str(tmp_path / 'RAN')!r}, 'w')\nos._exit(0)\n")
+    monkeypatch.chdir(tmp_path)
+    overrides = {"run.dir": "run", "training.steps": 2}
+    job = submit("base.yaml", nodes=2, cpus_per_task=1, overrides=overrides)
+    summary = job.result(poll_seconds=0.5)
+    assert (summary["status"], summary["step"], summary["processes"]) == ("finished", 2, 2)
+    assert not (tmp_path / "RAN").exists()
+
+
+def test_tasks_that_return_0_and_have_trained_nothing_have_failed(
+    cluster: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = cluster.new("submit-idle")
+    monkeypatch.setattr("dpdist_launch.slurm.script.PYTHON", ("true",))
+    with pytest.raises(JobFailedError, match=r"is FAILED: .*all processes returned 0, but"):
+        submitted(cluster, run).result(poll_seconds=0.5)
 
 
 def test_the_command_follows_the_job_to_its_end(cluster: Jobs) -> None:

@@ -128,7 +128,7 @@ def bench_clipping(request: Request, *, progress: Progress = _to_stderr) -> dict
 @contextlib.contextmanager
 def _without_compilation_cache() -> Iterator[None]:
     """Disable the compilation cache, which would falsify the compile times."""
-    earlier = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    earlier = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined, unused-ignore]  # JAX 0.12 has it
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield

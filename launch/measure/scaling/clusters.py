@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from dpdist import config as config_module
 from dpdist.config import Config
 from dpdist_launch.local import EXIT_PREEMPTED, run_local
 from dpdist_launch.measure.scaling.directory import Point, SweepDirectory
+from dpdist_launch.ranks import PYTHON
 
 #: Lines of a local job's log that are shown when it failed.
 _LAST_LINES = 8
@@ -49,10 +49,14 @@ class EndedJob:
 
     code: int
     log: Path
+    #: What it had to write.
+    result: Path
     id: str = "here"
 
     def state(self) -> str:
         """How it ended, in SLURM's words."""
+        if self.code == 0 and not self.result.exists():
+            return "FAILED, although every process returned 0"
         return "COMPLETED" if self.code == 0 else f"FAILED with exit code {self.code}"
 
     def ended(self) -> bool:
@@ -85,12 +89,12 @@ class Local:
                 [str(request)],
                 point.nodes,
                 self.devices_per_node,
-                program=(sys.executable, "-m", "dpdist_launch.measure.scaling.point"),
+                program=(*PYTHON, "-m", "dpdist_launch.measure.scaling.point"),
             )
         # The launcher was told, and told the ranks: one that had not joined yet knows no other way than to end.
         if code in (EXIT_PREEMPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM):
             raise KeyboardInterrupt
-        return EndedJob(code, log)
+        return EndedJob(code, log, directory.result(point))
 
     def adopt(self, record: dict[str, Any]) -> PointJob | None:
         """None: a local job dies with the sweep that started it."""
