@@ -25,7 +25,7 @@ from dpdist.mechanism.clipping.norms import Side, squared_norm
 from dpdist.mechanism.clipping.paths import trainable
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
 from dpdist.mechanism.clipping.strategy import LeafStrategy, sides_swapped
-from dpdist.mechanism.clipping.weights import weigh, weighted_sum
+from dpdist.mechanism.clipping.weights import rounded_float32, weigh, weighted_sum
 
 #: (graph, params) -> (the strategy of every leaf, the factors of every use); see `strategy.strategies_of`.
 ChooseStrategies = Callable[[Graph, Any], tuple[list[LeafStrategy], list[Factors | None]]]
@@ -180,8 +180,8 @@ class _Pass:
         """Return the left and right factor of use `u`, with leading axis p."""
         factors = self._factors[u]
         assert factors is not None
-        left = jax.vmap(factors.left)(self._operands[u][factors.operand])
-        return left, jax.vmap(factors.right)(self._at_outputs[u][0])
+        left = jax.vmap(factors.left)(rounded_float32(self._operands[u][factors.operand]))
+        return left, jax.vmap(factors.right)(rounded_float32(self._at_outputs[u][0]))
 
     def _group_norm(self, group: Sequence[int]) -> tuple[Float32[Array, " p"], Float32[Array, " p"]]:
         """Return `squared_norm` of the summed gradients of all uses in a group."""
@@ -265,7 +265,7 @@ class _Pass:
         with deriving():
             _, back = jax.vjp(derived, *(self._leaves[n] for n in reached))
             found = jax.vmap(back)([pending[number] for number in numbers])
-        return {n: gradient.astype(jnp.float32) for n, gradient in zip(reached, found, strict=True)}
+        return {n: rounded_float32(gradient) for n, gradient in zip(reached, found, strict=True)}
 
 
 def _product(factors: Factors, left: Array, right: Array) -> Float32[Array, "groups rows columns"]:

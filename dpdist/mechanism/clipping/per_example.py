@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32
 from dpdist.mechanism.clipping.diagnosis import naming_the_fault
 from dpdist.mechanism.clipping.graph import refuse_complex
 from dpdist.mechanism.clipping.paths import trainable, with_frozen
-from dpdist.mechanism.clipping.weights import weigh, weighted_sum
+from dpdist.mechanism.clipping.weights import rounded_float32, weigh, weighted_sum
 
 
 def per_example_grad_sum(
@@ -28,7 +28,8 @@ def per_example_grad_sum(
         refuse_complex(params, frozen)
         with naming_the_fault(loss_fn, params, batch, frozen):
             grads = jax.vmap(jax.grad(loss), in_axes=(None, 0))(trainable(params, frozen), batch)
-        flat = [g.reshape(g.shape[0], -1).astype(jnp.float32) for g in jax.tree.leaves(grads)]
+        grads = jax.tree.map(rounded_float32, grads)
+        flat = [g.reshape(g.shape[0], -1) for g in jax.tree.leaves(grads)]
         norms = jnp.sqrt(sum((jnp.sum(g * g, axis=1) for g in flat), jnp.zeros(mask.shape)))
         scale, used = weigh(norms, mask, clip_norm)
         return jax.tree.map(lambda g: weighted_sum(scale, used, g), grads), norms

@@ -13,6 +13,19 @@ from jaxtyping import Array, Bool, Float, Float32
 NORM_MARGIN = 8e-6
 
 
+def rounded_float32(x: Array) -> Array:
+    """Return x in float32 if its format is shorter, rounded to that format by an operation that XLA keeps.
+
+    A pair of casts, float32 -> bfloat16 -> float32, rounds nothing on GPUs: XLA drops it (seen on an H100, see
+    docs/results/gpu-h100). A norm in float64 would then be that of rounded factors and the sum one of unrounded
+    factors, and a clipped gradient could be longer than C. Other dtypes are returned unchanged.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating) or jnp.finfo(x.dtype).bits >= 32:
+        return x
+    kind = jnp.finfo(x.dtype)
+    return lax.reduce_precision(x.astype(jnp.float32), exponent_bits=int(kind.nexp), mantissa_bits=int(kind.nmant))
+
+
 def weigh(
     norms: Float32[Array, " p"], mask: Float[Array | np.ndarray, " p"], clip_norm: float
 ) -> tuple[Float32[Array, " p"], Bool[Array, " p"]]:
