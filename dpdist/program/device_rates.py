@@ -1,7 +1,7 @@
 """Device rates by the device name JAX reports, for choosing between ways to compute a gradient norm.
 
 This is a table, not a measurement at run time: equal devices must choose equally, or two runs would not agree bit for
-bit. The H100's rates are those that batches of float64 inner products and a copy reached on one (docs/results/gpu-h100);
+bit. The H100's rates are those that float64 inner products and a copy reached on one (see docs/results/gpu-h100);
 the H200 has the same chip and more bandwidth. The others are the published peak rates of float64 matrix products and of
 memory, which flatter `ghost`: with them the H100 took 1.2 to 1.3 times as long.
 """
