@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -38,10 +39,18 @@ def fake_python(tmp_path: Path, *, old: bool = False) -> str:
 @pytest.mark.parametrize("script", ["launch/quickstart.sh", "tests/run.sh"])
 @pytest.mark.parametrize("python", ["old", "missing"])
 def test_a_python_that_cannot_be_used_gets_one_line(script: str, python: str, tmp_path: Path) -> None:
-    """Here, where the environment may have been made with another one long ago, as in a fresh clone."""
+    for name in ("launch/environment.sh", script):  # a clone: nothing here is touched, whatever the scripts do
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
     path = fake_python(tmp_path, old=True) if python == "old" else "/nowhere/python"
-    environ = os.environ | {"PYTHON": path}
-    done = subprocess.run(["bash", ROOT / script], env=environ, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["bash", tmp_path / script],
+        env=os.environ | {"PYTHON": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     found = "Python 3.10.13" if python == "old" else "no Python that can be run"
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"dpdist needs Python 3.11 or newer; PYTHON = {path} is {found}.\n"
