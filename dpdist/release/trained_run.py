@@ -102,7 +102,7 @@ def _require_charged(ledger: Ledger, run: RunDirectory, meta: dict[str, Any]) ->
     """Check that the checkpoint is one of this ledger's."""
     incarnation, step = meta["plan"]["incarnation"], meta["step"]
     try:
-        ledger.led_here(incarnation, step)
+        ledger.is_ancestor(incarnation, step)
         known = ledger.plans[incarnation].nonce == meta["plan"]["nonce"]
     except LedgerError as error:
         raise InputError("ledger.jsonl", str(run.ledger), f"{error}, of which there is a checkpoint.") from None

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its own content, and whether that is still so.
+"""Digests that a checkpoint carries of its own content, and whether they still match.
 
 Orbax writes no checksum over a whole checkpoint: a bit that flips in an array file is restored as another number.
 So the JSON part carries a digest of the state and one of itself. They guard against accidents, not against someone
@@ -40,7 +40,7 @@ def array_handler() -> ocp.PyTreeCheckpointHandler:
 def state_digest(state: Any) -> str:
     """SHA-256 over paths, dtypes, shapes and bytes of all leaves, whatever kind of container holds them.
 
-    Unlike `identity.params_digest` it is the same for a NamedTuple and for the dict that Orbax reads back without
+    Unlike `fingerprints.params_digest` it is the same for a NamedTuple and for the dict that Orbax reads back without
     knowing it. Where something is empty is part of it: Orbax refuses a state that differs in that.
 
     Every leaf must be whole on this process: replicated, or on its own devices.
@@ -64,7 +64,7 @@ def sealed(meta: dict[str, Any], state: Any) -> dict[str, Any]:
 
 
 def is_intact(meta: dict[str, Any]) -> bool:
-    """Whether the JSON part is what `sealed` made."""
+    """Whether the JSON part is unchanged since `sealed` made it."""
     return meta.get(META_DIGEST) == json_digest({name: meta[name] for name in meta if name != META_DIGEST})
 
 

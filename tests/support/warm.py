@@ -26,6 +26,7 @@ import dpdist.run.resume
 import dpdist_launch.cli
 import dpdist_launch.training
 from dpdist.data import open_dataset, read_rows
+from dpdist.run import integrity
 from dpdist.run.recorder import Recorder
 
 
