@@ -21,19 +21,18 @@ from dpdist.cluster.straggler import Stragglers
 from dpdist.cluster.watchdog import Watchdog
 from dpdist.cluster.world import World
 from dpdist.config import Config
-from dpdist.data import check_labels, fingerprint, open_dataset
+from dpdist.data import fingerprint
 from dpdist.data.feed import Feed
 from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.step import TrainState, accumulate_sample, noisy_update
 from dpdist.program.assignments import make_assigner
-from dpdist.program.build import TrainingSetup, build_setup
+from dpdist.program.build import TrainingSetup, build_setup, open_labelled_data
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import params_digest, step_inputs
-from dpdist.run.opening import agree, agree_on_secret, open_secret, open_writer
+from dpdist.run.opening import agree, agree_on_secret, agree_on_start, open_secret, open_writer
 from dpdist.run.progress import say
-from dpdist.run.resume import ResumeRequest, Start, find_start, require_fits
-from dpdist.run.summary import opening_line
+from dpdist.run.resume import ResumeRequest, require_fits
 from dpdist.run.writer import RunWriter, SilentWriter
 
 
@@ -59,19 +58,14 @@ def train(config: Config) -> dict[str, Any]:
         # Open: one job in the directory, one secret, one dataset.
         writer = open_writer(config, run, world)
         cleanup.callback(writer.release)
-        dataset = open_dataset(config.data)
-        classes = config.model.classes or dataset.classes
-        for source in (dataset.train, dataset.test):
-            if source is not None and classes is not None:
-                check_labels(source, classes)
+        dataset = open_labelled_data(config)
         secret, secret_lost = open_secret(config, run, world)
         data_tag = agree_on_secret(secret, fingerprint(dataset.train), world)
         stacks = run.logs / f"rank-{world.process_id}.stacks"
         watchdog = Watchdog(config.cluster.watchdog_timeout, stacks, world.membership.label)
         cleanup.callback(watchdog.stop)
-        start_up = config.cluster.initialization_timeout
 
-        with watchdog.allow(start_up):
+        with watchdog.allow(config.cluster.initialization_timeout):
             # Plan: from which checkpoint, as which incarnation, with which constants; fixed before the first step.
             checkpoints = Checkpoints(
                 run.checkpoints, keep=config.checkpoint.keep, timeout=config.cluster.shutdown_timeout
@@ -85,11 +79,7 @@ def train(config: Config) -> dict[str, Any]:
                 inputs=step_inputs(config, world, data=data_tag),
                 dataset_size=len(dataset.train),
             )
-            # Calibration takes seconds, minutes in extreme cases: it is part of starting up.
-            record = decide(world, lambda: find_start(request, writer.ledger).to_record(), timeout=start_up)
-            start = Start.from_record(record)
-            if world.is_main:
-                say(opening_line(start.plan, world, insecure=secret.insecure))
+            start = agree_on_start(request, writer, world)
 
             # Build: compile every shape that can occur; place the state, new or restored, on the devices.
             setup = build_setup(config, start.plan, dataset, world, start.decisions)

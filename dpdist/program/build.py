@@ -15,7 +15,7 @@ from dpdist import models
 from dpdist.cluster.agreement import all_gather
 from dpdist.cluster.world import World
 from dpdist.config import Config
-from dpdist.data import Dataset
+from dpdist.data import Dataset, check_labels, open_dataset
 from dpdist.data.sources import Source
 from dpdist.errors import InputError
 from dpdist.mechanism.clipping import UnsupportedLossError
@@ -59,6 +59,20 @@ class TrainingSetup:
                 for path, leaf in jax.tree_util.tree_leaves_with_path(self.initial)
             },
         }
+
+
+def open_labelled_data(config: Config) -> Dataset:
+    """The dataset that `config` names, with labels that the model has classes for.
+
+    Raises:
+        InputError: it cannot be read, or a label is out of range.
+    """
+    dataset = open_dataset(config.data)
+    classes = config.model.classes or dataset.classes
+    for source in (dataset.train, dataset.test):
+        if source is not None and classes is not None:
+            check_labels(source, classes)
+    return dataset
 
 
 def example_spec(source: Source) -> dict[str, jax.ShapeDtypeStruct]:

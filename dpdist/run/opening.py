@@ -15,6 +15,8 @@ from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import code_digest, environment, user_code_digest
 from dpdist.run.private_log import keep_out_of_logs, log_to
 from dpdist.run.progress import say
+from dpdist.run.resume import ResumeRequest, Start, find_start
+from dpdist.run.summary import opening_line
 from dpdist.run.writer import RunWriter, SilentWriter
 
 
@@ -91,3 +93,18 @@ def agree_on_secret(secret: Secret, data_fingerprint: bytes, world: World) -> st
     tags = {"secret": secret.tag(b"agreement"), "training data": data_tag}
     require_same(tags, world, hidden=tags)
     return data_tag
+
+
+def agree_on_start(request: ResumeRequest, writer: RunWriter | SilentWriter, world: World) -> Start:
+    """Let process 0 choose the checkpoint and incarnation to resume from, and announce them. Collective.
+
+    Raises:
+        InputError: as `find_start`; on all processes.
+    """
+    # Calibration takes seconds, minutes in extreme cases: it is part of starting up.
+    patience = request.config.cluster.initialization_timeout
+    record = decide(world, lambda: find_start(request, writer.ledger).to_record(), timeout=patience)
+    start = Start.from_record(record)
+    if world.is_main:
+        say(opening_line(start.plan, world, insecure=request.secret.insecure))
+    return start

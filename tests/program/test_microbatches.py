@@ -11,6 +11,7 @@ import pytest
 
 from dpdist.mechanism.keys import Keys, Secret
 from dpdist.mechanism.sampling import Assignment, assign, microbatch_sizes, poisson_sample
+from dpdist.program import microbatches
 from dpdist.program.microbatches import choose_physical_batch, expected_rows, largest_that_fits, tail_of
 
 How = Literal["balanced", "shard"]
