@@ -102,7 +102,8 @@ def _fault(
     ends = range(1, len(nodes) + 1)
     number = bisect_left(ends, True, key=lambda start: _refusal(graph, start, outputs, reaching) is None)
     node, refusal = nodes[number], _refusal(graph, number, outputs, reaching)
-    assert refusal is not None
+    if refusal is None:
+        return None
     leaves = _behind(node, reaching)
     for body, results in bodies(node):
         # What a step of a scan carries out goes into the next, so any input may be behind any other.
