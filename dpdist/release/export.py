@@ -1,4 +1,4 @@
-"""What a run has trained, in a directory to give away: parameters, config, privacy statement, and nothing private."""
+"""Export of a trained run to a directory to share: parameters, config, privacy statement, and nothing private."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def export(run_dir: str | Path, to: str | Path, *, without_guarantee: bool = Fal
     digest = params_digest(trained.params)
     privacy |= {"params_sha256": digest}
     to.parent.mkdir(parents=True, exist_ok=True)
-    # In a directory of its own first: what is there under the final name is whole.
+    # Written to a temporary directory first, so that whatever has the final name is whole.
     made = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}."))
     try:
         save_file(
@@ -88,7 +88,7 @@ def export(run_dir: str | Path, to: str | Path, *, without_guarantee: bool = Fal
 
 
 def shareable(config: Config) -> dict[str, dict[str, Any]]:
-    """The settings of what was trained, without what only this site knows: places, processes, files."""
+    """The settings of the training, without those of this site: paths, processes, files."""
     tree = config_module.to_dict(config)
     return {section: _without_paths(values) for section, values in tree.items() if section not in _LEFT_OUT}
 

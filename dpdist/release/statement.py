@@ -1,7 +1,7 @@
-"""The privacy statement of a run: what was released, what it cost by which accountant, and on what that rests.
+"""The privacy statement of a run: what was released, what it cost by which accountant, and under which assumptions.
 
-It is made from the ledger, which alone knows what every incarnation is charged, and worked out again from the ledger's
-constants, so that a number that somebody has edited is noticed.
+It comes from the ledger, which alone knows what every incarnation is charged. Its epsilon is computed again from the
+ledger's constants, so that an edited number is noticed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dpdist.mechanism.composition import ADAPTIVE, charged_phases, phase_of, tot
 from dpdist.mechanism.ledger import Ledger, Plan
 from dpdist.run.summary import guarantee
 
-#: What two versions of the accountant may differ by.
+#: Relative difference that two versions of the accountant may have.
 _VERSIONS_DIFFER = 1e-6
 
 MECHANISM = (

@@ -41,7 +41,7 @@ def user_code_digest(config: Config) -> str:
 
 
 def step_code_digest(config: Config) -> str:
-    """SHA-256 over what computes gradients and updates outside of the mechanism.
+    """SHA-256 over the code that computes gradients and updates outside the mechanism.
 
     That is dpdist's models and optimizers, the versions of flax and optax, and `user_code_digest`.
     """
