@@ -1,12 +1,16 @@
-"""A run from its config to its summary. Reads top to bottom: join, agree, plan, build, resume, steps, end."""
+"""A run from its config to its summary: `train` opens, plans and builds it, and `Trainer` takes its steps.
+
+Follow one step from `Trainer.loop`: reserve it, take it, save, evaluate, publish.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from jaxtyping import Array
 
 from dpdist import config as config_module
 from dpdist.cluster.agreement import barrier, decide, require_same
@@ -15,35 +19,25 @@ from dpdist.cluster.lease import LeaseLostError
 from dpdist.cluster.preemption import preempted
 from dpdist.cluster.straggler import Stragglers
 from dpdist.cluster.watchdog import Watchdog
+from dpdist.cluster.world import World
 from dpdist.config import Config
-from dpdist.data import check_labels, fingerprint, open_dataset
+from dpdist.data import fingerprint
 from dpdist.data.feed import Feed
 from dpdist.mechanism.keys import Keys
+from dpdist.mechanism.step import TrainState, accumulate_sample, noisy_update
 from dpdist.program.assignments import make_assigner
-from dpdist.program.build import build_setup
+from dpdist.program.build import TrainingSetup, build_setup, open_labelled_data
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
-from dpdist.run.fingerprints import code_digest, environment, params_digest, user_code_digest
-from dpdist.run.private_log import keep_out_of_logs, log_to
+from dpdist.run.fingerprints import params_digest, step_inputs
+from dpdist.run.opening import agree, agree_on_secret, agree_on_start, open_secret, open_writer
 from dpdist.run.progress import say
-from dpdist.run.recorder import Recorder
-from dpdist.run.resume import (
-    begin,
-    find_start,
-    open_ledger,
-    open_secret,
-    present,
-    require_fits,
-    spending_of,
-    take_lease,
-)
-from dpdist.run.summary import closing_line, opening_line, summarise
-
-logger = logging.getLogger(__name__)
+from dpdist.run.resume import ResumeRequest, require_fits
+from dpdist.run.writer import RunWriter, SilentWriter
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Train the run that `config` describes, or go on with it where `config.run.dir` holds it already.
+    """Train the run that `config` describes, or resume it where `config.run.dir` holds it already.
 
     Every process of the job calls this. Returns the summary, also written to `summary.json`; a run that has
     ended is not run again. Its `status` is `finished`, `budget_exhausted`, or `preempted` after SIGTERM.
@@ -53,182 +47,222 @@ def train(config: Config) -> dict[str, Any]:
     """
     world = join(config.cluster)
     run = RunDirectory(Path(config.run.dir))
-
-    # Agree: one config, one code, one directory, one secret, one dataset.
-    mine = {"code": code_digest(), "user_code": user_code_digest(config), "environment": environment(world.platform)}
-    require_same(mine | config_module.flatten(config), world)
-    decide(world, run.prepare)
-    log_to(run.logs / f"rank-{world.process_id}.log")  # from here on, texts that may quote data go there alone
+    agree(config, run, world)
     ended = decide(world, lambda: run.ended(config))
     if ended is not None:
         if world.is_main:
             say(f"{run.root} is {ended['status']} at step {ended['step']} of {ended['steps']}: nothing to do")
         return ended
-    stacks = run.logs / f"rank-{world.process_id}.stacks"
+
     with contextlib.ExitStack() as cleanup:
-        lease = take_lease(config, run, world)
-        if lease is not None:
-            cleanup.callback(lease.release)
-        dataset = open_dataset(config.data)
-        for source in (dataset.train, dataset.test):
-            if source is not None and (classes := config.model.classes or dataset.classes) is not None:
-                check_labels(source, classes)
+        # Open: one job in the directory, one secret, one dataset.
+        writer = open_writer(config, run, world)
+        cleanup.callback(writer.release)
+        dataset = open_labelled_data(config)
         secret, secret_lost = open_secret(config, run, world)
-        keep_out_of_logs(secret)
-        data_tag = secret.tag(b"data" + fingerprint(dataset.train))
-        tags = {"secret": secret.tag(b"agreement"), "training data": data_tag}
-        require_same(tags, world, hidden=tags)
+        data_tag = agree_on_secret(secret, fingerprint(dataset.train), world)
+        stacks = run.logs / f"rank-{world.process_id}.stacks"
         watchdog = Watchdog(config.cluster.watchdog_timeout, stacks, world.membership.label)
         cleanup.callback(watchdog.stop)
 
         with watchdog.allow(config.cluster.initialization_timeout):
             # Plan: from which checkpoint, as which incarnation, with which constants; fixed before the first step.
-            ledger = open_ledger(run, world)
             checkpoints = Checkpoints(
                 run.checkpoints, keep=config.checkpoint.keep, timeout=config.cluster.shutdown_timeout
             )
-            now = present(config, world, data=data_tag)
-            begun = find_start(
-                config,
-                run,
-                ledger,
-                checkpoints,
-                secret,
-                now,
-                world,
+            request = ResumeRequest(
+                config=config,
+                run=run,
+                checkpoints=checkpoints,
+                secret=secret,
                 secret_lost=secret_lost,
+                inputs=step_inputs(config, world, data=data_tag),
                 dataset_size=len(dataset.train),
             )
-            plan, start = begun.plan, begun.step or 0
-            if world.is_main:
-                say(opening_line(plan, world, insecure=secret.insecure))
+            start = agree_on_start(request, writer, world)
 
             # Build: compile every shape that can occur; place the state, new or restored, on the devices.
-            setup = build_setup(config, plan, dataset, world, begun.decisions)
-            step_programs, evaluator = setup.step_programs, setup.evaluator
-            require_fits(begun, setup.decisions()["leaves"])
+            setup = build_setup(config, start.plan, dataset, world, start.decisions)
+            require_fits(start, setup.decisions()["leaves"])
             require_same({"initial parameters": params_digest(setup.initial.params)}, world)
-            if evaluator is not None:
-                cleanup.callback(evaluator.close)
-            state = step_programs.place(setup.initial)
-            if begun.step is not None:
-                state = checkpoints.restore(begun.step, state)
-            decide(world, lambda: begin(begun, config, run, lease, ledger, checkpoints))
-            meta = {"config": config_module.to_dict(config), "plan": asdict(plan), "topology": now.topology}
-            meta |= setup.decisions()
-
-            def save(step: int) -> None:
-                charged = 0
-                if ledger is not None and lease is not None:  # process 0, which is the one that writes it
-                    lease.check()
-                    charged = ledger.charged_steps()
-                checkpoints.save(step, state, meta | {"step": step, "charged_steps": charged})
-
-            if begun.step is None:
-                save(0)
+            if setup.evaluator is not None:
+                cleanup.callback(setup.evaluator.close)
+            state = setup.step_programs.place(setup.initial)
+            if start.step is not None:
+                state = checkpoints.restore(start.step, state)
+            decide(world, lambda: writer.begin(start, checkpoints))
+            meta = {"config": config_module.to_dict(config), "plan": start.plan.to_record()}
+            meta |= {"topology": request.inputs.topology} | setup.decisions()
+            if start.step is None:
+                _save(0, state, meta, checkpoints, writer)
                 checkpoints.wait()
-            leaving = preempted(world)  # told so while all of this was under way?
+            leaving = preempted(world)  # SIGTERM may have come while all of this was under way
 
-        # Steps: reserve, sample, accumulate, draw, apply.
-        keys = Keys(secret, bytes.fromhex(plan.nonce))
-        recorder = Recorder(config, begun, run, world, spending_of(ledger))
-        cleanup.callback(recorder.close)
-        assigner = make_assigner(config, plan, setup, keys, world)
-        feed = Feed(dataset.train, assigner, world.mesh, data=config.data, start=start, stop=plan.steps)
+        # Hand over.
+        keys = Keys(secret, bytes.fromhex(start.plan.nonce))
+        writer.start_recording(start)
+        cleanup.callback(writer.stop_recording)
+        assigner = make_assigner(config, start.plan, setup, keys, world)
+        first, last = start.step or 0, start.plan.steps
+        feed = Feed(dataset.train, assigner, world.mesh, data=config.data, start=first, stop=last)
         cleanup.callback(feed.close)
-        stragglers = Stragglers(world)
-        block, stall = config.checkpoint.every_steps, config.checkpoint.stall_timeout
-        evaluate_every = config.training.evaluate_every or block
-        sums, step, saved, measured = step_programs.zero_sums(), start, start, None
+        trainer = Trainer(
+            config=config,
+            world=world,
+            setup=setup,
+            keys=keys,
+            feed=feed,
+            stragglers=Stragglers(world),
+            watchdog=watchdog,
+            checkpoints=checkpoints,
+            writer=writer,
+            meta=meta,
+            first=first,
+            last=last,
+            state=state,
+            leaving=leaving,
+        )
+        return trainer.run()
 
-        def note_failure(kind: object, *_: object) -> None:
-            if kind is not None and kind is not LeaseLostError and ledger is not None:
-                failed = summarise(plan, world, config, recorder, ledger, step=step, ended=False, digest=None)
-                with contextlib.suppress(OSError):  # a full disk must not hide what it has led to
-                    run.write_summary(failed)
 
-        def measure(step: int) -> bool:
-            """Evaluate, and say whether it could be done before the job was told to leave."""
-            nonlocal measured
-            assert evaluator is not None
-            accuracy = evaluator.accuracy(state.released, stop=lambda: preempted(world))
-            if accuracy is not None:
-                recorder.evaluated(step, accuracy)
-                measured = step
-            return accuracy is not None
+@dataclass(kw_only=True)
+class Trainer:
+    """Takes the steps of a run. Every process has one, in the same state, and calls the same methods in the same order.
 
-        def due(step: int) -> bool:
-            return evaluator is not None and (step == plan.steps or step % evaluate_every == 0)
+    Process 0's `writer` alone writes into the run directory, apart from the checkpoints, which all save together.
+    """
 
-        cleanup.push(note_failure)
-        if start > 0 and due(start) and not leaving and not decide(world, lambda: recorder.has_accuracy(start)):
-            with watchdog.allow(config.cluster.initialization_timeout):
-                leaving = not measure(start)  # the former part of this run saved this step, and came no further
-        while step < plan.steps and not leaving:
-            if ledger is not None and lease is not None and (step == start or step % block == 0):
-                lease.check()
-                ledger.reserve(step, min(plan.steps, step - step % block + block))
+    config: Config
+    world: World
+    setup: TrainingSetup
+    keys: Keys
+    feed: Feed
+    stragglers: Stragglers
+    watchdog: Watchdog
+    checkpoints: Checkpoints
+    writer: RunWriter | SilentWriter
+    #: What every checkpoint holds beside the state.
+    meta: dict[str, Any]
+    #: Steps taken when this part of the run starts, and when the run ends.
+    first: int
+    last: int
+    state: TrainState
+    #: True once the job was told to leave.
+    leaving: bool
+    #: Steps taken so far.
+    step: int = field(init=False)
+    #: The newest step that was given to `checkpoints`, and the newest whose accuracy is known.
+    saved: int = field(init=False)
+    evaluated: int | None = field(init=False, default=None)
+    #: Each device's accumulator: zeros between two steps.
+    sums: Array = field(init=False)
 
-            stragglers.began(step, state)
-            assignment, loss_key = feed.next_assignment(), step_programs.loss_key(keys, step)
-            for batch in feed.microbatches(assignment):
-                sums = step_programs.accumulate(state.params, sums, batch, loss_key)
-            stragglers.ready(step, sums)
-            noise, draw = step_programs.draw(keys, step)
-            state, sums, diagnostics = step_programs.apply(state, sums, noise)
-            stragglers.ended(step, state)
+    def __post_init__(self) -> None:
+        self.step = self.saved = self.first
+        self.sums = self.setup.step_programs.zero_sums()
 
-            recorder.step_done(step, assignment, diagnostics, draw)
-            recorder.waited_for(stragglers.reports())
-            watchdog.beat(step)
-            step += 1
-            leaving = preempted(world)
-            checkpoints.check()
-            if step == plan.steps or due(step) or leaving or step % block == 0:
-                with watchdog.allow(config.cluster.shutdown_timeout + stall):
-                    # A disk slower than the steps must not hold them up: an interim save is left out meanwhile.
-                    must = step == plan.steps or leaving
-                    if must or not decide(world, lambda: checkpoints.busy(stall), timeout=world.timeout + stall):
-                        recorder.flush()
-                        save(step)
-                        saved = step
-            if due(step) and not leaving:
-                with watchdog.allow(config.cluster.initialization_timeout):
-                    leaving = not measure(step)
-            if ledger is not None and saved > ledger.saved_step and checkpoints.committed(saved):
-                ledger.record_saved(saved, now.topology)
-                recorder.committed(saved)
+    def run(self) -> dict[str, Any]:
+        """Take the remaining steps; returns the summary, on all processes."""
+        try:
+            self.loop()
+            return self.finish()
+        except LeaseLostError:
+            raise  # the directory is another job's
+        except BaseException:
+            self.writer.write_failure(self.step)
+            raise
 
-        # End: what was measured is shown only once it is safe on disk.
-        with watchdog.allow(config.cluster.initialization_timeout):
-            recorder.flush()
-            checkpoints.wait()
-            if ledger is not None and lease is not None:
-                lease.check()
-                ledger.record_saved(saved, now.topology)
-                recorder.committed(saved)
-            recorder.close()
-            digest = params_digest(state.released)
-            if decide(world, lambda: digest) != digest:
+    def loop(self) -> None:
+        """Reserve, step, save, evaluate, publish: until the last step, or until the job is told to leave."""
+        every = self.config.checkpoint.every_steps
+        self.evaluate_resumed_step()
+        while self.step < self.last and not self.leaving:
+            if self.step == self.first or self.step % every == 0:
+                self.writer.reserve(self.step, min(self.last, self.step - self.step % every + every))
+            self.take_step()
+            self.leaving = preempted(self.world)
+            self.checkpoints.check()
+            if self.step == self.last or self.evaluation_is_due() or self.leaving or self.step % every == 0:
+                self.save()
+            if self.evaluation_is_due() and not self.leaving:
+                self.evaluate()
+            self.writer.publish_if_committed(self.saved, self.checkpoints)
+
+    def take_step(self) -> None:
+        """One step of DP-SGD (Abadi et al. 2016, Algorithm 1): sample, clip and sum, add noise, update."""
+        step, programs = self.step, self.setup.step_programs
+        self.stragglers.began(step, self.state)
+        assignment = self.feed.next_assignment()
+        microbatches, loss_key = self.feed.microbatches(assignment), programs.loss_key(self.keys, step)
+        sums = accumulate_sample(programs, self.state.params, self.sums, microbatches, loss_key)
+        self.stragglers.ready(step, sums)
+        self.state, self.sums, diagnostics, draw = noisy_update(programs, self.state, sums, self.keys, step)
+        self.stragglers.ended(step, self.state)
+
+        self.writer.step_done(step, assignment, diagnostics, draw)
+        self.writer.straggler_reports(self.stragglers.reports())
+        self.watchdog.beat(step)
+        self.step += 1
+
+    def save(self) -> None:
+        """Begin to save this step, unless it is an interim one and the disk is still busy with the save before it.
+
+        A disk slower than the steps must not hold them up.
+        """
+        stall = self.config.checkpoint.stall_timeout
+        with self.watchdog.allow(self.config.cluster.shutdown_timeout + stall):
+            must = self.step == self.last or self.leaving
+            if must or not decide(self.world, lambda: self.checkpoints.busy(stall), timeout=self.world.timeout + stall):
+                self.writer.flush()
+                _save(self.step, self.state, self.meta, self.checkpoints, self.writer)
+                self.saved = self.step
+
+    def evaluation_is_due(self) -> bool:
+        """Whether the parameters after this step are to be evaluated."""
+        every = self.config.training.evaluate_every or self.config.checkpoint.every_steps
+        return self.setup.evaluator is not None and (self.step == self.last or self.step % every == 0)
+
+    def evaluate(self) -> None:
+        """Measure the accuracy of this step, or set `leaving` where the job is told to leave first."""
+        if self.setup.evaluator is None:
+            return
+        with self.watchdog.allow(self.config.cluster.initialization_timeout):
+            accuracy = self.setup.evaluator.accuracy(self.state.released, stop=lambda: preempted(self.world))
+        if accuracy is None:
+            self.leaving = True
+        else:
+            self.writer.evaluated(self.step, accuracy)
+            self.evaluated = self.step
+
+    def evaluate_resumed_step(self) -> None:
+        """Evaluate the checkpoint this part resumes from, if the part before it was ended between save and publish."""
+        if self.step == 0 or self.leaving or not self.evaluation_is_due():
+            return
+        if not decide(self.world, lambda: self.writer.has_accuracy(self.step)):
+            self.evaluate()
+
+    def finish(self) -> dict[str, Any]:
+        """Publish what the last save covers, and write the summary; leave together."""
+        with self.watchdog.allow(self.config.cluster.initialization_timeout):
+            self.writer.flush()
+            self.checkpoints.wait()
+            self.writer.check_lease()
+            self.writer.publish(self.saved)
+            self.writer.stop_recording()
+            digest = params_digest(self.state.released)
+            if decide(self.world, lambda: digest) != digest:
                 raise RuntimeError("the processes hold different parameters: their hardware or libraries differ")
-            ended = step == plan.steps and (not due(step) or measured == step)
-            summary = decide(
-                world, lambda: summarise(plan, world, config, recorder, ledger, step=step, ended=ended, digest=digest)
-            )
-            if world.is_main:
-                run.write_summary(summary)
-                plot_if_possible(run)
-                say(closing_line(summary, run.root))
-            checkpoints.close()
-            barrier("end", world)  # the first to leave would take the others down
+            ended = self.step == self.last and (not self.evaluation_is_due() or self.evaluated == self.step)
+            summary = decide(self.world, lambda: self.writer.summary(step=self.step, ended=ended, params_sha256=digest))
+            self.writer.write_summary(summary)
+            self.checkpoints.close()
+            barrier("end", self.world)  # the first to leave would take the others down
         return summary
 
 
-def plot_if_possible(run: RunDirectory) -> None:
-    """Plots are a convenience: a run must not fail for want of a font or of space for them."""
-    try:
-        from dpdist.run.plots import plot_run  # matplotlib, for process 0 alone
-
-        plot_run(run.root)
-    except Exception:
-        logger.exception("the plots could not be written")
+def _save(
+    step: int, state: TrainState, meta: dict[str, Any], checkpoints: Checkpoints, writer: RunWriter | SilentWriter
+) -> None:
+    """Begin to save the state after `step` steps, if the run is still this job's."""
+    writer.check_lease()
+    checkpoints.save(step, state, meta | {"step": step, "charged_steps": writer.charged_steps()})

@@ -17,16 +17,16 @@ from dpdist.mechanism.clipping import LeafStrategy
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
 from dpdist.program.assignments import make_assigner, shape_of_work
 from dpdist.program.build import TrainingSetup, build_setup, memory_limit, with_key
-from dpdist.program.gradients import strategies_for
+from dpdist.program.gradients import ExampleLoss, strategies_for
 from dpdist.run.fingerprints import environment
 from dpdist.run.plan import plan_run
 
-#: Steps that are sampled, with a throw-away secret, to see how the work would be shared out.
+#: Steps to sample, with a throw-away secret, for the statistics of how the work is assigned.
 _STEPS = 50
 
 
 def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int = 1) -> dict[str, Any]:
-    """What training `config` would cost, as JSON holds it.
+    """What training `config` would cost, as JSON.
 
     Args:
         nodes: how many nodes share the work; None takes the devices of this process. Memory is that of a program
@@ -54,13 +54,17 @@ def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int 
     assigner = make_assigner(config, plan, setup, Keys(secret, bytes.fromhex(plan.nonce)), world)
     work = shape_of_work(tuple(assigner(step) for step in range(min(_STEPS, plan.steps))))
     leaves: list[LeafStrategy] = []
-    if plan.clip_norm is not None and config.training.clipping != "per_example":
-        loss_fn = models.example_loss(setup.model)
-        example = with_key(setup.example, setup.model)
-        leaves = strategies_for(config, loss_fn, setup.initial.params, example, world)
+    if plan.privacy is not None and config.training.clipping != "per_example":
+        loss = ExampleLoss(
+            loss_fn=models.example_loss(setup.model),
+            params=setup.initial.params,
+            example=with_key(setup.example, setup.model),
+        )
+        leaves = strategies_for(config, loss, world)
+    record = plan.to_record()
     return {
         "privacy": {
-            name: getattr(plan, name)
+            name: record[name]
             for name in ("epsilon", "delta", "epsilon_rdp", "accountant", "noise_multiplier", "clip_norm")
         },
         "sampling_probability": plan.sampling_probability,
@@ -72,9 +76,9 @@ def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int 
         "physical_batch_size": setup.physical,
         "tail_batch_size": setup.tail,
         **work,
-        "memory": _memory(setup, memory_limit(config, world), noisy=plan.noise_multiplier is not None),
+        "memory": _memory(setup, memory_limit(config, world), noisy=plan.privacy is not None),
         "clipping": {
-            "method": config.training.clipping if plan.clip_norm is not None else "none",
+            "method": "none" if plan.privacy is None else config.training.clipping,
             "parameters": [dataclasses.asdict(leaf) | {"seconds": dict(leaf.seconds)} for leaf in leaves],
         },
     }
@@ -93,7 +97,7 @@ def _memory(setup: TrainingSetup, limit: float, *, noisy: bool) -> dict[str, flo
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as lines of text."""
     privacy, memory, clipping = report["privacy"], report["memory"], report["clipping"]
     lines = [
         f"sampling    q = {report['sampling_probability']:.4g}: {report['expected_batch_size']:g} expected of "

@@ -87,8 +87,8 @@ def split_indices(length: int, data: Data) -> tuple[np.ndarray, np.ndarray]:
 def _digits(data: Data) -> Dataset:
     # Read the file without importing scikit-learn, which would cost every process of a job a second and 70 MB.
     package = importlib.util.find_spec("sklearn")
-    assert package is not None
-    assert package.origin is not None
+    if package is None or package.origin is None:
+        raise InputError("data.source", "digits", "needs scikit-learn; install it: pip install scikit-learn.")
     table = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=",", dtype=np.int32)
     arrays: dict[str, np.ndarray] = {
         "image": table[:, :64].reshape(-1, 8, 8, 1).astype(np.uint8),

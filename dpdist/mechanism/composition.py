@@ -43,7 +43,7 @@ ADAPTIVE = "renyi filter"
 
 @dataclass(frozen=True)
 class Phase:
-    """So many steps with one sampling probability q and noise multiplier sigma."""
+    """A number of steps with one sampling probability q and noise multiplier sigma."""
 
     sampling_probability: float
     noise_multiplier: float
@@ -58,7 +58,7 @@ class Phase:
 
 
 def best_order(plan: Phase, delta: float) -> int:
-    """The integer order at which `plan` is cheapest; to be chosen before its first step, and kept."""
+    """The integer Renyi order at which `plan` is cheapest; choose it before the first step, and keep it."""
     costs = _divergences(plan, ORDERS)
     return min(zip(costs, ORDERS, strict=True), key=lambda pair: pair[0] + _tail(pair[1], delta))[1]
 
@@ -80,36 +80,37 @@ def within(first: Phase, phases: Sequence[Phase]) -> bool:
 
 
 def total_cost(first: Plan, before: Sequence[Phase], own: Phase) -> Spent:
-    """What the run costs that was begun as `first` and charged `before`, once it has taken its `own` steps too."""
-    assert first.noise_multiplier is not None
-    assert first.delta is not None
-    assert first.renyi_order is not None
+    """Cost of a whole run: its first plan, the phases charged before the current incarnation, and that one's own."""
+    terms = first.private_terms()
     if within(phase_of(first, first.steps), [*before, own]):
         return epsilon(
             sampling_probability=first.sampling_probability,
-            noise_multiplier=first.noise_multiplier,
+            noise_multiplier=terms.noise_multiplier,
             steps=first.steps,
-            delta=first.delta,
+            delta=terms.delta,
         )
-    adaptive = adaptive_epsilon([*before, own], order=first.renyi_order, delta=first.delta)
-    return Spent(adaptive, first.delta, adaptive, ADAPTIVE)
+    adaptive = adaptive_epsilon([*before, own], order=terms.renyi_order, delta=terms.delta)
+    return Spent(adaptive, terms.delta, adaptive, ADAPTIVE)
 
 
 def charged_phases(ledger: Ledger, incarnations: int) -> list[Phase]:
-    """What the first so many incarnations are charged."""
+    """Charged phases of the first `incarnations` incarnations."""
     return [phase_of(plan, ledger.charged_to(plan.incarnation)) for plan in ledger.plans[:incarnations]]
 
 
 def phase_of(plan: Plan, steps: int) -> Phase:
-    """So many steps of a plan with noise."""
-    assert plan.noise_multiplier is not None
-    return Phase(plan.sampling_probability, plan.noise_multiplier, steps)
+    """The phase of `steps` steps of a private plan.
+
+    Raises:
+        LedgerError: the plan adds no noise.
+    """
+    return Phase(plan.sampling_probability, plan.private_terms().noise_multiplier, steps)
 
 
 def affordable_further_steps(
     before: Sequence[Phase], further: Phase, *, target_epsilon: float, order: int, delta: float
 ) -> int:
-    """How many of the steps of `further` fit under the target after `before`, by `adaptive_epsilon`; it may be 0."""
+    """How many steps of `further` fit under the target after `before`, by `adaptive_epsilon`; possibly 0."""
     left = _left(before, target_epsilon, order, delta)
     each = _divergences(replace(further, steps=1), [order])[0]
     if left <= 0:

@@ -1,9 +1,9 @@
-"""Whether a run that goes on may draw the noise it drew before, or must begin a new incarnation.
+"""Whether a resumed run may draw the same noise again, or must begin a new incarnation.
 
-An incarnation, and with it the nonce in every key, is kept where its steps would be replayed as they were: from the
-newest checkpoint, with nothing changed that a step depends on. Replaying a step with the same noise but other
-parameters would give away the difference of two gradient sums without noise, so everything else begins a new one. When
-in doubt, one begins: that costs epsilon, never the guarantee.
+A run keeps its incarnation, and with it the nonce in every key, only where its steps would be replayed as they were:
+from the newest checkpoint, with nothing changed that a step depends on. Replaying a step with the same noise but other
+parameters would reveal the difference of two gradient sums without noise, so everything else begins a new incarnation.
+When in doubt, one begins: that costs epsilon, never the guarantee.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAY_CHANGE = (
 
 
 def step_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of settings by dotted name, those that a step depends on: all that `MAY_CHANGE` does not name."""
+    """The settings a step depends on, by dotted name: all but `MAY_CHANGE`."""
     return {
         name: value
         for name, value in settings.items()
@@ -49,7 +49,7 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class StepInputs:
-    """What this call's steps would depend on; the first four stand in the plan of the incarnation they belong to."""
+    """What the steps of this job depend on; an incarnation's plan records the first four."""
 
     environment: str
     settings: str
@@ -62,62 +62,60 @@ class StepInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What is left of the run, from which this call would go on."""
+class ResumePoint:
+    """The checkpoint that this job resumes from, and what is missing beside it."""
 
-    #: The step of the checkpoint to go on from; None where there is none.
+    #: Its step; None where there is no whole checkpoint.
     step: int | None
-    #: The newest step of which there is a checkpoint that cannot be read; 0 where there is none.
+    #: The newest step whose checkpoint cannot be read; 0 where all can.
     damaged: int
     secret_lost: bool
-    #: True where the user has asked for this checkpoint, and so to go back behind newer ones.
+    #: True where the user asked for this checkpoint, and so to go back behind newer ones.
     asked: bool
 
 
 def reasons_for_new_incarnation(
-    ledger: Ledger, now: StepInputs, found: Found, changed_settings: list[str]
+    ledger: Ledger, inputs: StepInputs, resume: ResumePoint, changed_settings: list[str]
 ) -> list[str]:
     """Why the current incarnation cannot be kept, for people to read; empty where it is kept.
 
     Args:
         ledger: of a run that has begun.
-        changed_settings: the settings that differ, in words, as far as they can be told.
+        changed_settings: the settings that differ, in words, as far as they are known.
     """
-    plan = ledger.plan
-    assert plan is not None
-    reasons = _changes(plan, now, changed_settings, secret_lost=found.secret_lost)
+    reasons = _changes(ledger.plans[-1], inputs, changed_settings, secret_lost=resume.secret_lost)
     if ledger.copied:
         reasons.append("the run directory is a copy")
-    if found.asked:
-        return [*reasons, f"checkpoint.resume_step = {found.step}"]
-    return reasons + _losses(ledger, now, found)
+    if resume.asked:
+        return [*reasons, f"checkpoint.resume_step = {resume.step}"]
+    return reasons + _losses(ledger, inputs, resume)
 
 
-def _changes(plan: Plan, now: StepInputs, changed_settings: list[str], *, secret_lost: bool) -> list[str]:
-    """What a step depends on and is not as it was when the current incarnation began."""
+def _changes(plan: Plan, inputs: StepInputs, changed_settings: list[str], *, secret_lost: bool) -> list[str]:
+    """What has changed since the current incarnation began, of all that a step depends on."""
     reasons = []
-    if plan.settings != now.settings:
+    if plan.settings != inputs.settings:
         reasons += changed_settings or ["a setting changed"]
-    if plan.environment != now.environment:
-        reasons.append(f"{plan.environment} -> {now.environment}")
-    if plan.code != now.code:
+    if plan.environment != inputs.environment:
+        reasons.append(f"{plan.environment} -> {inputs.environment}")
+    if plan.code != inputs.code:
         reasons.append(
             "the code of the model, the optimizer or the config's module:function changed (or flax or optax)"
         )
     if secret_lost:
         reasons.append("private/secret.key was lost")
-    elif plan.data != now.data:
+    elif plan.data != inputs.data:
         reasons.append("the training data (or the secret) changed")
     return reasons
 
 
-def _losses(ledger: Ledger, now: StepInputs, found: Found) -> list[str]:
-    """Why going on from there would not replay what came after it, where that was saved and may have been seen."""
-    if found.step is None:
+def _losses(ledger: Ledger, inputs: StepInputs, resume: ResumePoint) -> list[str]:
+    """Why the replay would not repeat the later steps that were saved, and so may have been seen."""
+    if resume.step is None:
         return ["no whole checkpoint is left"] if ledger.charged_steps() else []
-    newest = max(ledger.saved_step, found.damaged)
-    if found.step >= newest:
+    newest = max(ledger.saved_step, resume.damaged)
+    if resume.step >= newest:
         return []
     # The same bits again release nothing new.
-    known = newest == ledger.saved_step and ledger.topologies_since(found.step) == {now.topology}
-    return [] if known and now.repeatable else [f"checkpoint {newest} is gone, and {found.step} is older"]
+    known = newest == ledger.saved_step and ledger.topologies_since(resume.step) == {inputs.topology}
+    return [] if known and inputs.repeatable else [f"checkpoint {newest} is gone, and {resume.step} is older"]

@@ -13,8 +13,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,30 @@ class LedgerError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """One incarnation's mechanism, fixed before its first step; every field is public.
+class PrivacyTerms:
+    """What only a private incarnation has: its noise, and what that costs."""
 
-    In a plain (non-private) run there is no noise, and what it would cost is None.
-    """
+    #: C, the largest L2 norm that an example's gradient keeps.
+    clip_norm: float
+    #: sigma; the noise on the sum of clipped gradients has standard deviation sigma * C.
+    noise_multiplier: float
+    delta: float
+    #: The epsilon that the run must not pass; None where only the noise multiplier was given.
+    target_epsilon: float | None = None
+    #: Of everything charged before this incarnation, and of all steps of its plan.
+    epsilon: float
+    epsilon_rdp: float
+    accountant: str
+    #: The Renyi order at which changes of the plan are charged: chosen with the first plan, and kept.
+    renyi_order: int
+
+
+_TERMS = tuple(term.name for term in fields(PrivacyTerms))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One incarnation's mechanism, fixed before its first step; every field is public."""
 
     incarnation: int
     #: Hex; random, and in every key, so that no two incarnations share a draw.
@@ -46,16 +65,8 @@ class Plan:
     #: The last step this incarnation will take; before `steps_asked` where the budget ends first.
     steps: int
     steps_asked: int
-    clip_norm: float | None = None
-    noise_multiplier: float | None = None
-    delta: float | None = None
-    target_epsilon: float | None = None
-    #: Of everything charged before, and of all steps of this plan.
-    epsilon: float | None = None
-    epsilon_rdp: float | None = None
-    accountant: str | None = None
-    #: The Renyi order at which changes of the plan will be charged; chosen with the first plan, and not in later ones.
-    renyi_order: int | None = None
+    #: None in a plain (non-private) run, which adds no noise.
+    privacy: PrivacyTerms | None = None
     #: The first step of this incarnation; those before it were taken by earlier ones.
     start: int = 0
     #: What changed, so that a new incarnation had to begin; empty for the first.
@@ -70,6 +81,37 @@ class Plan:
     resume_step: int | None = None
     #: True where the secret is a known seed: no guarantee holds.
     insecure: bool = False
+
+    def private_terms(self) -> PrivacyTerms:
+        """The terms of an incarnation whose steps shall be charged.
+
+        Raises:
+            LedgerError: it is a plain one: no epsilon covers steps without noise.
+        """
+        if self.privacy is None:
+            raise LedgerError(f"incarnation {self.incarnation} adds no noise, so no epsilon covers its steps")
+        return self.privacy
+
+    def to_record(self) -> dict[str, Any]:
+        """The plan as the ledger and the checkpoints keep it: flat JSON, the terms null in a plain run."""
+        record = asdict(self)
+        return record | (record.pop("privacy") or dict.fromkeys(_TERMS))
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], first: Plan | None = None) -> Plan:
+        """The inverse of `to_record`.
+
+        Args:
+            first: the run's first plan, whose Renyi order is that of later records without one, as they once were.
+
+        Raises:
+            TypeError: a field is missing or unknown, or only some of the terms are there.
+        """
+        terms = {name: record[name] for name in _TERMS if record.get(name) is not None}
+        if terms and first is not None and first.privacy is not None:
+            terms.setdefault("renyi_order", first.privacy.renyi_order)
+        rest = {name: value for name, value in record.items() if name not in _TERMS}
+        return cls(**rest, privacy=PrivacyTerms(**terms) if terms else None)
 
 
 class Ledger:
@@ -113,7 +155,7 @@ class Ledger:
                 kind = record.pop("record")
                 if kind == "plan":
                     file = record.pop("file", None)
-                    self._add(Plan(**record), file)
+                    self._add(Plan.from_record(record, self.plans[0] if self.plans else None), file)
                 elif kind == "steps":
                     self._charged[int(record["incarnation"])].update(range(record["start"], record["stop"]))
                 elif kind == "saved":
@@ -146,7 +188,7 @@ class Ledger:
             raise LedgerError(f"{self.path} already holds another plan, for {len(self.plans)} incarnation(s)")
         if any(earlier.nonce == plan.nonce for earlier in self.plans):
             raise LedgerError(f"{self.path}: two incarnations must not share a nonce, or they would share their noise")
-        self._append({"record": "plan"} | asdict(plan), stamp=True)
+        self._append({"record": "plan"} | plan.to_record(), stamp=True)
         self._add(plan, None)
 
     def reserve(self, start: int, stop: int) -> None:
@@ -198,8 +240,8 @@ class Ledger:
         """The number of distinct steps charged to one incarnation."""
         return len(self._charged[incarnation])
 
-    def led_here(self, incarnation: int, step: int) -> bool:
-        """Whether the state that an incarnation had after `step` steps is one the current incarnation came from.
+    def is_ancestor(self, incarnation: int, step: int) -> bool:
+        """Whether (incarnation, step) is an ancestor of the current incarnation.
 
         False where a later incarnation has gone back behind it.
 
@@ -215,13 +257,13 @@ class Ledger:
         # Appending cannot erase what somebody else has charged since this process looked, only add to it.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            found = os.fstat(descriptor)
-            if found.st_size != self._seen:
+            file = os.fstat(descriptor)
+            if file.st_size != self._seen:
                 raise LedgerError(f"{self.path} was changed by another process: two jobs on one run directory")
             if self._seen > self._size:  # a line torn by a crash, or by a write of ours that failed half-way
                 os.ftruncate(descriptor, self._size)
             if stamp:  # a move keeps the file's number, a copy has one of its own
-                record = record | {"file": found.st_ino}
+                record = record | {"file": file.st_ino}
             line = (json.dumps(record) + "\n").encode()
             if os.write(descriptor, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

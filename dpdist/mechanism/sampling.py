@@ -1,9 +1,9 @@
-"""Poisson subsampling and the step plan: who is in a step, and which device processes whom.
+"""Poisson subsampling and the assignment: which examples are in a step, and which device processes which.
 
 Example i is in step t iff the i-th 64-bit word of a counter-based generator keyed for t is below
 round(q * 2^64). Any part of the stream can be generated alone, so a host may draw its own shard
 only, and the union over hosts never depends on how many there are. Because the key is shared, every host
-can also work out what the others do, and nothing about the plan is communicated.
+can also work out what the others do, and nothing about the assignment is communicated.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""One DP-SGD step as compiled programs: accumulate, draw, all-reduce with the noise, update.
+"""One DP-SGD step: clip and sum (`accumulate_sample`), then add noise and update (`noisy_update`).
 
 Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1, with Poisson subsampling: the update uses
 
     (sum_{i in sample} clip_C(g_i) + N(0, sigma^2 C^2 I)) / B,     B = q N constant.
 
-Every shape that can occur is compiled before the first step and called as a compiled program, which
-rejects any other shape instead of compiling again. `accumulate` holds no collective; `apply` reduces one
+`StepPrograms` compiles every shape that can occur before the first step and calls compiled programs, which
+reject any other shape instead of compiling again. `accumulate` holds no collective; `apply` all-reduces one
 vector of parameter size for the sums, and one more where the noise is shared as `designated`.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +29,7 @@ from dpdist.mechanism.clipping import GradSum, trainable, with_frozen
 from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.noise import gaussian_draw
 
-#: What rides in the all-reduce behind the gradient sum: counts and norms that go to private/ only.
+#: What the all-reduce carries behind the gradient sum: counts and norms that go to private/ only.
 DIAGNOSTICS = ("examples", "clipped", "not_finite", "norm_sum")
 
 
@@ -64,139 +65,84 @@ def initial_state(
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(moving), average)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepSpec:
+    """What a step computes, on which mesh: all that its programs are compiled from."""
+
+    #: `f(params, batch, mask) -> (sums, norms)`, clipped, or plain for the non-private arm; with the same `frozen`.
+    grad_sum: GradSum
+    #: Shapes (or arrays) of the state.
+    state: TrainState
+    #: One example as a pytree of shapes and dtypes, without the leading axis.
+    example: dict[str, jax.ShapeDtypeStruct]
+    #: A transformation of the mean gradient.
+    optimizer: optax.GradientTransformation
+    #: One axis; its first device is the designated one.
+    mesh: Mesh
+    #: The physical batch sizes (examples a device) that microbatches may have.
+    batch_sizes: Collection[int]
+    #: B, the constant that sums are divided by.
+    normaliser: float
+    #: C, for the count of clipped examples; infinite when nothing is clipped.
+    clip_norm: float
+    #: sigma * C, or None for no noise.
+    noise_scale: float | None
+    placement: Literal["designated", "fused"]
+    #: Decay of the parameter average; 0 keeps none.
+    average_decay: float
+    #: True gives each example a `key` of its own, derived from the step's loss key and its index.
+    randomised: bool
+    #: Paths of parameters that do not train: they get no sum, no noise and no update.
+    frozen: Collection[str] = frozenset()
+
+
 class StepPrograms:
-    """The programs of a run, compiled for one mesh.
+    """The programs of a run, compiled for one mesh before the first step."""
 
-    Args:
-        grad_sum: `f(params, batch, mask) -> (sums, norms)`, clipped, or plain for the non-private arm; with the same
-            `frozen`.
-        state: a `TrainState` of shapes (or arrays).
-        example: one example as a pytree of shapes and dtypes, without the leading axis.
-        optimizer: an optax transformation of the mean gradient.
-        mesh: one axis; its first device is the designated one.
-        batch_sizes: the physical batch sizes (examples a device) that microbatches may have.
-        normaliser: B, the constant that sums are divided by.
-        clip_norm: C, for the count of clipped examples; infinite when nothing is clipped.
-        noise_scale: sigma * C, or None for no noise.
-        placement: `designated` or `fused`.
-        average_decay: decay of the parameter average; 0 keeps none.
-        randomised: give each example a `key` of its own, derived from the step's loss key and its index.
-        frozen: paths of parameters that do not train: they get no sum, no noise and no update.
-    """
-
-    def __init__(
-        self,
-        *,
-        grad_sum: GradSum,
-        state: TrainState,
-        example: dict[str, jax.ShapeDtypeStruct],
-        optimizer: optax.GradientTransformation,
-        mesh: Mesh,
-        batch_sizes: Iterable[int],
-        normaliser: float,
-        clip_norm: float,
-        noise_scale: float | None,
-        placement: Literal["designated", "fused"],
-        average_decay: float,
-        randomised: bool,
-        frozen: Collection[str] = frozenset(),
-    ) -> None:
-        self.devices = mesh.devices.size
+    def __init__(self, spec: StepSpec) -> None:
+        mesh = spec.mesh
         axis = mesh.axis_names[0]
+        self._spec, self._axis = spec, axis
+        self.devices = mesh.devices.size
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.sharded = NamedSharding(mesh, PartitionSpec(axis))
         self.designated = mesh.devices.flat[0]
-        self.sizes: list[int] = [math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable(state.params, frozen))]
+        moving = trainable(spec.state.params, spec.frozen)
+        self.sizes: list[int] = [math.prod(leaf.shape) for leaf in jax.tree.leaves(moving)]
         self.parameters = sum(self.sizes)
-        width = self.parameters + len(DIAGNOSTICS)
-
-        def local_accumulate(params: Any, acc: Float32[Array, " w"], batch: Microbatch, key: Array) -> Array:
-            data = batch.data
-            if randomised:
-                root = jax.random.wrap_key_data(key, impl="threefry2x32")
-                data = data | {"key": jax.vmap(partial(jax.random.fold_in, root))(batch.index)}
-            sums, norms = grad_sum(params, data, batch.mask)
-            used = batch.mask > 0
-            finite = used & jnp.isfinite(norms)
-            diagnostics = jnp.stack(
-                [
-                    jnp.sum(used),
-                    jnp.sum(finite & (norms > clip_norm)),
-                    jnp.sum(used & ~finite),
-                    jnp.sum(jnp.where(finite, norms, 0.0)),
-                ]
-            )
-            return acc + jnp.concatenate([flatten(sums), diagnostics.astype(jnp.float32)])
-
-        def local_apply(
-            state: TrainState, acc: Float32[Array, " w"], noise: Float32[Array, " d"] | None
-        ) -> tuple[TrainState, Array, Array]:
-            if noise is not None and placement == "fused":
-                acc = acc.at[: self.parameters].add(noise)
-            total = lax.psum(acc, axis)
-            summed, diagnostics = total[: self.parameters], total[self.parameters :]
-            if noise is not None and placement == "designated":
-                # The barrier keeps XLA from adding before it reduces, which is `fused`. It may still carry both
-                # vectors in one operation.
-                summed, noise = lax.optimization_barrier((summed, noise))
-                summed = summed + lax.psum(noise, axis)  # every device but the designated holds zeros
-            before = trainable(state.params, frozen)
-            mean = unflatten(summed / jnp.float32(normaliser), before)
-            updates, opt_state = optimizer.update(mean, state.opt_state, before)
-            after = optax.apply_updates(before, updates)
-            # The gradient is float32 whatever the parameters are; what the optimizer keeps must not change type.
-            opt_state = jax.tree.map(lambda new, old: new.astype(old.dtype), opt_state, state.opt_state)
-            # The warm-up lets the average forget the initial parameters (De et al. 2022, section 3).
-            decay = jnp.minimum(average_decay, (1.0 + state.step) / (10.0 + state.step))
-            average = (
-                jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), state.average, after)
-                if average_decay
-                else None
-            )
-            params = with_frozen(after, state.params)
-            return TrainState(state.step + 1, params, opt_state, average), jnp.zeros_like(acc), diagnostics
 
         # check_vma=False: with it on, the gradient of a replicated parameter gets an all-reduce of its own.
         accumulate = jax.shard_map(
-            local_accumulate,
+            self._accumulate_on_device,
             mesh=mesh,
             check_vma=False,
             out_specs=PartitionSpec(axis),
             in_specs=(PartitionSpec(), PartitionSpec(axis), PartitionSpec(axis), PartitionSpec()),
         )
         apply = jax.shard_map(
-            local_apply,
+            self._apply_on_device,
             mesh=mesh,
             check_vma=False,
             out_specs=(PartitionSpec(), PartitionSpec(axis), PartitionSpec()),
             in_specs=(PartitionSpec(), PartitionSpec(axis), PartitionSpec(axis)),
         )
-
-        abstract_state = self._abstract(state, self.replicated)
-        abstract_acc = self._shape((self.devices * width,), jnp.float32, self.sharded)
+        abstract_state = self._abstract(spec.state, self.replicated)
+        abstract_acc = self._shape((self.devices * (self.parameters + len(DIAGNOSTICS)),), jnp.float32, self.sharded)
         abstract_key = self._shape((2,), jnp.uint32, self.replicated)
-
-        def abstract_microbatch(size: int) -> Microbatch:
-            rows = self.devices * size
-            data = {name: self._shape((rows, *x.shape), x.dtype, self.sharded) for name, x in example.items()}
-            return Microbatch(
-                data, self._shape((rows,), jnp.float32, self.sharded), self._shape((rows,), jnp.int32, self.sharded)
-            )
-
         self._accumulate = {
             size: jax.jit(accumulate, donate_argnums=1)
-            .lower(abstract_state.params, abstract_acc, abstract_microbatch(size), abstract_key)
+            .lower(abstract_state.params, abstract_acc, self._abstract_microbatch(size), abstract_key)
             .compile()
-            for size in sorted(set(batch_sizes))
+            for size in sorted(set(spec.batch_sizes))
         }
         self._zeros = jax.jit(lambda: jnp.zeros(abstract_acc.shape, jnp.float32), out_shardings=self.sharded)
         self._draw, self._noise_shape, noise = None, None, None
-        if noise_scale is not None:
+        if spec.noise_scale is not None:
             self._noise_shape = (self.devices * self.parameters,)
             noise = self._shape(self._noise_shape, jnp.float32, self.sharded)
             leaf_keys = self._shape((len(self.sizes), 4, 2), jnp.uint32, SingleDeviceSharding(self.designated))
             if self.draws:
-                draw = partial(gaussian_draw, sizes=self.sizes, scale=noise_scale)
+                draw = partial(gaussian_draw, sizes=self.sizes, scale=spec.noise_scale)
                 self._draw = jax.jit(draw).lower(leaf_keys).compile()
             self._silence = [
                 jax.device_put(np.zeros(self.parameters, np.float32), device)
@@ -204,6 +150,63 @@ class StepPrograms:
                 if device != self.designated
             ]
         self._apply = jax.jit(apply, donate_argnums=(0, 1)).lower(abstract_state, abstract_acc, noise).compile()
+
+    def _accumulate_on_device(
+        self, params: Any, acc: Float32[Array, " w"], batch: Microbatch, key: Array
+    ) -> Float32[Array, " w"]:
+        """One device's part of `accumulate`: its own slice of the accumulator and of the microbatch."""
+        data = batch.data
+        if self._spec.randomised:
+            root = jax.random.wrap_key_data(key, impl="threefry2x32")
+            data = data | {"key": jax.vmap(partial(jax.random.fold_in, root))(batch.index)}
+        sums, norms = self._spec.grad_sum(params, data, batch.mask)
+        used = batch.mask > 0
+        finite = used & jnp.isfinite(norms)
+        diagnostics = jnp.stack(
+            [
+                jnp.sum(used),
+                jnp.sum(finite & (norms > self._spec.clip_norm)),
+                jnp.sum(used & ~finite),
+                jnp.sum(jnp.where(finite, norms, 0.0)),
+            ]
+        )
+        return acc + jnp.concatenate([flatten(sums), diagnostics.astype(jnp.float32)])
+
+    def _apply_on_device(
+        self, state: TrainState, acc: Float32[Array, " w"], noise: Float32[Array, " d"] | None
+    ) -> tuple[TrainState, Array, Array]:
+        """One device's part of `apply`: all-reduce with the noise, divide by B, update."""
+        spec = self._spec
+        if noise is not None and spec.placement == "fused":
+            acc = acc.at[: self.parameters].add(noise)
+        total = lax.psum(acc, self._axis)
+        summed, diagnostics = total[: self.parameters], total[self.parameters :]
+        if noise is not None and spec.placement == "designated":
+            # The barrier keeps XLA from adding before it reduces, which is `fused`. It may still carry both
+            # vectors in one operation.
+            summed, noise = lax.optimization_barrier((summed, noise))
+            summed = summed + lax.psum(noise, self._axis)  # every device but the designated holds zeros
+        before = trainable(state.params, spec.frozen)
+        mean = unflatten(summed / jnp.float32(spec.normaliser), before)
+        updates, opt_state = spec.optimizer.update(mean, state.opt_state, before)
+        after = optax.apply_updates(before, updates)
+        # The gradient is float32 whatever the parameters are; what the optimizer keeps must not change type.
+        opt_state = jax.tree.map(lambda new, old: new.astype(old.dtype), opt_state, state.opt_state)
+        # The warm-up lets the average forget the initial parameters (De et al. 2022, section 3).
+        decay = jnp.minimum(spec.average_decay, (1.0 + state.step) / (10.0 + state.step))
+        average = (
+            jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), state.average, after)
+            if spec.average_decay
+            else None
+        )
+        params = with_frozen(after, state.params)
+        return TrainState(state.step + 1, params, opt_state, average), jnp.zeros_like(acc), diagnostics
+
+    def _abstract_microbatch(self, size: int) -> Microbatch:
+        rows = self.devices * size
+        data = {name: self._shape((rows, *x.shape), x.dtype, self.sharded) for name, x in self._spec.example.items()}
+        mask, index = (self._shape((rows,), dtype, self.sharded) for dtype in (jnp.float32, jnp.int32))
+        return Microbatch(data, mask, index)
 
     @property
     def draws(self) -> bool:
@@ -264,6 +267,39 @@ class StepPrograms:
 
     def _abstract(self, tree: Any, sharding: NamedSharding) -> Any:
         return jax.tree.map(lambda x: self._shape(x.shape, x.dtype, sharding), tree)
+
+
+def accumulate_sample(
+    programs: StepPrograms, params: Any, sums: Array, microbatches: Iterable[Microbatch], loss_key: Array
+) -> Array:
+    """Clip and sum: the first half of a step, without a collective.
+
+    Args:
+        params: those of the state.
+        sums: float32[devices * (d + diagnostics)], zeros before a step; consumed.
+        microbatches: all of the step's sample, on the devices.
+        loss_key: of the step, as `StepPrograms.loss_key` gives it.
+
+    Returns:
+        Each device's own clipped sum and diagnostics, laid out as `sums`.
+    """
+    for batch in microbatches:
+        sums = programs.accumulate(params, sums, batch, loss_key)
+    return sums
+
+
+def noisy_update(
+    programs: StepPrograms, state: TrainState, sums: Array, keys: Keys, step: int
+) -> tuple[TrainState, Array, Array, Array | None]:
+    """Add noise and update: the second half of a step. Draws the noise of `step` once; consumes `state` and `sums`.
+
+    Returns:
+        The state after the step; `sums` set to zero for the next one; the diagnostics by the names of `DIAGNOSTICS`,
+        float32[4], summed over all devices; and the draw, float32[d], on the process that made it.
+    """
+    noise, draw = programs.draw(keys, step)
+    state, sums, diagnostics = programs.apply(state, sums, noise)
+    return state, sums, diagnostics, draw
 
 
 def flatten(tree: Any) -> Float32[Array, " d"]:

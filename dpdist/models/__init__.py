@@ -100,6 +100,5 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
 
 def example_loss(model: Model) -> Callable[[Any, dict[str, Array]], Array]:
     """Return `f(params, example) -> scalar`, the function whose per-example gradients are clipped."""
-    assert model.loss is not None
-    loss = model.loss
+    loss = model.loss or cross_entropy
     return lambda params, example: loss(model.apply(params, example), example)

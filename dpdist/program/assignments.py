@@ -1,4 +1,4 @@
-"""Who processes what in each step of a run, and how evenly that fills the devices."""
+"""Which device processes which examples in each step of a run, and how evenly that fills the devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpdist.program.build import TrainingSetup
 def make_assigner(
     config: Config, plan: Plan, setup: TrainingSetup, keys: Keys, world: World
 ) -> Callable[[int], Assignment]:
-    """step -> `Assignment`, the same on every process; called on the feed's thread."""
+    """A pure function from a step to its `Assignment`, equal on every process; the feed calls it on its thread."""
 
     def assign_one(step: int) -> Assignment:
         sample = poisson_sample(keys.sampling(step), plan.sampling_probability, 0, plan.dataset_size)

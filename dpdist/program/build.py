@@ -1,7 +1,8 @@
-"""From config and plan to what runs: the model, the optimizer and the compiled step, within device memory."""
+"""From config and plan to compiled programs: the model, the optimizer and the step, within device memory."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,21 +15,21 @@ from dpdist import models
 from dpdist.cluster.agreement import all_gather
 from dpdist.cluster.world import World
 from dpdist.config import Config
-from dpdist.data import Dataset
+from dpdist.data import Dataset, check_labels, open_dataset
 from dpdist.data.sources import Source
 from dpdist.errors import InputError
 from dpdist.mechanism.clipping import UnsupportedLossError
 from dpdist.mechanism.ledger import Plan
-from dpdist.mechanism.step import StepPrograms, TrainState, initial_state
+from dpdist.mechanism.step import StepPrograms, StepSpec, TrainState, initial_state
 from dpdist.program import optimizer as optimizers
 from dpdist.program.evaluate import Evaluator
-from dpdist.program.gradients import build_gradients
+from dpdist.program.gradients import ExampleLoss, build_gradients
 from dpdist.program.microbatches import LARGEST, choose_physical_batch, largest_that_fits, tail_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
-    """What is compiled for a run, and the state it starts from."""
+    """The compiled programs of a run, and its initial state."""
 
     model: models.Model
     step_programs: StepPrograms
@@ -41,11 +42,11 @@ class TrainingSetup:
     #: Physical batch sizes: the full microbatch and the small one for the rest.
     physical: int
     tail: int
-    #: How the norm of each parameter's gradient is had, by path; None where every gradient is materialised.
+    #: How the gradient norm of each parameter is computed, by path; None where every gradient is instantiated.
     strategies: dict[str, str] | None
 
     def decisions(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a resumed run and a loaded one compile the same programs."""
+        """What a checkpoint keeps so that a resumed or loaded run compiles the same programs, as JSON."""
         example = {name: [list(x.shape), x.dtype.name] for name, x in self.example.items()}
         return {
             "physical_batch_size": self.physical,
@@ -60,11 +61,25 @@ class TrainingSetup:
         }
 
 
+def open_labelled_data(config: Config) -> Dataset:
+    """The dataset that `config` names, with labels that the model has classes for.
+
+    Raises:
+        InputError: it cannot be read, or a label is out of range.
+    """
+    dataset = open_dataset(config.data)
+    classes = config.model.classes or dataset.classes
+    for source in (dataset.train, dataset.test):
+        if source is not None and classes is not None:
+            check_labels(source, classes)
+    return dataset
+
+
 def example_spec(source: Source) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of one example, by column.
 
     Raises:
-        InputError: a column has the name that a randomised model's key goes by.
+        InputError: a column is called `key`, the name of a randomised model's random key.
     """
     if "key" in source[0]:
         raise InputError("data.source", "column 'key'", "is the name of the random key of an example; rename it.")
@@ -72,7 +87,7 @@ def example_spec(source: Source) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def with_key(example: dict[str, jax.ShapeDtypeStruct], model: models.Model) -> dict[str, Any]:
-    """One example as the loss sees it while it trains."""
+    """One example as the training loss sees it: with a random key where the model is randomised."""
     return example | {"key": jax.eval_shape(lambda: jax.random.key(0))} if model.randomised else example
 
 
@@ -90,30 +105,32 @@ def build_setup(
     example = example_spec(dataset.train)
     classes = config.model.classes or dataset.classes
     model = models.build(config.model, example=example, classes=classes)
-    loss_fn = models.example_loss(model)
     optimizer = optimizers.build(config.optimizer, plan.steps_asked)
     params = model.init(jax.random.key(config.training.seed))
-    gradients = build_gradients(config, plan, loss_fn, params, with_key(example, model), world, earlier)
+    loss = ExampleLoss(loss_fn=models.example_loss(model), params=params, example=with_key(example, model))
+    gradients = build_gradients(config, plan, loss, world, earlier)
     initial = initial_state(params, optimizer, averaged=config.optimizer.average_decay > 0, frozen=gradients.frozen)
-    clip_norm, sigma = plan.clip_norm, plan.noise_multiplier
+    terms = plan.privacy
 
     @cache
     def compiled(physical: int) -> StepPrograms:
         try:
             return StepPrograms(
-                grad_sum=gradients.grad_sum,
-                state=initial,
-                example=example,
-                optimizer=optimizer,
-                mesh=world.mesh,
-                batch_sizes=(physical, tail_of(physical)),
-                normaliser=plan.expected_batch_size,
-                clip_norm=float("inf") if clip_norm is None else clip_norm,
-                noise_scale=None if clip_norm is None or sigma is None else sigma * clip_norm,
-                placement=config.privacy.noise_placement,
-                randomised=model.randomised,
-                average_decay=config.optimizer.average_decay,
-                frozen=gradients.frozen,
+                StepSpec(
+                    grad_sum=gradients.grad_sum,
+                    state=initial,
+                    example=example,
+                    optimizer=optimizer,
+                    mesh=world.mesh,
+                    batch_sizes=(physical, tail_of(physical)),
+                    normaliser=plan.expected_batch_size,
+                    clip_norm=math.inf if terms is None else terms.clip_norm,
+                    noise_scale=None if terms is None else terms.noise_multiplier * terms.clip_norm,
+                    placement=config.privacy.noise_placement,
+                    randomised=model.randomised,
+                    average_decay=config.optimizer.average_decay,
+                    frozen=gradients.frozen,
+                )
             )
         except UnsupportedLossError as error:
             raise InputError("training.clipping", config.training.clipping, f"{error}.") from None
@@ -149,13 +166,13 @@ def build_setup(
 def _physical_batch(
     config: Config, plan: Plan, world: World, earlier: dict[str, Any] | None, needed: Callable[[int], int]
 ) -> int:
-    """The physical batch size that is asked for, was decided, or pads least among those that fit the memory.
+    """The physical batch size: the one asked for, the one decided earlier, or the one that fits and pads least.
 
     Args:
         needed: bytes of temporary memory a device, by physical batch size; each call compiles.
 
     Raises:
-        InputError: what is asked for, or the smallest there is, does not fit.
+        InputError: the size asked for, or even the smallest, does not fit.
     """
     limit, asked = memory_limit(config, world), config.training.physical_batch_size
     if asked != "auto":

@@ -58,13 +58,13 @@ class Evaluator:
         self._total = jax.jit(jnp.sum, out_shardings=replicated).lower(shape(1)).compile()
 
     def accuracy(self, params: Any, *, stop: Callable[[], bool] = lambda: False) -> float | None:
-        """Correct predictions over the number of test examples; a call of all processes together.
+        """Correct predictions over the number of test examples; collective.
 
         Args:
-            stop: asked after each batch, equally often on all processes; once it says True the count is given up.
+            stop: called after each batch, equally often on all processes; the count ends early once it returns True.
 
         Returns:
-            The accuracy, or None where it was given up.
+            The accuracy, or None where the count ended early.
         """
         place, total = self._placement, len(self._placement.source)
         correct = place.send(np.zeros(len(place.local), np.int32))
@@ -77,5 +77,5 @@ class Evaluator:
         return int(self._total(correct)) / total
 
     def close(self) -> None:
-        """End the threads that read examples."""
+        """Stop the threads that read examples."""
         self._placement.close()

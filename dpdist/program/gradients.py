@@ -1,4 +1,4 @@
-"""From config and model to the gradient sum of a batch: which parameters train, and how each one's norm is had."""
+"""From config and model to the gradient sum of a batch: which parameters train, how each gradient norm is computed."""
 
 from __future__ import annotations
 
@@ -26,13 +26,25 @@ from dpdist.program.device_rates import device_rates
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExampleLoss:
+    """The loss of one training example, and shapes for its arguments."""
+
+    #: `loss_fn(params, example) -> scalar`.
+    loss_fn: Callable[..., Any]
+    #: A pytree of arrays, or of their shapes.
+    params: Any
+    #: Shapes and dtypes by column, the key of a randomised loss included.
+    example: Any
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """The gradient sum of a run, and what was decided about it."""
+    """The gradient sum of a run, and the decisions behind it."""
 
     grad_sum: GradSum
     #: Paths of the parameters that do not train.
     frozen: frozenset[str]
-    #: `ghost` or `instantiate` by path; None where every gradient is materialised, or nothing is clipped.
+    #: `ghost` or `instantiate` by path; None where every gradient is instantiated, or nothing is clipped.
     strategies: dict[str, str] | None
 
 
@@ -40,7 +52,7 @@ def frozen_paths(model: config_module.Model, params: Any) -> frozenset[str]:
     """Paths of the parameters that `model.trainable` leaves out.
 
     Raises:
-        InputError: a pattern that matches no parameter.
+        InputError: a pattern matches no parameter.
     """
     try:
         return frozenset(paths_of(params)) - matching(params, model.trainable)
@@ -48,10 +60,8 @@ def frozen_paths(model: config_module.Model, params: Any) -> frozenset[str]:
         raise InputError("model.trainable", model.trainable, f"{error}.") from None
 
 
-def strategies_for(
-    config: Config, loss_fn: Callable[..., Any], params: Any, example: Any, world: World
-) -> list[LeafStrategy]:
-    """How the norm of each parameter's gradient would be had on this job's devices.
+def strategies_for(config: Config, loss: ExampleLoss, world: World) -> list[LeafStrategy]:
+    """Choose how to compute the gradient norm of each parameter on this job's devices.
 
     Raises:
         InputError: the loss cannot be clipped, or an override matches no parameter.
@@ -59,13 +69,13 @@ def strategies_for(
     device = world.mesh.devices.flat[0]
     try:
         return choose_strategies(
-            loss_fn,
-            params,
-            example,
+            loss.loss_fn,
+            loss.params,
+            loss.example,
             method=config.training.clipping,
             rates=device_rates(device.device_kind, device.platform),
             strategies=config.training.clipping_strategies,
-            frozen=frozen_paths(config.model, params),
+            frozen=frozen_paths(config.model, loss.params),
         )
     except UnsupportedLossError as error:
         raise InputError("model.loss", config.model.loss, f"{error}.") from None
@@ -74,32 +84,27 @@ def strategies_for(
 
 
 def build_gradients(
-    config: Config,
-    plan: Plan,
-    loss_fn: Callable[..., Any],
-    params: Any,
-    example: Any,
-    world: World,
-    earlier: dict[str, Any] | None,
+    config: Config, plan: Plan, loss: ExampleLoss, world: World, earlier: dict[str, Any] | None
 ) -> Gradients:
-    """The gradient sum that `config` asks for; process 0 decides how, for all.
+    """The gradient sum that `config` asks for; process 0 chooses the strategies for all.
 
     Args:
-        example: shapes of one example, the key of a randomised loss included.
         earlier: the decisions of an earlier part of the run, which are kept, so that resuming is exact.
 
     Raises:
         InputError: as `strategies_for`.
     """
-    frozen = frozen_paths(config.model, params)
-    if plan.clip_norm is None:
-        return Gradients(grad_sum=plain_grad_sum(loss_fn, frozen=frozen), frozen=frozen, strategies=None)
+    frozen = frozen_paths(config.model, loss.params)
+    if plan.privacy is None:
+        return Gradients(grad_sum=plain_grad_sum(loss.loss_fn, frozen=frozen), frozen=frozen, strategies=None)
     method, strategies = config.training.clipping, None
     if method != "per_example":
 
         def choose() -> dict[str, str]:
-            return {leaf.path: leaf.strategy for leaf in strategies_for(config, loss_fn, params, example, world)}
+            return {leaf.path: leaf.strategy for leaf in strategies_for(config, loss, world)}
 
         strategies = earlier["clipping"] if earlier is not None else decide(world, choose)
-    grad_sum = clipped_grad_sum(loss_fn, clip_norm=plan.clip_norm, method=method, strategies=strategies, frozen=frozen)
+    grad_sum = clipped_grad_sum(
+        loss.loss_fn, clip_norm=plan.privacy.clip_norm, method=method, strategies=strategies, frozen=frozen
+    )
     return Gradients(grad_sum=grad_sum, frozen=frozen, strategies=strategies)

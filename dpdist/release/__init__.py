@@ -1,1 +1,1 @@
-"""What may be said of a run, and what is given away of it."""
+"""The privacy statement of a run, and its export."""

@@ -1,4 +1,4 @@
-"""What a run has trained, in a directory to give away: parameters, config, privacy statement, and nothing private."""
+"""Export of a trained run to a directory to share: parameters, config, privacy statement, and nothing private."""
 
 from __future__ import annotations
 
@@ -46,37 +46,37 @@ def export(run_dir: str | Path, to: str | Path, *, without_guarantee: bool = Fal
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError("--to", str(to), "is there already; name a new or empty directory.")
     trained = load(run.root)
-    told = dict(trained.privacy)
+    privacy = dict(trained.privacy)
     if run.secret.exists() and (mode := stat.S_IMODE(run.secret.stat().st_mode)) & 0o077:
-        told["guarantee"] = (
+        privacy["guarantee"] = (
             f"void: private/secret.key can be read by others (mode {mode:o}), who could subtract the noise"
         )
-    if not told["guarantee"].startswith("holds") and not without_guarantee:
+    if not privacy["guarantee"].startswith("holds") and not without_guarantee:
         raise InputError(
             "guarantee",
-            told["guarantee"],
+            privacy["guarantee"],
             "a model without its guarantee is not exported, unless you ask for that (--without-guarantee); the "
             "statement then says so.",
         )
-    for incarnation in told["incarnations"]:
+    for incarnation in privacy["incarnations"]:
         incarnation["reasons"] = [_PATH.sub(_REMOVED, reason) for reason in incarnation["reasons"]]
     leaves = jax.tree_util.tree_leaves_with_path(trained.params)
     arrays = {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.ascontiguousarray(leaf) for path, leaf in leaves
     }
     digest = params_digest(trained.params)
-    told |= {"params_sha256": digest}
+    privacy |= {"params_sha256": digest}
     to.parent.mkdir(parents=True, exist_ok=True)
-    # In a directory of its own first: what is there under the final name is whole.
+    # Written to a temporary directory first, so that whatever has the final name is whole.
     made = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}."))
     try:
         save_file(
-            arrays, made / "params.safetensors", metadata={"params_sha256": digest, "guarantee": told["guarantee"]}
+            arrays, made / "params.safetensors", metadata={"params_sha256": digest, "guarantee": privacy["guarantee"]}
         )
         settings = yaml.dump(shareable(trained.config), Dumper=YamlDumper, sort_keys=False)
         (made / "config.yaml").write_text(settings)
-        (made / "privacy.json").write_text(json.dumps(told, indent=2) + "\n")
-        (made / "PRIVACY.md").write_text(as_text(told))
+        (made / "privacy.json").write_text(json.dumps(privacy, indent=2) + "\n")
+        (made / "PRIVACY.md").write_text(as_text(privacy))
         for path in made.iterdir():
             path.chmod(0o644)
         made.chmod(0o755)
@@ -84,11 +84,11 @@ def export(run_dir: str | Path, to: str | Path, *, without_guarantee: bool = Fal
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
-    return told
+    return privacy
 
 
 def shareable(config: Config) -> dict[str, dict[str, Any]]:
-    """The settings of what was trained, without what only this site knows: places, processes, files."""
+    """The settings of the training, without those of this site: paths, processes, files."""
     tree = config_module.to_dict(config)
     return {section: _without_paths(values) for section, values in tree.items() if section not in _LEFT_OUT}
 

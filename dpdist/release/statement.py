@@ -1,7 +1,7 @@
-"""The privacy statement of a run: what was released, what it cost by which accountant, and on what that rests.
+"""The privacy statement of a run: what was released, what it cost by which accountant, and under which assumptions.
 
-It is made from the ledger, which alone knows what every incarnation is charged, and worked out again from the ledger's
-constants, so that a number that somebody has edited is noticed.
+It comes from the ledger, which alone knows what every incarnation is charged. Its epsilon is computed again from the
+ledger's constants, so that an edited number is noticed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dpdist.mechanism.composition import ADAPTIVE, charged_phases, phase_of, tot
 from dpdist.mechanism.ledger import Ledger, Plan
 from dpdist.run.summary import guarantee
 
-#: What two versions of the accountant may differ by.
+#: Relative difference that two versions of the accountant may have.
 _VERSIONS_DIFFER = 1e-6
 
 MECHANISM = (
@@ -45,7 +45,7 @@ ASSUMPTIONS = (
 
 
 def statement(config: Config, ledger: Ledger, *, step: int) -> dict[str, Any]:
-    """What holds for the parameters after `step` steps, as JSON holds it.
+    """The privacy statement for the parameters after `step` steps, as JSON.
 
     `epsilon` is that of all that is charged and of all that is planned, also where the run has stopped early: a stop
     may have been decided on results.
@@ -54,19 +54,20 @@ def statement(config: Config, ledger: Ledger, *, step: int) -> dict[str, Any]:
         ValueError: the ledger states less than its constants cost.
     """
     plan, first = ledger.plans[-1], ledger.plans[0]
-    told = {
+    record = plan.to_record()
+    facts = {
         "guarantee": guarantee(config),
-        "epsilon": plan.epsilon,
-        "delta": plan.delta,
-        "accountant": plan.accountant,
+        "epsilon": record["epsilon"],
+        "delta": record["delta"],
+        "accountant": record["accountant"],
         "epsilon_pld": None,
-        "epsilon_rdp": plan.epsilon_rdp,
-        "target_epsilon": plan.target_epsilon,
+        "epsilon_rdp": record["epsilon_rdp"],
+        "target_epsilon": record["target_epsilon"],
         "mechanism": MECHANISM,
         "adjacency": plan.adjacency,
         "unit": UNIT,
-        "noise_multiplier": plan.noise_multiplier,
-        "clip_norm": plan.clip_norm,
+        "noise_multiplier": record["noise_multiplier"],
+        "clip_norm": record["clip_norm"],
         "sampling_probability": plan.sampling_probability,
         "expected_batch_size": plan.expected_batch_size,
         "steps": plan.steps,
@@ -81,13 +82,13 @@ def statement(config: Config, ledger: Ledger, *, step: int) -> dict[str, Any]:
         "assumptions": list(ASSUMPTIONS),
         "environment": plan.environment,
     }
-    if plan.noise_multiplier is None or plan.epsilon is None:
-        return told
+    terms = plan.privacy
+    if terms is None:
+        return facts
     cost = total_cost(first, charged_phases(ledger, plan.incarnation), phase_of(plan, plan.steps - plan.start))
-    if plan.epsilon < cost.epsilon * (1 - _VERSIONS_DIFFER):
-        raise ValueError(f"the ledger states epsilon {plan.epsilon:.6g}, but what it charges costs {cost.epsilon:.6g}")
-    told["epsilon_pld"] = plan.epsilon if plan.accountant == "pld" else None
-    return told
+    if terms.epsilon < cost.epsilon * (1 - _VERSIONS_DIFFER):
+        raise ValueError(f"the ledger states epsilon {terms.epsilon:.6g}, but what it charges costs {cost.epsilon:.6g}")
+    return facts | {"epsilon_pld": terms.epsilon if terms.accountant == "pld" else None}
 
 
 def _incarnation(plan: Plan, ledger: Ledger) -> dict[str, Any]:
@@ -95,33 +96,33 @@ def _incarnation(plan: Plan, ledger: Ledger) -> dict[str, Any]:
         "incarnation", "start", "reasons", "sampling_probability", "noise_multiplier", "clip_norm", "dataset_size",
         "environment",
     )  # fmt: skip
-    told = {name: getattr(plan, name) for name in names}
-    return told | {"reasons": list(plan.reasons), "charged_steps": ledger.charged_to(plan.incarnation)}
+    record = plan.to_record()
+    return {name: record[name] for name in names} | {"charged_steps": ledger.charged_to(plan.incarnation)}
 
 
-def as_text(told: dict[str, Any]) -> str:
-    """The statement as Markdown, for people."""
-    holds = told["guarantee"].startswith("holds")
+def as_text(facts: dict[str, Any]) -> str:
+    """The statement as Markdown."""
+    holds = facts["guarantee"].startswith("holds")
     lines = ["# Privacy statement", ""]
     if not holds:
-        lines += [f"**THIS MODEL COMES WITHOUT A PRIVACY GUARANTEE.** {told['guarantee'].capitalize()}.", ""]
-    if told["noise_multiplier"] is None:
+        lines += [f"**THIS MODEL COMES WITHOUT A PRIVACY GUARANTEE.** {facts['guarantee'].capitalize()}.", ""]
+    if facts["noise_multiplier"] is None:
         return "\n".join(lines)
     verb = "is" if holds else "would be, if that were not so,"
     lines += [
-        f"Released were {told['covered']}. All of it together {verb} "
-        f"**({told['epsilon']:.4g}, {told['delta']:g})-differentially private**.",
+        f"Released were {facts['covered']}. All of it together {verb} "
+        f"**({facts['epsilon']:.4g}, {facts['delta']:g})-differentially private**.",
         "",
-        f"- Guarantee: {told['guarantee']}.",
-        f"- Neighbouring datasets: {told['adjacency']}, which contributes nothing; epsilon is that of add/remove.",
-        f"- Unit: {told['unit']}.",
-        f"- Mechanism: {told['mechanism']}.",
-        f"- Constants: q = {told['sampling_probability']:.6g}, sigma = {told['noise_multiplier']:.6g}, "
-        f"C = {told['clip_norm']:g}, B = {told['expected_batch_size']:g}, N = {told['dataset_size']}, "
-        f"T = {told['steps']}; {told['charged_steps']} steps are charged, and the parameters are those after step "
-        f"{told['released_after_step']}.",
-        f"- Epsilon: {_by_accountants(told)}",
-        f"- Public, and taken as known to everyone: {', '.join(told['public'])}.",
+        f"- Guarantee: {facts['guarantee']}.",
+        f"- Neighbouring datasets: {facts['adjacency']}, which contributes nothing; epsilon is that of add/remove.",
+        f"- Unit: {facts['unit']}.",
+        f"- Mechanism: {facts['mechanism']}.",
+        f"- Constants: q = {facts['sampling_probability']:.6g}, sigma = {facts['noise_multiplier']:.6g}, "
+        f"C = {facts['clip_norm']:g}, B = {facts['expected_batch_size']:g}, N = {facts['dataset_size']}, "
+        f"T = {facts['steps']}; {facts['charged_steps']} steps are charged, and the parameters are those after step "
+        f"{facts['released_after_step']}.",
+        f"- Epsilon: {_by_accountants(facts)}",
+        f"- Public, and taken as known to everyone: {', '.join(facts['public'])}.",
         "",
         "## Incarnations",
         "",
@@ -130,25 +131,28 @@ def as_text(told: dict[str, Any]) -> str:
         "| incarnation | from step | steps charged | q | sigma | C | N | begun because |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for each in told["incarnations"]:
+    for each in facts["incarnations"]:
         why = "; ".join(each["reasons"]).replace("|", "\\|") or "the run began"
         lines.append(
             f"| {each['incarnation']} | {each['start']} | {each['charged_steps']} "
             f"| {each['sampling_probability']:.6g} | {each['noise_multiplier']:.6g} | {each['clip_norm']:g} "
             f"| {each['dataset_size']} | {why} |"
         )
-    lines += ["", "## Not covered", "", *(f"- {item}" for item in told["not_covered"])]
-    lines += ["", "## Assumed", "", *(f"- {item}" for item in told["assumptions"]), ""]
+    lines += ["", "## Not covered", "", *(f"- {item}" for item in facts["not_covered"])]
+    lines += ["", "## Assumed", "", *(f"- {item}" for item in facts["assumptions"]), ""]
     return "\n".join(lines)
 
 
-def _by_accountants(told: dict[str, Any]) -> str:
-    if told["accountant"] == ADAPTIVE:
+def _by_accountants(facts: dict[str, Any]) -> str:
+    if facts["accountant"] == ADAPTIVE:
         return (
-            f"{told['epsilon']:.6g} by a Renyi filter of fixed order, as the plan was changed while the run went on: a "
-            "bound on the privacy loss at every moment, but for a probability of delta, whatever the changes rested on."
+            f"{facts['epsilon']:.6g} by a Renyi filter of fixed order, as the plan was changed while the run went on: "
+            "a bound on the privacy loss at every moment, but for a probability of delta, whatever the changes rested "
+            "on."
         )
-    rdp = f"{told['epsilon_rdp']:.6g} by Renyi differential privacy"
-    if told["epsilon_pld"] is None:
+    rdp = f"{facts['epsilon_rdp']:.6g} by Renyi differential privacy"
+    if facts["epsilon_pld"] is None:
         return f"{rdp}, an upper bound for the whole plan."
-    return f"{told['epsilon_pld']:.6g} by privacy loss distributions, {rdp}; both are upper bounds, for the whole plan."
+    return (
+        f"{facts['epsilon_pld']:.6g} by privacy loss distributions, {rdp}; both are upper bounds, for the whole plan."
+    )

@@ -1,4 +1,4 @@
-"""What a run has trained, brought back in one process: parameters, predictions and the privacy statement."""
+"""A trained run, loaded in one process: parameters, predictions and the privacy statement."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from dpdist.run.directory import RunDirectory
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run as it stands at its newest checkpoint.
+    """A run at its newest checkpoint.
 
     Attributes:
-        config: what was trained.
+        config: of the run.
         params: the released parameters (their average where one was kept).
         step: steps taken.
-        privacy: what holds for `params`, as `release.statement` says it: `guarantee`, epsilon, delta, ...
+        privacy: the privacy statement of `params`, from `release.statement`: `guarantee`, epsilon, delta, ...
     """
 
     config: Config
@@ -52,7 +52,7 @@ class TrainedRun:
 
 
 def load(run_dir: str | Path) -> TrainedRun:
-    """Load the newest checkpoint of a run, on one device, whatever it was trained on.
+    """Load the newest checkpoint of a run onto one device, whatever it was trained on.
 
     Raises:
         InputError: there is no run, no checkpoint of one, or the newest is damaged.
@@ -102,7 +102,7 @@ def _require_charged(ledger: Ledger, run: RunDirectory, meta: dict[str, Any]) ->
     """Check that the checkpoint is one of this ledger's."""
     incarnation, step = meta["plan"]["incarnation"], meta["step"]
     try:
-        ledger.led_here(incarnation, step)
+        ledger.is_ancestor(incarnation, step)
         known = ledger.plans[incarnation].nonce == meta["plan"]["nonce"]
     except LedgerError as error:
         raise InputError("ledger.jsonl", str(run.ledger), f"{error}, of which there is a checkpoint.") from None

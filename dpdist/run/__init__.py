@@ -1,1 +1,1 @@
-"""What lies in a run directory, and how a run goes on from it."""
+"""The contents of a run directory, and how a run resumes from them."""

@@ -1,7 +1,7 @@
 """Orbax checkpoints: parameters, optimizer, accountant state and the run's decisions, in one atomic save.
 
-Built on Orbax's `AsyncCheckpointer` and not on its `CheckpointManager`, which remembers the steps it has seen and
-waits for the other processes before it tells one that its own save has failed. Here the directory is the only truth.
+Built on Orbax's `AsyncCheckpointer` and not on its `CheckpointManager`, which caches the list of steps and reports a
+failed save only after it has waited for the other processes. Here the directory is the only source of truth.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dpdist.run.integrity import META, STATE, array_handler, damage, is_intact, 
 
 logger = logging.getLogger(__name__)
 
-#: In the name of every directory that Orbax has not finished, or that is being deleted.
+#: In the name of every directory that Orbax has not finished, or that we are deleting.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
@@ -49,14 +49,14 @@ class SaveFailedError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one run, used by all its processes together.
 
-    A save that fails is told by `check`, `wait`, `save` or `close` on the processes it failed on, at once; the others
-    learn of it after `timeout`, unless the job has ended by then. It cannot be used for saving any more.
+    Where a save fails, `check`, `wait`, `save` and `close` raise at once on the processes it failed on, and on the
+    others after `timeout`, unless the job has ended by then. No further save is possible.
 
     Args:
         directory: `checkpoints/` of the run.
         keep: how many of the newest are kept.
         timeout: seconds an asynchronous save may take before it counts as failed.
-        read_only: for looking at a run; nothing is made or deleted.
+        read_only: create and delete nothing.
     """
 
     def __init__(self, directory: Path, *, keep: int = 1, timeout: int = 300, read_only: bool = False) -> None:
@@ -67,12 +67,12 @@ class Checkpoints:
         self._saving: int | None = None
         self._failure: SaveFailedError | None = None
 
-        # Told who takes part, Orbax meets at the coordination service, within 300 s; otherwise it waits for ever, in a
-        # collective between devices.
+        # Given the active processes, Orbax's barriers go through the coordination service, with a limit of 300 s;
+        # otherwise they are device collectives, which wait for ever.
         together = ocp.options.MultiprocessingOptions(
             active_processes=set(range(jax.process_count())), barrier_sync_key_prefix="dpdist"
         )
-        # Where directories are made in the background and that fails, Orbax's threads wait 300 s for them.
+        # If Orbax fails to create directories in the background, its threads wait 300 s for them.
         asynchronous = ocp.AsyncOptions(timeout_secs=timeout, create_directories_asynchronously=False)
         composite = ocp.CompositeOptions(multiprocessing_options=together, async_options=asynchronous)
         self._checkpointer = ocp.AsyncCheckpointer(
@@ -98,20 +98,20 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def committed(self, step: int) -> bool:
-        """True where `step` is whole and would survive a loss of power, so that it may count. For process 0.
+        """Whether `step` is whole and would survive a loss of power. For process 0.
 
         Orbax renames a checkpoint to its final name when it is whole, but synchronises nothing.
         """
         return self._path(step).is_dir() and not (step == self._saving and self.busy())
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Begin saving `state` (copied off the devices before this returns) and `meta` (JSON) as `step`.
+        """Begin to save `state` (copied off the devices before this returns) and `meta` (JSON) as `step`. Collective.
 
-        `meta` gets digests of the state and of itself, on process 0, which alone writes it.
+        Process 0, which alone writes `meta`, adds digests of the state and of `meta` itself.
 
         Raises:
             SaveFailedError: this save could not begin, or the one before it has failed.
-            ValueError: `step` is on disk already.
+            ValueError: there is a checkpoint of `step`.
         """
         self.wait()
         seal = sealed(meta, state) if self._main else {}
@@ -126,10 +126,10 @@ class Checkpoints:
         self._background.start()
 
     def synchronise(self, step: int) -> None:
-        """Have the operating system write a checkpoint to the disk, names included. For process 0.
+        """fsync a checkpoint's files and directories. For process 0.
 
         Raises:
-            OSError: it cannot be.
+            OSError: one of them cannot be synchronised.
         """
         whole = self._path(step)
         for path in [*whole.rglob("*"), whole, self.directory]:
@@ -140,13 +140,13 @@ class Checkpoints:
                 os.close(descriptor)
 
     def busy(self, patience: float = 0.0) -> bool:
-        """Whether a save is still under way on this process, once so many seconds were given to it."""
+        """Wait up to `patience` s; return whether a save is still running on this process."""
         if self._background is not None:
             self._background.join(patience)
         return self._background is not None and self._background.is_alive()
 
     def check(self) -> None:
-        """Raise what has gone wrong in the background; never waits.
+        """Raise the error of a background save, if there is one; never waits.
 
         Raises:
             SaveFailedError: a save has failed.
@@ -155,7 +155,7 @@ class Checkpoints:
             raise self._failure
 
     def wait(self) -> None:
-        """Until the save that was begun is committed.
+        """Wait until the running save is committed.
 
         Raises:
             SaveFailedError: it has failed.
@@ -165,14 +165,14 @@ class Checkpoints:
         self.check()
 
     def verify(self, step: int) -> str | None:
-        """What is wrong with a checkpoint, quoting nothing of it; None where it is whole.
+        """What is wrong with a checkpoint, in words that quote nothing of it; None where it is whole.
 
-        For process 0 alone, before all restore together: it waits for nobody, and reads the whole state.
+        For process 0 alone, before all processes restore together: it waits for nobody, and reads the whole state.
         """
         return damage(self._path(step))
 
     def set_aside(self, step: int, to: Path) -> Path:
-        """Move a checkpoint to a new name in the directory `to`, so that it no longer counts; for process 0 alone.
+        """Move a checkpoint into the directory `to`, under a new name, so that it no longer counts. For process 0.
 
         Raises:
             OSError: it cannot be moved there.
@@ -199,7 +199,7 @@ class Checkpoints:
     def restore(self, step: int, abstract_state: Any) -> Any:
         """The state of a checkpoint, with the shapes and shardings of `abstract_state`, on any topology.
 
-        It is not compared with its digest: no process but 0 needs to hold all of it. `verify` it first.
+        `verify` it first: this does not compare it with its digest, as only process 0 needs to hold all of it.
 
         Raises:
             InputError: it cannot be read.
@@ -208,7 +208,7 @@ class Checkpoints:
         return self._restore(step, STATE, ocp.args.PyTreeRestore(abstract_state, restore_args=placed))
 
     def close(self) -> None:
-        """Finish and release what Orbax holds.
+        """Wait for the running save, and release what Orbax holds.
 
         Raises:
             SaveFailedError: the last save has failed.
@@ -216,7 +216,7 @@ class Checkpoints:
         try:
             self.wait()
         except SaveFailedError:
-            with contextlib.suppress(Exception):  # what Orbax has not written yet fails for the same reason
+            with contextlib.suppress(Exception):  # Orbax's pending writes fail for the same reason
                 self._checkpointer.close()
             raise
         self._checkpointer.close()
@@ -241,7 +241,7 @@ class Checkpoints:
         )
 
     def _finish(self, step: int) -> None:
-        """In the background: wait for the commit, and only once that is on the disk delete what is older."""
+        """On the background thread: wait for the commit, fsync it, and only then delete older checkpoints."""
         try:
             self._checkpointer.wait_until_finished()
             if self._main:
@@ -262,15 +262,15 @@ class Checkpoints:
         self._failure = SaveFailedError(step, self._path(step), self._reason(error), self.latest())
 
     def _reason(self, error: BaseException) -> str:
-        """The system's words for what went wrong; of other messages only the type, as they may quote data."""
+        """The operating system's message for an error; of others only the type, as their messages may quote data."""
         chain: list[BaseException] = []
         cause: BaseException | None = error
         while cause is not None and cause not in chain:
             chain.append(cause)
             cause = cause.__cause__ or cause.__context__
         for cause in chain:
-            told = re.search(r"os_error_code='(\d+)'", str(cause))  # TensorStore has no exception type for it
-            number = int(told[1]) if told else getattr(cause, "errno", None)
+            code = re.search(r"os_error_code='(\d+)'", str(cause))  # TensorStore has no exception type for it
+            number = int(code[1]) if code else getattr(cause, "errno", None)
             if number is not None:
                 return os.strerror(number)
         if any(isinstance(cause, TimeoutError) for cause in chain):
@@ -278,9 +278,9 @@ class Checkpoints:
         return type(error).__name__
 
     def _delete_older(self, newest: int) -> None:
-        """Keep so many up to `newest`, which has just been committed, so that one whole checkpoint is always there."""
+        """Delete all but the newest `keep` checkpoints, of those up to `newest`, which has just been committed."""
         for step in [step for step in self.steps() if step <= newest][: -self._keep]:
-            # Renamed first: a kill on the way leaves no half of a checkpoint under a name that counts.
+            # Renamed first: a kill in between leaves no partial checkpoint under a name that counts.
             shutil.rmtree(self._path(step).rename(self.directory / f"{step}{_UNFINISHED}-deleted"))
 
     def _remove_unfinished(self) -> None:

@@ -1,4 +1,4 @@
-"""The run directory: what lies where, who may read it, and whether it belongs to this run."""
+"""The run directory: its files, who may read them, and whether they belong to this run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dpdist.errors import InputError
 from dpdist.mechanism.incarnation import step_settings
 from dpdist.mechanism.keys import SECRET_BYTES, Secret
 
-#: What the summary of a run that has nothing left to do says as its status.
+#: The statuses of a run that has nothing left to do.
 DONE = ("finished", "budget_exhausted")
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of one run; all but `private` may be shown."""
+    """Paths of one run. All but `private` may be published."""
 
     root: Path
 
@@ -50,7 +50,7 @@ class RunDirectory:
 
     @property
     def abandoned(self) -> Path:
-        """Checkpoints that are damaged, or that a later incarnation has gone back behind."""
+        """Checkpoints that are damaged, or that a later incarnation has abandoned."""
         return self.root / "abandoned"
 
     @property
@@ -78,12 +78,12 @@ class RunDirectory:
         return self.private / "logs"
 
     def prepare(self) -> None:
-        """Make the directory, or check that what is in it is a run. For process 0.
+        """Create the directory, or check that it holds a run. For process 0.
 
         Raises:
             InputError: it cannot be written, or holds something else.
         """
-        known = {"private", "checkpoints", "ledger.jsonl"}  # what a start leaves that did not come far
+        known = {"private", "checkpoints", "ledger.jsonl"}  # what a start that failed early leaves
         if self.root.is_dir() and not self.config.exists() and {p.name for p in self.root.iterdir()} - known:
             raise InputError("run.dir", str(self.root), "holds files but no run; name a new or empty directory.")
         try:
@@ -98,15 +98,15 @@ class RunDirectory:
             ) from None
 
     def begin(self, config: Config) -> None:
-        """Write the config of a run that is about to begin or to go on; its last summary is no longer true."""
+        """Write the config of a run that begins or resumes, and delete its last summary, which no longer holds."""
         write_atomically(self.config, configfile.dump(config))
         self.summary.unlink(missing_ok=True)
 
     def create_secret(self) -> bool:
-        """Make the secret of a new run, or another one where it is gone. For process 0.
+        """Create the secret if there is none. For process 0.
 
         Returns:
-            True where the run had begun with one that is lost.
+            Whether the run had an earlier secret, which is lost.
         """
         if self.secret.exists():
             return False
@@ -114,7 +114,7 @@ class RunDirectory:
         return self.ledger.exists()
 
     def settings(self) -> dict[str, Any]:
-        """The settings that alter a step, as `config.yaml` has them; empty where it cannot be read. For process 0."""
+        """The settings in `config.yaml` that a step depends on; empty where it cannot be read. For process 0."""
         try:
             return step_settings(config_module.flatten(config_module.from_dict(configfile.read(self.config))))
         except InputError:
@@ -150,18 +150,18 @@ class RunDirectory:
         return Secret(key)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Replace `summary.json` as a whole."""
+        """Replace `summary.json` atomically."""
         write_atomically(self.summary, json.dumps(summary, indent=2) + "\n")
 
     def ended(self, config: Config) -> dict[str, Any] | None:
-        """The summary, where the run has nothing left to do and `config` asks for nothing else. For process 0."""
+        """The summary of a run that has nothing left to do under `config`; None for any other. For process 0."""
         summary = self.read_summary()
         if summary is None or summary["status"] not in DONE:
             return None
         try:
             before = config_module.from_dict(configfile.read(self.config))
         except InputError:
-            return summary  # a file that somebody has broken is no request
+            return summary  # a broken file asks for nothing new
         same = step_settings(config_module.flatten(before)) == step_settings(config_module.flatten(config))
         return summary if same and before.checkpoint.resume_step == config.checkpoint.resume_step else None
 
@@ -171,7 +171,7 @@ class RunDirectory:
 
 
 def write_atomically(path: Path, content: str | bytes, mode: int = 0o644) -> None:
-    """Write a file so that a crash leaves either the old one or the new one, whole."""
+    """Write a file so that a crash leaves either the old content or the new, whole."""
     data = content.encode() if isinstance(content, str) else content
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -1,8 +1,9 @@
-"""What a step depends on beside its settings, as digests: our source, versions that set the bits, the user's code."""
+"""What a step depends on, as digests: settings, our source, library versions, the user's code, data and topology."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import jax
 import numpy as np
 import optax
 
-from dpdist.config import Config
+from dpdist.cluster.world import World
+from dpdist.config import Config, flatten
 from dpdist.config.user_code import module_sources
+from dpdist.mechanism.incarnation import StepInputs, settings_digest
 
 _PACKAGE = Path(__file__).parents[1]
 #: Files of `dpdist/program/` that decide what a step computes.
@@ -38,7 +41,7 @@ def user_code_digest(config: Config) -> str:
 
 
 def step_code_digest(config: Config) -> str:
-    """SHA-256 over what computes gradients and updates outside of the mechanism.
+    """SHA-256 over the code that computes gradients and updates outside the mechanism.
 
     That is dpdist's models and optimizers, the versions of flax and optax, and `user_code_digest`.
     """
@@ -49,8 +52,26 @@ def step_code_digest(config: Config) -> str:
 
 
 def environment(platform: str) -> str:
-    """What turns keys into bits; another JAX, platform or trusted base may draw other bits from the same keys."""
+    """What turns keys into bits: another JAX, platform or mechanism may draw other bits from the same keys."""
     return f"jax {jax.__version__} on {platform}, mechanism {code_digest('mechanism')[:12]}"
+
+
+def topology(config: Config, world: World) -> str:
+    """What the order of summation depends on; two equal topologies compute a step bit for bit alike on CPU."""
+    shape = [world.platform, world.num_processes, world.device_count, list(world.host_of_device)]
+    return json.dumps([*shape, config.sampling.assignment, config.training.physical_batch_size])
+
+
+def step_inputs(config: Config, world: World, *, data: str) -> StepInputs:
+    """What the steps of this job depend on; `data` is the keyed tag of the training data."""
+    return StepInputs(
+        environment=environment(world.platform),
+        settings=settings_digest(flatten(config)),
+        code=step_code_digest(config),
+        data=data,
+        topology=topology(config, world),
+        repeatable=world.platform == "cpu",
+    )
 
 
 def params_digest(params: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its own content, and whether that is still so.
+"""Digests that a checkpoint carries of its own content, and whether they still match.
 
 Orbax writes no checksum over a whole checkpoint: a bit that flips in an array file is restored as another number.
 So the JSON part carries a digest of the state and one of itself. They guard against accidents, not against someone
@@ -27,8 +27,8 @@ _THREADS = 8
 def array_handler() -> ocp.PyTreeCheckpointHandler:
     """Writes and reads a pytree of arrays, without the files that restoring onto given shardings does not need.
 
-    One of them, `array_metadatas/`, Orbax would read again even so: 80 files on 80 processes, and one more thing that
-    damage could make unreadable where `damage` does not look.
+    Orbax would read one of them, `array_metadatas/`, all the same: 80 files on 80 processes, and one more thing that
+    can be damaged without `damage` noticing.
     """
     arrays = ocp.type_handlers.ArrayHandler(array_metadata_store=None, enable_write_sharding_file=False)
     registry = ocp.type_handlers.create_type_handler_registry(
@@ -40,7 +40,7 @@ def array_handler() -> ocp.PyTreeCheckpointHandler:
 def state_digest(state: Any) -> str:
     """SHA-256 over paths, dtypes, shapes and bytes of all leaves, whatever kind of container holds them.
 
-    Unlike `identity.params_digest` it is the same for a NamedTuple and for the dict that Orbax reads back without
+    Unlike `fingerprints.params_digest` it is the same for a NamedTuple and for the dict that Orbax reads back without
     knowing it. Where something is empty is part of it: Orbax refuses a state that differs in that.
 
     Every leaf must be whole on this process: replicated, or on its own devices.
@@ -64,15 +64,15 @@ def sealed(meta: dict[str, Any], state: Any) -> dict[str, Any]:
 
 
 def is_intact(meta: dict[str, Any]) -> bool:
-    """Whether the JSON part is what `sealed` made."""
+    """Whether the JSON part is unchanged since `sealed` made it."""
     return meta.get(META_DIGEST) == json_digest({name: meta[name] for name in meta if name != META_DIGEST})
 
 
 def damage(path: Path) -> str | None:
     """What is wrong with the checkpoint at `path`, in words that quote nothing of it; None where it is whole.
 
-    For process 0 alone: it waits for nobody. It reads all of the state into host memory. What it cannot see is damage
-    that does not change what would be restored, such as another time of saving.
+    For process 0 alone: it waits for nobody. It reads all of the state into host memory. It does not see damage that
+    leaves the restored content unchanged, such as another time of saving.
     """
     if not (path / "_CHECKPOINT_METADATA").is_file():
         return "it has no _CHECKPOINT_METADATA, which every committed checkpoint has"
@@ -90,7 +90,7 @@ def damage(path: Path) -> str | None:
 
 
 def read_state(path: Path) -> Any:
-    """The state as NumPy arrays in plain containers, on whatever devices it was saved."""
+    """The state as NumPy arrays in plain containers, whatever devices it was saved from."""
     handler = array_handler()  # a handler has no barriers: those are the checkpointer's
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree)
     return handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))

@@ -1,7 +1,7 @@
 """Two streams of measurements: public metrics, and diagnostics that stay under `private/`.
 
-Public is what the guarantee covers or what does not depend on the data: steps, epsilon, B * steps / time,
-and accuracy once the checkpoint it was measured on is committed. Private is the rest.
+Public are numbers that the guarantee covers or that do not depend on the data: steps, epsilon, B * steps / time, and
+accuracy once the checkpoint it was measured on is committed. Everything else is private.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Stream:
         self._file.flush()
 
     def synchronise(self) -> None:
-        """Have the operating system write to the disk what was written here."""
+        """fsync the file."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -36,8 +36,8 @@ class Stream:
 class Publisher:
     """Public metrics, in which accuracy waits for its checkpoint.
 
-    A result that is shown must be one that a resumed run cannot take back: if an accuracy were shown and
-    its step then lost in a crash, the step would be replayed after a look at its outcome.
+    A resumed run must not be able to take back a published result: if an accuracy were published and its step then
+    lost in a crash, the step would be replayed after somebody had seen its outcome.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -53,15 +53,15 @@ class Publisher:
         self._pending.append(record)
 
     def synchronise(self) -> None:
-        """As `Stream.synchronise`, without what is held."""
+        """fsync the stream; held records are not in it."""
         self._stream.synchronise()
 
     def close(self) -> None:
-        """Close the stream; what is still held stays unsaid."""
+        """Close the stream; records still held are dropped."""
         self._stream.close()
 
     def release(self, step: int) -> list[dict[str, Any]]:
-        """Write what is held up to `step`; call it when that step's checkpoint is committed."""
+        """Write the held records up to `step`, and return them; call it once that step's checkpoint is committed."""
         released = [record for record in self._pending if record["step"] <= step]
         self._pending = [record for record in self._pending if record["step"] > step]
         for record in released:
@@ -70,9 +70,9 @@ class Publisher:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a stream. After a resume, the last record of a step counts.
+    """The records of a stream: the last of each step, as a resumed run records replayed steps again.
 
-    Where a new incarnation went back to an earlier step, what followed that step belongs to the past.
+    Where a new incarnation went back to an earlier step, the records after that step are left out.
     """
     if not path.exists():
         return []

@@ -1,7 +1,7 @@
 """From a config and the size of the data to the mechanism's constants, fixed before an incarnation's first step.
 
-The first incarnation's are worked out from the config alone (`plan_run`). A later one (`plan_on`) pays for what was
-charged before it, keeps the noise multiplier while nothing that it depends on was changed, and never passes a target.
+The config alone gives those of the first incarnation (`plan_run`). A later one (`plan_incarnation`) pays for what was
+charged before it, keeps the noise multiplier unless something it depends on has changed, and never passes a target.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dpdist.config import Config
 from dpdist.errors import InputError
 from dpdist.mechanism import accounting, composition
 from dpdist.mechanism.composition import ADAPTIVE, Phase, charged_phases, phase_of, total_cost
-from dpdist.mechanism.ledger import Ledger, Plan
+from dpdist.mechanism.ledger import Ledger, Plan, PrivacyTerms
 
 
 def plan_run(config: Config, *, dataset_size: int, nonce: bytes, environment: str) -> Plan:
@@ -22,11 +22,11 @@ def plan_run(config: Config, *, dataset_size: int, nonce: bytes, environment: st
     Raises:
         InputError: q > 1, delta >= 1/N, or a budget that no noise (or not even one step) can meet.
     """
-    plan = _without_privacy(config, dataset_size=dataset_size, nonce=nonce, environment=environment)
+    plan = _plain_plan(config, dataset_size=dataset_size, nonce=nonce, environment=environment)
     return _with_privacy(plan, config) if config.privacy.enabled else plan
 
 
-def plan_on(
+def plan_incarnation(
     config: Config,
     ledger: Ledger,
     *,
@@ -42,7 +42,7 @@ def plan_on(
         InputError: nothing is left to do or to spend, or what `plan_run` raises.
     """
     plan = dataclasses.replace(
-        _without_privacy(config, dataset_size=dataset_size, nonce=nonce, environment=environment),
+        _plain_plan(config, dataset_size=dataset_size, nonce=nonce, environment=environment),
         incarnation=len(ledger.plans),
         start=start,
         reasons=list(reasons),
@@ -59,24 +59,19 @@ def plan_on(
 
 def spending(ledger: Ledger) -> Callable[[int], float] | None:
     """Epsilon after n steps of the current incarnation, with all that was charged before it; None without privacy."""
-    plan = ledger.plan
-    assert plan is not None
-    if plan.noise_multiplier is None:
+    plan, first = ledger.plans[-1], ledger.plans[0]
+    if plan.privacy is None:
         return None
-    first, before = ledger.plans[0], charged_phases(ledger, plan.incarnation)
-    assert plan.epsilon is not None
-    assert plan.delta is not None
-    delta, total = plan.delta, plan.epsilon
-    if plan.accountant == ADAPTIVE:
-        assert first.renyi_order is not None
-        order = first.renyi_order
+    delta, total = plan.privacy.delta, plan.privacy.epsilon
+    before, first_terms = charged_phases(ledger, plan.incarnation), first.private_terms()
+    if plan.privacy.accountant == ADAPTIVE:
         return lambda steps: min(
-            total, composition.adaptive_epsilon([*before, phase_of(plan, steps)], order=order, delta=delta)
+            total,
+            composition.adaptive_epsilon([*before, phase_of(plan, steps)], order=first_terms.renyi_order, delta=delta),
         )
-    assert first.noise_multiplier is not None
     curve = accounting.EpsilonCurve(
         sampling_probability=first.sampling_probability,
-        noise_multiplier=first.noise_multiplier,
+        noise_multiplier=first_terms.noise_multiplier,
         steps=first.steps,
         delta=delta,
         total=total,
@@ -84,7 +79,7 @@ def spending(ledger: Ledger) -> Callable[[int], float] | None:
     return lambda steps: curve.at(sum(phase.steps for phase in before) + steps)
 
 
-def _without_privacy(config: Config, *, dataset_size: int, nonce: bytes, environment: str) -> Plan:
+def _plain_plan(config: Config, *, dataset_size: int, nonce: bytes, environment: str) -> Plan:
     batch = config.sampling.expected_batch_size
     if batch > dataset_size:
         raise InputError(
@@ -121,11 +116,11 @@ def _without_privacy(config: Config, *, dataset_size: int, nonce: bytes, environ
 
 
 def _with_privacy(plan: Plan, config: Config) -> Plan:
+    """The first plan with its noise, as many steps as the target allows, and what they cost."""
     privacy, q, steps = config.privacy, plan.sampling_probability, plan.steps
-    delta, target, sigma = privacy.delta, privacy.target_epsilon, privacy.noise_multiplier
-    assert delta is not None  # Config has checked
+    delta, target, sigma = _required("delta", privacy.delta), privacy.target_epsilon, privacy.noise_multiplier
     if sigma is None:
-        assert target is not None
+        target = _required("target_epsilon", target)
         try:
             sigma = accounting.calibrate(target_epsilon=target, sampling_probability=q, steps=steps, delta=delta)
         except accounting.UnreachableBudgetError as error:
@@ -141,41 +136,23 @@ def _with_privacy(plan: Plan, config: Config) -> Plan:
                 f"cannot be reached: not even one step with noise_multiplier = {sigma} fits; raise either.",
             )
     spent = accounting.epsilon(sampling_probability=q, noise_multiplier=sigma, steps=steps, delta=delta)
-    return dataclasses.replace(
-        plan,
-        steps=steps,
-        clip_norm=privacy.clip_norm,
-        noise_multiplier=sigma,
-        delta=delta,
-        target_epsilon=target,
-        epsilon=spent.epsilon,
-        epsilon_rdp=spent.epsilon_rdp,
-        accountant=spent.accountant,
-        renyi_order=composition.best_order(Phase(q, sigma, steps), delta),
-    )
+    order = composition.best_order(Phase(q, sigma, steps), delta)
+    return dataclasses.replace(plan, steps=steps, privacy=_terms(config, sigma, spent, order))
 
 
 def _paying_for_the_past(plan: Plan, config: Config, ledger: Ledger) -> Plan:
-    """The plan with its noise, as many steps as the target allows, and what it costs with all before it."""
+    """A later plan with its noise, as many steps as the target allows, and what they cost with all before them."""
     first, before = ledger.plans[0], charged_phases(ledger, plan.incarnation)
-    delta, order, planned = first.delta, first.renyi_order, phase_of(first, first.steps)
-    assert delta is not None
-    assert order is not None
-    target = config.privacy.target_epsilon
-    plan = dataclasses.replace(
-        plan,
-        clip_norm=config.privacy.clip_norm,
-        delta=delta,
-        target_epsilon=target,
-        noise_multiplier=_further_noise(plan, config, ledger, before),
-    )
+    terms, target = first.private_terms(), config.privacy.target_epsilon
+    sigma = _further_noise(plan, config, ledger, before)
     wanted = plan.steps_asked - plan.start
+    further = Phase(plan.sampling_probability, sigma, wanted)
     if target is not None:
         affordable = composition.affordable_further_steps(
-            before, phase_of(plan, wanted), target_epsilon=target, order=order, delta=delta
+            before, further, target_epsilon=target, order=terms.renyi_order, delta=terms.delta
         )
-        if first.epsilon is not None and first.epsilon <= target and phase_of(plan, 1).alike(planned):
-            # What the first plan still holds is paid for.
+        if terms.epsilon <= target and further.alike(phase_of(first, first.steps)):
+            # The steps that the first plan still holds are paid for.
             affordable = max(affordable, first.steps - sum(phase.steps for phase in before))
         if affordable == 0:
             raise InputError(
@@ -185,42 +162,54 @@ def _paying_for_the_past(plan: Plan, config: Config, ledger: Ledger) -> Plan:
                 "or name a new run.dir.",
             )
         wanted = min(wanted, affordable)
-    spent = total_cost(first, before, phase_of(plan, wanted))
-    return dataclasses.replace(
-        plan,
-        steps=plan.start + wanted,
-        epsilon=spent.epsilon,
-        epsilon_rdp=spent.epsilon_rdp,
-        accountant=spent.accountant,
-    )
+    spent = total_cost(first, before, dataclasses.replace(further, steps=wanted))
+    return dataclasses.replace(plan, steps=plan.start + wanted, privacy=_terms(config, sigma, spent, terms.renyi_order))
 
 
 def _further_noise(plan: Plan, config: Config, ledger: Ledger, before: Sequence[Phase]) -> float:
     """The config's noise multiplier; else the last one, unless what it was calibrated for has changed."""
-    target, last, first = config.privacy.target_epsilon, ledger.plans[-1], ledger.plans[0]
+    last, terms = ledger.plans[-1], ledger.plans[0].private_terms()
     if config.privacy.noise_multiplier is not None:
         return config.privacy.noise_multiplier
-    assert target is not None  # Config has checked
-    needs = (plan.sampling_probability, plan.steps_asked, target)
-    if last.noise_multiplier is not None and needs == (
+    target = _required("target_epsilon", config.privacy.target_epsilon)
+    last_terms = last.private_terms()
+    if (plan.sampling_probability, plan.steps_asked, target) == (
         last.sampling_probability,
         last.steps_asked,
-        last.target_epsilon,
+        last_terms.target_epsilon,
     ):
-        return last.noise_multiplier
-    assert first.renyi_order is not None
-    assert first.delta is not None
+        return last_terms.noise_multiplier
     try:
         return composition.calibrate_further_steps(
             before,
             sampling_probability=plan.sampling_probability,
             steps=plan.steps_asked - plan.start,
             target_epsilon=target,
-            order=first.renyi_order,
-            delta=first.delta,
+            order=terms.renyi_order,
+            delta=terms.delta,
         )
     except accounting.UnreachableBudgetError as error:
         raise _unreachable(target, error) from None
+
+
+def _terms(config: Config, noise_multiplier: float, spent: accounting.Spent, renyi_order: int) -> PrivacyTerms:
+    return PrivacyTerms(
+        clip_norm=config.privacy.clip_norm,
+        noise_multiplier=noise_multiplier,
+        delta=spent.delta,
+        target_epsilon=config.privacy.target_epsilon,
+        epsilon=spent.epsilon,
+        epsilon_rdp=spent.epsilon_rdp,
+        accountant=spent.accountant,
+        renyi_order=renyi_order,
+    )
+
+
+def _required(name: str, value: float | None) -> float:
+    """A privacy setting that a private run cannot be planned without."""
+    if value is None:
+        raise InputError(f"privacy.{name}", value, "a private run needs it; give a number.")
+    return value
 
 
 def _unreachable(target: float, error: accounting.UnreachableBudgetError) -> InputError:

@@ -1,4 +1,4 @@
-"""Pictures of a run, from its public metrics alone: accuracy, epsilon and throughput over the steps."""
+"""Plots of a run, from its public metrics alone: accuracy, epsilon and throughput over the steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpdist.run import metrics
 
 
 def plot_run(root: Path) -> list[Path]:
-    """Write `plots/accuracy.png`, `epsilon.png` and `throughput.png` where there is something to show."""
+    """Write `plots/accuracy.png`, `epsilon.png` and `throughput.png`, those that have data; returns their paths."""
     records = metrics.read(root / "metrics.jsonl")
     plots = root / "plots"
     plots.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
 """The log of a process, under `private/`: exception texts may quote data, so they go nowhere else.
 
-Not even there may the secret be: whoever gets to read a log, for whatever good reason, must not be able to subtract the
-noise. Nothing in dpdist writes it; a user's own code or a library that dumps its variables might.
+Even this log must not hold the secret: people read logs for good reasons, and the secret would let them subtract the
+noise. dpdist never writes it; a user's own code, or a library that dumps its variables, might.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def log_to(path: Path) -> None:
 
 
 def record_exception(text: str) -> Path | None:
-    """Write a traceback to the private log alone; returns its path, or None where no run has begun."""
+    """Write a traceback to the private log alone; returns its path, or None where no log is open yet."""
     for handler in current():
         handler.emit(logging.LogRecord("dpdist", logging.ERROR, "", 0, text, None, None))
         return handler.path
@@ -44,7 +44,7 @@ def record_exception(text: str) -> Path | None:
 
 
 class WithoutSecret(logging.Formatter):
-    """Another formatter's text, traceback included, with every usual spelling of the secret blotted out."""
+    """Formats as another formatter does, and replaces every usual spelling of the secret, in tracebacks too."""
 
     def __init__(self, inner: logging.Formatter, secret: Secret) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class WithoutSecret(logging.Formatter):
 
 
 def keep_out_of_logs(secret: Secret) -> None:
-    """Blot `secret` out of all that is logged from now on, to the private log and elsewhere."""
+    """Keep `secret` out of everything that is logged after this call, to the private log and elsewhere."""
     for handler in logging.getLogger().handlers:
         inner = handler.formatter or logging.Formatter()
         inner = inner.inner if isinstance(inner, WithoutSecret) else inner

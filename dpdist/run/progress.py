@@ -1,4 +1,4 @@
-"""How a run shows where it is: a bar on a terminal, a dense line now and then in a log."""
+"""The progress of a run: a bar on a terminal, a line every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ProgressLine:
     Args:
         steps: the last step.
         start: the step a resumed run begins at.
-        budget: what epsilon is shown against (the target, or the plan's epsilon); None without privacy.
+        budget: the epsilon to compare with (the target, or the plan's epsilon); None without privacy.
         style: `bar`, `lines`, `off`, or `auto`: a bar where stderr is a terminal.
     """
 
@@ -59,7 +59,7 @@ class ProgressLine:
             say(f"step {text}")
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         if self._bar is not None:
             self._bar.stop()
 

@@ -1,179 +1,106 @@
-"""From what lies in a run directory to how the run goes on: secret, ledger, checkpoint, and which incarnation.
+"""How a run goes on from what its directory holds: which checkpoint to resume from, and as which incarnation.
 
-The facts are gathered here; what they mean for the incarnation is `dpdist.mechanism.incarnation`'s to say.
+Process 0 gathers the facts here; `dpdist.mechanism.incarnation` decides what they mean for the incarnation.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dpdist.cluster.agreement import decide
-from dpdist.cluster.lease import Lease
-from dpdist.cluster.world import World
 from dpdist.config import Config, flatten
 from dpdist.errors import InputError
-from dpdist.mechanism.incarnation import Found, StepInputs, reasons_for_new_incarnation, settings_digest, step_settings
+from dpdist.mechanism.incarnation import ResumePoint, StepInputs, reasons_for_new_incarnation, step_settings
 from dpdist.mechanism.keys import Secret, fresh_nonce
 from dpdist.mechanism.ledger import Ledger, LedgerError, Plan
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
-from dpdist.run.fingerprints import environment, step_code_digest
 from dpdist.run.progress import say
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResumeRequest:
+    """What `find_start` decides on, beside the ledger."""
+
+    config: Config
+    run: RunDirectory
+    checkpoints: Checkpoints
+    secret: Secret
+    #: True where the run had an earlier secret, which is gone.
+    secret_lost: bool
+    #: What the steps of this job depend on.
+    inputs: StepInputs
+    #: N, the number of training examples.
+    dataset_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Start:
-    """How this call goes on with the run."""
+    """The plan and the checkpoint that this job starts from."""
 
     plan: Plan
     #: True where the plan is not in the ledger yet: a new run, or a new incarnation of one.
     fresh: bool
-    #: The checkpoint to begin from, or None for the initial parameters.
+    #: The step of the checkpoint; None for the initial parameters of a new run.
     step: int | None
-    #: What that checkpoint holds beside the state.
+    #: The JSON part of that checkpoint.
     meta: dict[str, Any] | None
 
     @property
     def decisions(self) -> dict[str, Any] | None:
-        """What an earlier part of the same incarnation decided; a new one may decide otherwise."""
+        """What an earlier part of the same incarnation decided; a new incarnation may decide otherwise."""
         return self.meta if self.meta is not None and self.meta["plan"]["nonce"] == self.plan.nonce else None
 
+    def to_record(self) -> dict[str, Any]:
+        """As JSON, for the other processes."""
+        return asdict(self) | {"plan": self.plan.to_record()}
 
-def present(config: Config, world: World, *, data: str) -> StepInputs:
-    """What the steps of this job would depend on; `data` is the keyed tag of the training data."""
-    shape = [world.platform, world.num_processes, world.device_count, list(world.host_of_device)]
-    rounding = [config.sampling.assignment, config.training.physical_batch_size]
-    return StepInputs(
-        environment=environment(world.platform),
-        settings=settings_digest(flatten(config)),
-        code=step_code_digest(config),
-        data=data,
-        topology=json.dumps(shape + rounding),
-        repeatable=world.platform == "cpu",
-    )
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Start:
+        """The inverse of `to_record`."""
+        return cls(**{**record, "plan": Plan.from_record(record["plan"])})
 
 
-def take_lease(config: Config, run: RunDirectory, world: World) -> Lease | None:
-    """The hold on the run directory, on process 0, whose word counts for all; None elsewhere.
-
-    Raises:
-        InputError: another job is on this run; on all processes.
-    """
-    taken: list[Lease] = []
-
-    def take() -> None:
-        taken.append(Lease.acquire(run.private, config.cluster.lease_timeout))
-        if taken[0].taken_from is not None:
-            say(f"dpdist: {run.root} was held by {taken[0].taken_from}; going on in its place")
-
-    # Whoever may live on another host is given its time to show it.
-    decide(world, take, timeout=3 * config.cluster.lease_timeout + world.timeout)
-    return taken[0] if taken else None
-
-
-def open_secret(config: Config, run: RunDirectory, world: World) -> tuple[Secret, bool]:
-    """The run's secret, made by process 0 where there is none; and whether an earlier one is lost.
-
-    Raises:
-        InputError: it is malformed, or readable by others.
-    """
-    if config.privacy.insecure_seed is not None:
-        return Secret.from_insecure_seed(config.privacy.insecure_seed), False
-    lost = decide(world, run.create_secret)
-    return run.read_secret(), lost
-
-
-def open_ledger(run: RunDirectory, world: World) -> Ledger | None:
-    """The ledger on process 0, its only writer; None elsewhere.
-
-    Raises:
-        InputError: it is damaged; on all processes.
-    """
-    opened: list[Ledger] = []
-
-    def read() -> None:
-        try:
-            opened.append(Ledger(run.ledger))
-        except LedgerError as error:
-            raise InputError("ledger.jsonl", str(run.ledger), f"{error}.") from None
-
-    decide(world, read)
-    return opened[0] if opened else None
-
-
-def find_start(
-    config: Config,
-    run: RunDirectory,
-    ledger: Ledger | None,
-    checkpoints: Checkpoints,
-    secret: Secret,
-    now: StepInputs,
-    world: World,
-    *,
-    secret_lost: bool,
-    dataset_size: int,
-) -> Start:
-    """Where and as which incarnation the run goes on, decided by process 0; nothing is written to the ledger yet.
+def find_start(request: ResumeRequest, ledger: Ledger) -> Start:
+    """Choose the checkpoint and incarnation to resume from. For process 0; writes nothing to the ledger.
 
     Raises:
         InputError: the ledger is gone or is another run's, a setting differs that a run cannot change, the checkpoint
             asked for is not there, or the plan is impossible.
     """
+    # The accountant takes a second to import, and only process 0 needs it.
+    from dpdist.run.plan import plan_incarnation, plan_run
 
-    def look() -> dict[str, Any]:
-        assert ledger is not None
-        found = _look(config, run, ledger, checkpoints, secret, now, secret_lost=secret_lost, dataset_size=dataset_size)
-        return asdict(found)
-
-    # Calibration takes seconds, minutes in extreme cases: it is part of starting up.
-    found = decide(world, look, timeout=config.cluster.initialization_timeout)
-    return Start(**found | {"plan": Plan(**found["plan"])})
-
-
-def _look(
-    config: Config,
-    run: RunDirectory,
-    ledger: Ledger,
-    checkpoints: Checkpoints,
-    secret: Secret,
-    now: StepInputs,
-    *,
-    secret_lost: bool,
-    dataset_size: int,
-) -> Start:
-    from dpdist.run.plan import plan_on, plan_run  # the accountant takes a second to import, and one process needs it
-
-    common: dict[str, Any] = {"dataset_size": dataset_size, "environment": now.environment}
-    identity: dict[str, Any] = {"settings": now.settings, "code": now.code, "data": now.data}
-    plan = ledger.plan
-    if plan is None:
-        if checkpoints.steps():
+    config, inputs = request.config, request.inputs
+    common: dict[str, Any] = {"dataset_size": request.dataset_size, "environment": inputs.environment}
+    identity: dict[str, Any] = {"settings": inputs.settings, "code": inputs.code, "data": inputs.data}
+    current = ledger.plan
+    if current is None:
+        if request.checkpoints.steps():
             raise InputError(
                 "ledger.jsonl",
                 None,
-                f"is gone from the run in {run.root}, which has checkpoints; restore the ledger that belongs to them, "
-                "or name a new run.dir: without it, what this run has spent is unknown.",
+                f"is gone from the run in {request.run.root}, which has checkpoints; restore the ledger that belongs "
+                "to them, or name a new run.dir: without it, what this run has spent is unknown.",
             )
-        plan = plan_run(config, nonce=fresh_nonce(secret, 0), **common)
+        plan = plan_run(config, nonce=fresh_nonce(request.secret, 0), **common)
         return Start(plan=replace(plan, **identity), fresh=True, step=None, meta=None)
-    _require_one_statement(config, plan)
+    _require_one_statement(config, current)
     asked = config.checkpoint.resume_step
-    if asked == plan.resume_step:
-        asked = None  # gone back to already, when this incarnation began
-    step, meta, damaged = _newest_whole(run, ledger, checkpoints, asked)
-    found = Found(step=step, damaged=damaged, secret_lost=secret_lost, asked=asked is not None)
-    reasons = reasons_for_new_incarnation(ledger, now, found, _changed_settings(config, run))
+    if asked == current.resume_step:
+        asked = None  # this incarnation has gone back to it already, when it began
+    step, meta, damaged = _newest_whole(request, ledger, asked)
+    resume = ResumePoint(step=step, damaged=damaged, secret_lost=request.secret_lost, asked=asked is not None)
+    reasons = reasons_for_new_incarnation(ledger, inputs, resume, _changed_settings(config, request.run))
     if not reasons:
-        return Start(plan=plan, fresh=False, step=step, meta=meta)
-    plan = plan_on(
+        return Start(plan=current, fresh=False, step=step, meta=meta)
+    plan = plan_incarnation(
         config,
         ledger,
         start=step or 0,
         reasons=reasons,
-        nonce=fresh_nonce(secret, len(ledger.plans)),
+        nonce=fresh_nonce(request.secret, len(ledger.plans)),
         **common,
     )
     plan = replace(plan, **identity, resume_step=config.checkpoint.resume_step)
@@ -181,15 +108,15 @@ def _look(
 
 
 def _require_one_statement(config: Config, plan: Plan) -> None:
-    """Raises where no single statement could cover what was and what would be released."""
-    privacy = config.privacy
+    """Raises where no single statement could cover what was released and what would be."""
+    privacy, delta = config.privacy, None if plan.privacy is None else plan.privacy.delta
     for name, value, before, why in (
-        ("enabled", privacy.enabled, plan.noise_multiplier is not None, "steps without noise cannot be covered"),
+        ("enabled", privacy.enabled, plan.privacy is not None, "steps without noise cannot be covered"),
         ("insecure_seed", privacy.insecure_seed, plan.insecure, "the guarantee of the other part would be void"),
-        ("delta", privacy.delta, plan.delta, "one run has one delta"),
+        ("delta", privacy.delta, delta, "one run has one delta"),
     ):
-        now = value is not None if name == "insecure_seed" else value
-        if now != before and (name != "delta" or privacy.enabled):
+        asked = value is not None if name == "insecure_seed" else value
+        if asked != before and (name != "delta" or privacy.enabled):
             was = before if name != "insecure_seed" else ("set" if before else "not set")
             raise InputError(
                 f"privacy.{name}",
@@ -199,47 +126,52 @@ def _require_one_statement(config: Config, plan: Plan) -> None:
 
 
 def _newest_whole(
-    run: RunDirectory, ledger: Ledger, checkpoints: Checkpoints, asked: int | None
+    request: ResumeRequest, ledger: Ledger, asked: int | None
 ) -> tuple[int | None, dict[str, Any] | None, int]:
-    """The newest checkpoint that can be read and that led to the current incarnation, or the one asked for.
+    """The newest readable checkpoint that is an ancestor of the current incarnation, or the one asked for.
 
-    What is damaged, or was left behind, is moved out of the way: it would count among those that are kept.
+    Sets damaged checkpoints and those of abandoned branches aside, or they would count among those that are kept.
 
     Returns:
-        its step and JSON part, or None; and the newest step of which there is a damaged one, or 0.
+        Its step and JSON part, or None twice; and the newest step with a damaged checkpoint, or 0.
     """
+    run, checkpoints = request.run, request.checkpoints
     damaged = 0
-    there = checkpoints.steps()
-    if asked is not None and asked not in there:
+    committed = checkpoints.steps()
+    if asked is not None and asked not in committed:
         raise InputError(
-            "checkpoint.resume_step", asked, f"{run.root} has no such checkpoint; it has {there}; see checkpoint.keep."
+            "checkpoint.resume_step",
+            asked,
+            f"{run.root} has no such checkpoint; it has {committed}; see checkpoint.keep.",
         )
-    for step in reversed(there):
+    for step in reversed(committed):
         if asked is not None and step != asked:
             continue
         problem = checkpoints.verify(step)
         if problem is not None:
             if asked is not None:
-                raise InputError("checkpoint.resume_step", asked, f"is damaged ({problem}); name another of {there}.")
+                raise InputError(
+                    "checkpoint.resume_step", asked, f"is damaged ({problem}); name another of {committed}."
+                )
             damaged = max(damaged, step)
             to = checkpoints.set_aside(step, run.abandoned)
             say(f"dpdist: checkpoint {step} is damaged ({problem}); moved to {to}, trying the one before it")
             continue
         meta = checkpoints.read_meta(step)
         try:
-            led_here = ledger.led_here(meta["plan"]["incarnation"], step)
+            ancestor = ledger.is_ancestor(meta["plan"]["incarnation"], step)
             known = ledger.plans[meta["plan"]["incarnation"]]
         except LedgerError as error:
             raise InputError(
                 "ledger.jsonl", str(run.ledger), f"{error}, of which there is a checkpoint; restore the ledger."
             ) from None
-        if meta["plan"] != json.loads(json.dumps(asdict(known))):
+        if not _is_record_of(known, meta["plan"], ledger.plans[0]):
             raise InputError(
                 "ledger.jsonl",
                 str(run.ledger),
                 f"its plan is not the one that checkpoint {step} was made under; restore the ledger.",
             )
-        if led_here:
+        if ancestor:
             return step, meta, damaged
         if asked is not None:
             raise InputError("checkpoint.resume_step", asked, "was left behind by a later incarnation; name another.")
@@ -247,54 +179,26 @@ def _newest_whole(
     return None, None, damaged
 
 
+def _is_record_of(plan: Plan, record: Mapping[str, Any], first: Plan) -> bool:
+    """Whether a checkpoint was made under `plan`, which the ledger holds."""
+    try:
+        return Plan.from_record(record, first) == plan
+    except TypeError:  # a field is missing or unknown
+        return False
+
+
 def _changed_settings(config: Config, run: RunDirectory) -> list[str]:
-    """The settings that a step depends on and that `config.yaml` has otherwise, in words."""
+    """The settings that a step depends on and that differ from `config.yaml`, in words."""
     before, after = run.settings(), step_settings(flatten(config))
     changed = [name for name in after if before and before.get(name) != after[name]]
     return [f"{name}: {before.get(name)!r} -> {after[name]!r}" for name in changed]
 
 
-def spending_of(ledger: Ledger | None) -> Callable[[int], float] | None:
-    """`dpdist.run.plan.spending`, on process 0; None elsewhere, and without privacy."""
-    if ledger is None:
-        return None
-    from dpdist.run.plan import spending  # the accountant takes a second to import, and one process needs it
-
-    return spending(ledger)
-
-
-def begin(
-    start: Start,
-    config: Config,
-    run: RunDirectory,
-    lease: Lease | None,
-    ledger: Ledger | None,
-    checkpoints: Checkpoints,
-) -> None:
-    """Write down that this part of the run begins, before its first step. For process 0."""
-    assert lease is not None
-    assert ledger is not None
-    lease.check()
-    ledger.begin(start.plan)  # first: a config without its incarnation would hide what changed
-    if start.fresh and start.plan.reasons:
-        say(
-            f"dpdist: incarnation {start.plan.incarnation} begins at step {start.plan.start}, with fresh samples and "
-            f"noise, since {'; '.join(start.plan.reasons)}. What was taken before stays charged."
-        )
-    if start.step is not None and start.meta is not None:
-        checkpoints.synchronise(start.step)
-        ledger.record_saved(start.step, start.meta["topology"])  # a crash may have come in between
-    run.begin(config)
-    for step in checkpoints.steps():
-        if step > (start.step or 0) or start.step is None:
-            checkpoints.set_aside(step, run.abandoned)
-
-
 def require_fits(start: Start, leaves: dict[str, str]) -> None:
-    """Check that the state of the checkpoint has the shape that this config's model and optimizer ask for.
+    """Check that the checkpoint's state has the shapes that this config's model and optimizer ask for.
 
     Args:
-        leaves: dtype and shape by path, as `TrainingSetup.decisions` has them.
+        leaves: dtype and shape by path, as in `TrainingSetup.decisions`.
 
     Raises:
         InputError: it names a value that differs.

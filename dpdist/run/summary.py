@@ -2,67 +2,76 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpdist.cluster.world import World
 from dpdist.config import Config
-from dpdist.mechanism.ledger import Ledger, Plan
-from dpdist.run.recorder import Recorder
+from dpdist.mechanism.ledger import Plan
 
 
-def summarise(
-    plan: Plan,
-    world: World,
-    config: Config,
-    recorder: Recorder,
-    ledger: Ledger | None,
-    *,
-    step: int,
-    ended: bool,
-    digest: str | None,
-) -> dict[str, Any]:
-    """The summary after `step` steps, for process 0; without a digest of the parameters it says `failed`.
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Where a run stands when its summary is written."""
 
-    `ended` says whether nothing is left to do, the last evaluation included; a run that was told to leave says
-    `preempted`.
+    #: Steps taken.
+    step: int
+    #: True where nothing is left to do, the last evaluation included.
+    ended: bool
+    #: Of the released parameters; None where the run failed.
+    params_sha256: str | None
+    accuracy: float | None
+    #: What the ledger charges; None without privacy.
+    epsilon_spent: float | None
+    charged_steps: int
+    examples_per_second: float
+    processes: int
+    devices: int
+
+
+def summarise(config: Config, plan: Plan, outcome: Outcome) -> dict[str, Any]:
+    """The content of `summary.json`.
+
+    `status` is `finished` or `budget_exhausted` where nothing is left to do, `preempted` where something is, and
+    `failed` without parameters.
 
     `epsilon` is that of the whole plan, also for a run that has stopped early: a stop that someone decides on
     after seeing results must not lower it. `epsilon_spent` is what the ledger charges.
     """
-    assert ledger is not None
-    if digest is None:
+    if outcome.params_sha256 is None:
         status = "failed"
-    elif not ended:
+    elif not outcome.ended:
         status = "preempted"
     else:
         status = "finished" if plan.steps == plan.steps_asked else "budget_exhausted"
+    record = plan.to_record()
     return {
         "status": status,
-        "step": step,
+        "step": outcome.step,
         "steps": plan.steps_asked,
-        "epsilon": plan.epsilon,
-        "epsilon_spent": recorder.epsilon(plan.start + ledger.charged_to(plan.incarnation)),
-        "epsilon_rdp": plan.epsilon_rdp,
-        "accountant": plan.accountant,
-        "target_epsilon": plan.target_epsilon,
-        "delta": plan.delta,
+        "epsilon": record["epsilon"],
+        "epsilon_spent": outcome.epsilon_spent,
+        "epsilon_rdp": record["epsilon_rdp"],
+        "accountant": record["accountant"],
+        "target_epsilon": record["target_epsilon"],
+        "delta": record["delta"],
         "adjacency": plan.adjacency,
-        "noise_multiplier": plan.noise_multiplier,
+        "noise_multiplier": record["noise_multiplier"],
         "sampling_probability": plan.sampling_probability,
         "expected_batch_size": plan.expected_batch_size,
         "dataset_size": plan.dataset_size,
-        "clip_norm": plan.clip_norm,
-        "accuracy": recorder.accuracy,
-        "examples_per_second": recorder.examples_per_second(),
-        "processes": world.num_processes,
-        "devices": world.device_count,
+        "clip_norm": record["clip_norm"],
+        "accuracy": outcome.accuracy,
+        "examples_per_second": outcome.examples_per_second,
+        "processes": outcome.processes,
+        "devices": outcome.devices,
         "environment": plan.environment,
         "incarnation": plan.incarnation,
         "incarnation_reasons": list(plan.reasons),
-        "charged_steps": ledger.charged_steps(),
+        "charged_steps": outcome.charged_steps,
         "guarantee": guarantee(config),
-        "params_sha256": digest,
+        "params_sha256": outcome.params_sha256,
     }
 
 
@@ -78,16 +87,16 @@ def guarantee(config: Config) -> str:
 
 
 def opening_line(plan: Plan, world: World, *, insecure: bool) -> str:
-    """What is about to run."""
+    """One line about the run that is about to start."""
     where = f"{world.num_processes} process(es), {world.device_count} {world.platform} device(s)"
     text = (
         f"dpdist: {plan.steps} steps at q = {plan.sampling_probability:.4g} of {plan.dataset_size} examples on {where}"
     )
-    if plan.noise_multiplier is None:
+    if plan.privacy is None:
         return text + "; WITHOUT PRIVACY (privacy.enabled=false)"
     text += (
-        f"; noise multiplier {plan.noise_multiplier:.4g}, clip norm {plan.clip_norm:g}: "
-        f"epsilon {plan.epsilon:.4g} at delta {plan.delta:g}"
+        f"; noise multiplier {plan.privacy.noise_multiplier:.4g}, clip norm {plan.privacy.clip_norm:g}: "
+        f"epsilon {plan.privacy.epsilon:.4g} at delta {plan.privacy.delta:g}"
     )
     if plan.steps < plan.steps_asked:
         text += f"; the budget ends before the {plan.steps_asked} steps asked for"
@@ -97,7 +106,7 @@ def opening_line(plan: Plan, world: World, *, insecure: bool) -> str:
 
 
 def closing_line(summary: dict[str, Any], root: Path) -> str:
-    """How it ended."""
+    """One line about how the run ended."""
     accuracy = "" if summary["accuracy"] is None else f", test accuracy {summary['accuracy']:.4f}"
     spent = "" if summary["epsilon"] is None else f", epsilon {summary['epsilon']:.4g} at delta {summary['delta']:g}"
     return (

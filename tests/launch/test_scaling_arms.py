@@ -19,14 +19,22 @@ from dpdist.data.feed import Feed
 from dpdist.errors import InputError
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
 from dpdist.mechanism.sampling import Assignment, assign
-from dpdist.mechanism.step import DIAGNOSTICS
-from dpdist.program.assignments import shape_of_work
+from dpdist.mechanism.step import DIAGNOSTICS, accumulate_sample, noisy_update
+from dpdist.program.assignments import make_assigner, shape_of_work
 from dpdist.program.build import build_setup
 from dpdist.run.fingerprints import environment
 from dpdist.run.plan import plan_run
-from dpdist.trainer import make_assigner
 from dpdist_launch.measure.scaling import point
-from dpdist_launch.measure.scaling.arms import ARMS, DP, SGD, SGD_SYNC, Share, accumulate_step, all_reduces, config_of
+from dpdist_launch.measure.scaling.arms import (
+    ARMS,
+    DP,
+    SGD,
+    SGD_SYNC,
+    Share,
+    accumulate_and_share,
+    all_reduces,
+    config_of,
+)
 
 jax.config.update("jax_num_cpu_devices", 8)  # before any backend is used
 STEPS = 5
@@ -73,8 +81,8 @@ def trained(arm: str, asked: Config, world: World) -> tuple[list[Any], list[tupl
     plain, dataset, secret = config_of(arm, asked), open_dataset(asked.data), Secret.from_insecure_seed(3)
     plan = plan_run(plain, dataset_size=len(dataset.train), nonce=fresh_nonce(secret), environment=environment("cpu"))
     setup = build_setup(plain, plan, dataset, world, earlier=None)
-    step, keys = setup.step_programs, Keys(secret, bytes.fromhex(plan.nonce))
-    state, sums = step.place(setup.initial), step.zero_sums()
+    programs, keys = setup.step_programs, Keys(secret, bytes.fromhex(plan.nonce))
+    state, sums = programs.place(setup.initial), programs.zero_sums()
     share = Counting(sums, world.mesh) if arm == SGD_SYNC else None
     usual = make_assigner(plain, plan, setup, keys, world)
 
@@ -96,14 +104,17 @@ def trained(arm: str, asked: Config, world: World) -> tuple[list[Any], list[tupl
     steps = []
     for number in range(STEPS):
         assignment, before = feed.next_assignment(), 0 if share is None else share.calls
-        count, key = len(assignment.microbatches), step.loss_key(keys, number)
+        count, key = len(assignment.microbatches), programs.loss_key(keys, number)
         batches = feed.microbatches(assignment)
-        sums = accumulate_step(step, share, state.params, sums, batches, count, key)
-        state, sums, diagnostics = step.apply(state, sums, step.draw(keys, number)[0])
+        if share is None:
+            sums = accumulate_sample(programs, state.params, sums, batches, key)
+        else:
+            sums = accumulate_and_share(programs, share, state.params, sums, batches, key)
+        state, sums, diagnostics, _ = noisy_update(programs, state, sums, keys, number)
         reductions = 1 + (0 if share is None else share.calls - before)  # apply's own is always there
         steps.append((count, reductions, [len(assignment.sample), *np.asarray(diagnostics).tolist()]))
     feed.close()
-    texts = [*step.program_texts().values(), *([share.program_text()] if share else [])]
+    texts = [*programs.program_texts().values(), *([share.program_text()] if share else [])]
     return jax.tree.map(np.asarray, jax.tree.leaves(state.params)), steps, texts
 
 
@@ -171,7 +182,7 @@ def test_a_point_says_what_was_measured(arm: str, tmp_path: Path) -> None:
 
 def test_warming_up_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers: list[int] = []
-    original = point.accumulate_step
+    original = point.noisy_update
 
     def slow_at_first(*arguments: Any) -> Any:
         numbers.append(len(numbers))
@@ -179,7 +190,7 @@ def test_warming_up_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             point.time.sleep(0.5)
         return original(*arguments)
 
-    monkeypatch.setattr(point, "accumulate_step", slow_at_first)
+    monkeypatch.setattr(point, "noisy_update", slow_at_first)
     measured = point.measure(config(tmp_path), SGD, 4, job_of(1))
     assert measured is not None
     assert len(numbers) == point.WARM_UP + 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -16,7 +16,15 @@ from jax.sharding import Mesh
 from dpdist.mechanism.clipping import clipped_grad_sum, plain_grad_sum
 from dpdist.mechanism.keys import Keys, Secret
 from dpdist.mechanism.sampling import assign
-from dpdist.mechanism.step import Microbatch, StepPrograms, TrainState, initial_state
+from dpdist.mechanism.step import (
+    Microbatch,
+    StepPrograms,
+    StepSpec,
+    TrainState,
+    accumulate_sample,
+    initial_state,
+    noisy_update,
+)
 
 jax.config.update("jax_num_cpu_devices", 8)  # before any backend is used
 
@@ -62,18 +70,20 @@ class Rig:
         params = {"a": jnp.zeros(shapes[0], dtype), "b": jnp.zeros(shapes[1], dtype)}
         self.initial = initial_state(params, self.optimizer, averaged=average_decay > 0)
         self.step = StepPrograms(
-            grad_sum=clipped_grad_sum(loss_fn, clip_norm=self.clip_norm) if private else plain_grad_sum(loss_fn),
-            state=self.initial,
-            example={"x": jax.ShapeDtypeStruct((2,), jnp.float32)},
-            optimizer=self.optimizer,
-            mesh=self.mesh,
-            batch_sizes=(self.physical, self.tail),
-            normaliser=self.expected_batch_size,
-            clip_norm=self.clip_norm if private else float("inf"),
-            noise_scale=self.noise_multiplier * self.clip_norm if private else None,
-            placement=placement,
-            average_decay=average_decay,
-            randomised=False,
+            StepSpec(
+                grad_sum=clipped_grad_sum(loss_fn, clip_norm=self.clip_norm) if private else plain_grad_sum(loss_fn),
+                state=self.initial,
+                example={"x": jax.ShapeDtypeStruct((2,), jnp.float32)},
+                optimizer=self.optimizer,
+                mesh=self.mesh,
+                batch_sizes=(self.physical, self.tail),
+                normaliser=self.expected_batch_size,
+                clip_norm=self.clip_norm if private else float("inf"),
+                noise_scale=self.noise_multiplier * self.clip_norm if private else None,
+                placement=placement,
+                average_decay=average_decay,
+                randomised=False,
+            )
         )
         self.keys = Keys(Secret.from_insecure_seed(7), b"rig")
 
@@ -92,10 +102,8 @@ class Rig:
         """Return the state before step 0 and an empty accumulator."""
         return self.step.place(self.initial), self.step.zero_sums()
 
-    def accumulate(
-        self, state: TrainState, sums: Any, sample: Sequence[int], step: int, *, padding: float, physical: int
-    ) -> Any:
-        """Accumulate a sample, microbatch by microbatch of its assignment; padding rows hold `padding`."""
+    def microbatches(self, sample: Sequence[int], step: int, *, padding: float, physical: int) -> Iterator[Microbatch]:
+        """Yield the microbatches of a sample's assignment; padding rows hold `padding`."""
         assignment = assign(
             step,
             np.asarray(sample, np.int64),
@@ -109,16 +117,15 @@ class Rig:
             rows = np.concatenate([assignment.rows(device, microbatch) for device in range(self.devices)])
             real = rows >= 0
             x = np.where(real[:, None], self.data[rows], np.float32(padding))
-            batch = Microbatch(
-                *(
-                    jax.device_put(values, self.step.sharded)
-                    for values in (x, real.astype(np.float32), np.where(real, rows, 0).astype(np.int32))
-                )
-            )
-            sums = self.step.accumulate(
-                state.params, sums, batch._replace(data={"x": batch.data}), self.step.loss_key(self.keys, step)
-            )
-        return sums
+            batch = Microbatch({"x": x}, real.astype(np.float32), np.where(real, rows, 0).astype(np.int32))
+            yield jax.tree.map(lambda values: jax.device_put(values, self.step.sharded), batch)
+
+    def accumulate(
+        self, state: TrainState, sums: Any, sample: Sequence[int], step: int, *, padding: float, physical: int
+    ) -> Any:
+        """The first half of a step."""
+        batches = self.microbatches(sample, step, padding=padding, physical=physical)
+        return accumulate_sample(self.step, state.params, sums, batches, self.step.loss_key(self.keys, step))
 
     def take(
         self,
@@ -130,10 +137,9 @@ class Rig:
         padding: float = np.nan,
         physical: int = physical,
     ) -> tuple[TrainState, Any, np.ndarray, np.ndarray | None]:
-        """Take one whole step; returns (state, sums, diagnostics, the noise draw)."""
+        """Take one whole step by the two halves that every loop uses; returns (state, sums, diagnostics, draw)."""
         sums = self.accumulate(state, sums, sample, step, padding=padding, physical=physical)
-        noise, draw = self.step.draw(self.keys, step)
-        state, sums, diagnostics = self.step.apply(state, sums, noise)
+        state, sums, diagnostics, draw = noisy_update(self.step, state, sums, self.keys, step)
         return state, sums, np.asarray(diagnostics), None if draw is None else np.asarray(draw)
 
     def noisy_sum(self, sample: Sequence[int], step: int, **how: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ from test_ledger import PLAN
 from dpdist.config import Config, Privacy, Training, flatten
 from dpdist.mechanism.incarnation import (
     MAY_CHANGE,
-    Found,
+    ResumePoint,
     StepInputs,
     reasons_for_new_incarnation,
     settings_digest,
@@ -21,30 +21,32 @@ from dpdist.mechanism.incarnation import (
 )
 from dpdist.mechanism.ledger import Ledger
 
-NOW = StepInputs(environment="jax 1 on cpu", settings="s", code="c", data="d", topology="two hosts", repeatable=True)
-WHOLE = Found(step=20, damaged=0, secret_lost=False, asked=False)
+INPUTS = StepInputs(environment="jax 1 on cpu", settings="s", code="c", data="d", topology="two hosts", repeatable=True)
+WHOLE = ResumePoint(step=20, damaged=0, secret_lost=False, asked=False)
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     """Of a run charged for 30 steps, with checkpoints of 10 and 20."""
     opened = Ledger(tmp_path / "ledger.jsonl")
-    known = {"environment": NOW.environment, "settings": NOW.settings, "code": NOW.code, "data": NOW.data}
+    known = {"environment": INPUTS.environment, "settings": INPUTS.settings, "code": INPUTS.code, "data": INPUTS.data}
     opened.begin(dataclasses.replace(PLAN, **known))
     opened.reserve(0, 30)
-    opened.record_saved(10, NOW.topology)
-    opened.record_saved(20, NOW.topology)
+    opened.record_saved(10, INPUTS.topology)
+    opened.record_saved(20, INPUTS.topology)
     return opened
 
 
-def reasons(ledger: Ledger, now: StepInputs = NOW, *, changed: list[str] | None = None, **found: Any) -> list[str]:
-    return reasons_for_new_incarnation(ledger, now, dataclasses.replace(WHOLE, **found), changed or [])
+def reasons(
+    ledger: Ledger, inputs: StepInputs = INPUTS, *, changed: list[str] | None = None, **resume: Any
+) -> list[str]:
+    return reasons_for_new_incarnation(ledger, inputs, dataclasses.replace(WHOLE, **resume), changed or [])
 
 
 def test_the_newest_checkpoint_and_nothing_changed_keep_it_on_any_topology(ledger: Ledger) -> None:
     assert reasons(ledger) == []
-    assert reasons(ledger, dataclasses.replace(NOW, topology="one host")) == []
-    assert reasons(ledger, dataclasses.replace(NOW, repeatable=False)) == []
+    assert reasons(ledger, dataclasses.replace(INPUTS, topology="one host")) == []
+    assert reasons(ledger, dataclasses.replace(INPUTS, repeatable=False)) == []
 
 
 def test_a_checkpoint_newer_than_any_noted_keeps_it(ledger: Ledger) -> None:
@@ -62,23 +64,25 @@ def test_a_checkpoint_newer_than_any_noted_keeps_it(ledger: Ledger) -> None:
     ],
 )
 def test_whatever_a_step_depends_on_begins_a_new_one(ledger: Ledger, change: dict[str, Any], told: str) -> None:
-    (reason,) = reasons(ledger, dataclasses.replace(NOW, **change))
+    (reason,) = reasons(ledger, dataclasses.replace(INPUTS, **change))
     assert told in reason
 
 
 def test_every_field_of_what_a_step_depends_on_is_looked_at(ledger: Ledger) -> None:
     for name in {field.name for field in dataclasses.fields(StepInputs)} - {"topology", "repeatable"}:
-        assert reasons(ledger, dataclasses.replace(NOW, **{name: "other"})), name
+        assert reasons(ledger, dataclasses.replace(INPUTS, **{name: "other"})), name
 
 
 def test_changed_settings_are_named_where_they_are_known(ledger: Ledger) -> None:
-    now, changed = dataclasses.replace(NOW, settings="other"), ["optimizer.learning_rate: 1 -> 2"]
-    assert reasons(ledger, now, changed=changed) == changed
+    inputs, changed = dataclasses.replace(INPUTS, settings="other"), ["optimizer.learning_rate: 1 -> 2"]
+    assert reasons(ledger, inputs, changed=changed) == changed
     assert reasons(ledger, changed=changed) == []  # the digest decides, not the words
 
 
 def test_a_lost_secret_begins_a_new_one_and_is_not_taken_for_other_data(ledger: Ledger) -> None:
-    assert reasons(ledger, dataclasses.replace(NOW, data="other"), secret_lost=True) == ["private/secret.key was lost"]
+    assert reasons(ledger, dataclasses.replace(INPUTS, data="other"), secret_lost=True) == [
+        "private/secret.key was lost"
+    ]
     assert reasons(ledger, secret_lost=True) == ["private/secret.key was lost"]
 
 
@@ -109,15 +113,15 @@ OLDER = ["checkpoint 20 is gone, and 10 is older"]
 def test_behind_a_saved_checkpoint_it_is_kept_only_where_the_replay_gives_the_same_bits(ledger: Ledger) -> None:
     assert reasons(ledger, step=10, damaged=20) == []
     assert reasons(ledger, step=10) == []
-    assert reasons(ledger, dataclasses.replace(NOW, repeatable=False), step=10, damaged=20) == OLDER
-    assert reasons(ledger, dataclasses.replace(NOW, topology="one host"), step=10) == OLDER
+    assert reasons(ledger, dataclasses.replace(INPUTS, repeatable=False), step=10, damaged=20) == OLDER
+    assert reasons(ledger, dataclasses.replace(INPUTS, topology="one host"), step=10) == OLDER
 
 
 def test_behind_checkpoints_of_two_topologies_no_replay_gives_the_same_bits(ledger: Ledger) -> None:
     ledger.record_saved(30, "one host")
     assert reasons(ledger, step=20) == ["checkpoint 30 is gone, and 20 is older"]
-    assert reasons(ledger, dataclasses.replace(NOW, topology="one host"), step=20) == []
-    assert reasons(ledger, dataclasses.replace(NOW, topology="one host"), step=10) != []
+    assert reasons(ledger, dataclasses.replace(INPUTS, topology="one host"), step=20) == []
+    assert reasons(ledger, dataclasses.replace(INPUTS, topology="one host"), step=10) != []
 
 
 def test_a_damaged_checkpoint_that_nobody_noted_may_have_been_any_topology_s(ledger: Ledger) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dpdist.mechanism.ledger import BudgetExhaustedError, Ledger, LedgerError, Plan
+from dpdist.mechanism.ledger import BudgetExhaustedError, Ledger, LedgerError, Plan, PrivacyTerms
 
 PLAN = Plan(
     incarnation=0,
@@ -24,13 +24,16 @@ PLAN = Plan(
     expected_batch_size=100.0,
     steps=50,
     steps_asked=60,
-    clip_norm=1.0,
-    noise_multiplier=1.5,
-    delta=1e-5,
-    target_epsilon=3.0,
-    epsilon=2.9,
-    epsilon_rdp=3.2,
-    accountant="pld",
+    privacy=PrivacyTerms(
+        clip_norm=1.0,
+        noise_multiplier=1.5,
+        delta=1e-5,
+        target_epsilon=3.0,
+        epsilon=2.9,
+        epsilon_rdp=3.2,
+        accountant="pld",
+        renyi_order=8,
+    ),
 )
 
 
@@ -54,9 +57,10 @@ def test_nothing_is_reserved_before_the_plan(path: Path) -> None:
 
 def test_a_second_plan_is_refused(ledger: Ledger, path: Path) -> None:
     before = path.read_bytes()
+    other = dataclasses.replace(PLAN.private_terms(), noise_multiplier=9.0)
     for opened in (ledger, Ledger(path)):
         with pytest.raises(LedgerError, match="already holds another plan"):
-            opened.begin(dataclasses.replace(PLAN, noise_multiplier=9.0))
+            opened.begin(dataclasses.replace(PLAN, privacy=other))
         opened.begin(PLAN)  # as a resumed run does: nothing to write
     assert path.read_bytes() == before
 
@@ -68,6 +72,66 @@ def test_the_newest_saved_step_is_remembered(ledger: Ledger, path: Path) -> None
     assert ledger.saved_step == Ledger(path).saved_step == 20
     assert Ledger(path).charged_steps() == 20
     assert path.read_text().count('"saved"') == 2
+
+
+#: What ledgers looked like when `Plan` held the privacy terms itself: lines that runs have written.
+FORMER = Path(__file__).with_name("ledgers")
+TERMS = ["clip_norm", "noise_multiplier", "delta", "target_epsilon", "epsilon", "epsilon_rdp", "accountant"]
+
+
+def plan_lines(path: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [record for record in records if record["record"] == "plan"]
+
+
+def test_a_ledger_of_before_is_read(tmp_path: Path) -> None:
+    ledger = Ledger(Path(shutil.copy(FORMER / "two_incarnations.jsonl", tmp_path / "ledger.jsonl")))
+    first, second = (plan.private_terms() for plan in ledger.plans)
+    assert first == PrivacyTerms(
+        clip_norm=1.0,
+        noise_multiplier=4.0,
+        delta=1e-4,
+        target_epsilon=None,
+        epsilon=0.03782578746499736,
+        epsilon_rdp=0.04761851773078089,
+        accountant="pld",
+        renyi_order=120,
+    )
+    assert (second.accountant, second.epsilon) == ("renyi filter", 0.10562777654887884)
+    assert second.renyi_order == 120  # its line leaves that null: the first plan's counts
+    assert (ledger.plans[1].start, ledger.plans[1].resume_step, ledger.charged_steps()) == (4, 4, 12)
+
+
+def test_a_plain_ledger_of_before_has_no_privacy_terms(tmp_path: Path) -> None:
+    (plan,) = Ledger(Path(shutil.copy(FORMER / "plain.jsonl", tmp_path / "ledger.jsonl"))).plans
+    assert plan.privacy is None
+    with pytest.raises(LedgerError, match="adds no noise"):
+        plan.private_terms()
+
+
+@pytest.mark.parametrize("name", ["two_incarnations.jsonl", "plain.jsonl"])
+def test_a_plan_is_written_as_it_was_before(tmp_path: Path, name: str) -> None:
+    """Key for key, so that what reads a ledger today reads tomorrow's; only the Renyi order is never left out."""
+    former = plan_lines(FORMER / name)
+    written = tmp_path / "ledger.jsonl"
+    ledger = Ledger(written)
+    for plan in Ledger(FORMER / name).plans:
+        ledger.begin(plan)
+    again = plan_lines(written)
+    assert [record.keys() for record in again] == [record.keys() for record in former]
+    for old, new in zip(former, again, strict=True):
+        same_run = {"file": new["file"], "renyi_order": former[0]["renyi_order"]}
+        assert new == old | same_run
+    assert Ledger(written).plans == Ledger(FORMER / name).plans
+
+
+@pytest.mark.parametrize("privacy", [PLAN.privacy, None], ids=["private", "plain"])
+def test_a_plan_survives_its_record(privacy: PrivacyTerms | None) -> None:
+    plan = dataclasses.replace(PLAN, privacy=privacy, reasons=["a change"], resume_step=3)
+    record = json.loads(json.dumps(plan.to_record()))
+    assert Plan.from_record(record) == plan
+    assert "privacy" not in record
+    assert all((record[name] is None) == (privacy is None) for name in TERMS)
 
 
 def test_a_second_writer_is_noticed_before_it_can_erase_a_charge(ledger: Ledger, path: Path) -> None:
@@ -158,6 +222,7 @@ def test_a_torn_plan_is_begun_again(path: Path) -> None:
         b'{"record": "steps"}',
         b'{"record": "steps", "start": 0, "stop": "x"}',
         b'{"record": "plan"}',
+        (json.dumps({"record": "plan"} | PLAN.to_record() | {"incarnation": 1, "nonce": "cd", "delta": None})).encode(),
     ],
 )
 def test_damage_before_the_last_line_is_never_guessed_over(ledger: Ledger, path: Path, damage: bytes) -> None:
@@ -274,12 +339,12 @@ def test_what_an_incarnation_went_back_behind_did_not_lead_here(ledger: Ledger) 
     ledger.reserve(0, 30)
     ledger.begin(further(10))
     ledger.reserve(10, 20)
-    assert ledger.led_here(0, 10)
-    assert not ledger.led_here(0, 11)
-    assert ledger.led_here(1, 20)
+    assert ledger.is_ancestor(0, 10)
+    assert not ledger.is_ancestor(0, 11)
+    assert ledger.is_ancestor(1, 20)
     for uncharged in ((0, 31), (1, 21), (2, 0)):
         with pytest.raises(LedgerError, match="does not charge"):
-            ledger.led_here(*uncharged)
+            ledger.is_ancestor(*uncharged)
 
 
 def test_a_copy_is_told_from_a_move_and_only_until_it_begins_anew(ledger: Ledger, path: Path) -> None:

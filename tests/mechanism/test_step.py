@@ -16,7 +16,7 @@ from scipy import stats
 from dpdist.mechanism.clipping import clipped_grad_sum
 from dpdist.mechanism.keys import Keys, Secret
 from dpdist.mechanism.sampling import poisson_sample
-from dpdist.mechanism.step import DIAGNOSTICS, Microbatch, StepPrograms, initial_state
+from dpdist.mechanism.step import DIAGNOSTICS, Microbatch, StepPrograms, StepSpec, accumulate_sample, initial_state
 
 RigOf = Callable[..., Any]
 PLACED = pytest.mark.parametrize("placement", ["designated", "fused"])
@@ -301,7 +301,7 @@ def randomised_sums(devices: int, size: int, indices: list[int], keys: Keys, at:
     def loss_fn(params: Any, example: Any) -> Any:
         return jnp.sum(params["w"] * jax.random.normal(example["key"], (16,))) + 0 * example["x"]
 
-    step = StepPrograms(
+    spec = StepSpec(
         grad_sum=clipped_grad_sum(loss_fn, clip_norm=1e3),
         state=initial_state(params, optax.sgd(1.0), False),
         example={"x": jax.ShapeDtypeStruct((), jnp.float32)},
@@ -315,6 +315,7 @@ def randomised_sums(devices: int, size: int, indices: list[int], keys: Keys, at:
         average_decay=0.0,
         randomised=True,
     )
+    step = StepPrograms(spec)
     state, sums = step.place(initial_state(params, optax.sgd(1.0), False)), step.zero_sums()
     rows = devices * size
     for begin in range(0, len(indices), rows):
@@ -323,7 +324,7 @@ def randomised_sums(devices: int, size: int, indices: list[int], keys: Keys, at:
         index[: len(part)] = part
         batch = Microbatch({"x": np.zeros(rows, np.float32)}, (np.arange(rows) < len(part)).astype(np.float32), index)
         batch = jax.tree.map(lambda x: jax.device_put(x, step.sharded), batch)
-        sums = step.accumulate(state.params, sums, batch, step.loss_key(keys, at))
+        sums = accumulate_sample(step, state.params, sums, [batch], step.loss_key(keys, at))
     return np.asarray(sums, np.float64).reshape(devices, -1)[:, :16].sum(axis=0)
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +26,14 @@ import dpdist
 import dpdist.run.resume
 import dpdist_launch.cli
 import dpdist_launch.training
+from dpdist.cluster.lease import Lease
 from dpdist.data import open_dataset, read_rows
+from dpdist.mechanism.ledger import Ledger
+from dpdist.mechanism.step import StepPrograms
+from dpdist.run import integrity
+from dpdist.run.checkpoint import Checkpoints
+from dpdist.run.directory import RunDirectory
+from dpdist.run.metrics import Publisher
 from dpdist.run.recorder import Recorder
 
 
@@ -111,6 +119,53 @@ def count_compilations(config: dict[str, Any]) -> dict[str, Any]:
     Recorder.step_done, Recorder.flush = counting_step_done, counting_flush  # type: ignore[method-assign]
     summary = dpdist.train(dpdist.from_dict(config))
     return {"counts": counts, "summary": summary}
+
+
+def order_of_events(config: dict[str, Any]) -> list[list[Any]]:
+    """What a run does in the order that its guarantee needs, on a disk that commits a save after the next step.
+
+    `lease` (checked), `reserve` start stop, `draw` step, `apply`, `save` step, `saved` and `shown` step and whether its
+    checkpoint was committed by then, `summary` status.
+    """
+    events: list[list[Any]] = []
+    committed: set[int] = set()
+    saving: list[Checkpoints] = []
+
+    def record(owner: Any, name: str, event: Callable[..., list[Any]]) -> None:
+        wrapped = getattr(owner, name)
+
+        def wrapper(self: Any, *arguments: Any) -> Any:
+            events.append(event(*arguments))
+            return wrapped(self, *arguments)
+
+        setattr(owner, name, wrapper)
+
+    synchronise = Checkpoints.synchronise
+
+    def slow_synchronise(self: Checkpoints, step: int) -> None:
+        saving.append(self)
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline and events.count(["apply"]) <= step:
+            time.sleep(0.01)
+        synchronise(self, step)
+        committed.add(step)
+
+    def draw(keys: Any, step: int) -> list[Any]:
+        if (step + 2) % config["checkpoint"]["every_steps"] == 0:
+            saving[-1].busy(30)  # after this step comes the last chance to publish the save before the next one begins
+        return ["draw", step]
+
+    Checkpoints.synchronise = slow_synchronise  # type: ignore[method-assign]
+    record(Lease, "check", lambda: ["lease"])
+    record(Ledger, "reserve", lambda start, stop: ["reserve", start, stop])
+    record(StepPrograms, "draw", draw)
+    record(StepPrograms, "apply", lambda *_: ["apply"])
+    record(Checkpoints, "save", lambda step, *_: ["save", step])
+    record(Ledger, "record_saved", lambda step, topology: ["saved", step, step in committed])
+    record(Publisher, "release", lambda step: ["shown", step, step in committed])
+    record(RunDirectory, "write_summary", lambda summary: ["summary", summary["status"]])
+    dpdist.train(dpdist.from_dict(config))
+    return events
 
 
 def child(command: dict[str, Any]) -> NoReturn:

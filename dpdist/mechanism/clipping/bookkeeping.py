@@ -106,7 +106,9 @@ class _Pass:
         batch: Sequence[Array],
         examples: int,
     ) -> None:
-        self._graph, self._strategies, self._factors, self._leaves = graph, strategies, factors, leaves
+        self._graph, self._strategies, self._leaves = graph, strategies, leaves
+        #: By use; a use without factors is instantiated through its derivative.
+        self._factors = {u: each for u, each in enumerate(factors) if each is not None}
         self._examples = examples
         self._shared = graph.compute_params(leaves)
         zero = jnp.zeros((), graph.aval(graph.loss).dtype)  # the example's last leaf: see `trace`
@@ -141,7 +143,7 @@ class _Pass:
         for leaf in self._strategies:
             for group in leaf.groups if leaf.strategy == "ghost" else ():
                 square, terms = self._group_norm(group)
-                length = sum(factors.length for u in group if (factors := self._factors[u]) is not None)
+                length = sum(self._factors[u].length for u in group if u in self._factors)
                 # The weighted sum is a float32 product, rounded differently from the norm: over n terms its error is
                 # at most n 2^-24 times the sum of their magnitudes (Higham 2002, section 3.5).
                 rounding = (length + 2) * 2.0**-24 * terms
@@ -164,7 +166,6 @@ class _Pass:
 
     def _weighted_use(self, u: int, scale: Float32[Array, " p"], used: Bool[Array, " p"]) -> Float32[Array, "..."]:
         factors = self._factors[u]
-        assert factors is not None
         left, right = self._rows(u)
         here = used[:, None, None, None]
         weights = jnp.where(here, right.astype(jnp.float32) * scale[:, None, None, None], 0.0)
@@ -179,13 +180,12 @@ class _Pass:
     def _rows(self, u: int) -> tuple[Array, Array]:
         """Return the left and right factor of use `u`, with leading axis p."""
         factors = self._factors[u]
-        assert factors is not None
         left = jax.vmap(factors.left)(rounded_float32(self._operands[u][factors.operand]))
         return left, jax.vmap(factors.right)(rounded_float32(self._at_outputs[u][0]))
 
     def _group_norm(self, group: Sequence[int]) -> tuple[Float32[Array, " p"], Float32[Array, " p"]]:
         """Return `squared_norm` of the summed gradients of all uses in a group."""
-        used = [factors for u in group if (factors := self._factors[u]) is not None]
+        used = [self._factors[u] for u in group if u in self._factors]
 
         def one_example(rows: list[tuple[Array, Array]]) -> tuple[Array, Array]:
             products = []
@@ -205,7 +205,8 @@ class _Pass:
         for u, use in enumerate(self._graph.uses):
             if use.leaves.isdisjoint(wanted):
                 continue
-            if (factors := self._factors[u]) is not None:
+            if u in self._factors:
+                factors = self._factors[u]
                 product = jax.vmap(partial(_product, factors))(*self._rows(u))
                 found[factors.view.leaf].append(_Instantiated(product, partial(_leaf_of, factors)))
                 continue

@@ -107,7 +107,8 @@ def _fault(
     tails = range(1, len(nodes) + 1)
     number = bisect_left(tails, True, key=lambda start: _refusal(graph, start, outputs, reaching) is None)
     node, refusal = nodes[number], _refusal(graph, number, outputs, reaching)
-    assert refusal is not None
+    if refusal is None:
+        return None
     leaves = _behind(node, reaching)
     for body, results in bodies(node):
         # A scan step's carry goes into the next step, so every input may depend on every parameter behind the scan.

@@ -1,7 +1,7 @@
 """Where the time of a training step goes, stage by stage, as fractions of the step.
 
 Each stage is waited for before the next begins, so that its time is its own. The feed works ahead on its
-thread all the while, as in training: what counts as waiting for data is what it could not hide.
+thread all the while, as in training: only the time it could not hide counts as waiting for data.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dpdist.data import open_dataset
 from dpdist.data.feed import Feed
 from dpdist.errors import InputError
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
+from dpdist.mechanism.step import accumulate_sample, noisy_update
 from dpdist.program.assignments import make_assigner
 from dpdist.program.build import build_setup
 from dpdist.run.checkpoint import Checkpoints
@@ -49,8 +50,8 @@ def bench_step(config: Config, *, steps: int) -> dict[str, Any]:
     nonce = fresh_nonce(secret)
     plan = plan_run(config, dataset_size=len(dataset.train), nonce=nonce, environment=environment(world.platform))
     setup = build_setup(config, plan, dataset, world, earlier=None)
-    step, keys = setup.step_programs, Keys(secret, nonce)
-    state, sums = step.place(setup.initial), step.zero_sums()
+    programs, keys = setup.step_programs, Keys(secret, nonce)
+    state, sums = programs.place(setup.initial), programs.zero_sums()
     all_reduce = all_reduce_program(sums, world.mesh)
     assigner = make_assigner(config, plan, setup, keys, world)
     feed = Feed(dataset.train, assigner, world.mesh, data=config.data, start=0, stop=_WARM_UP + steps)
@@ -61,14 +62,13 @@ def bench_step(config: Config, *, steps: int) -> dict[str, Any]:
             stages = {name: [] for name in stages}
         began, waited = time.perf_counter(), feed.wait_seconds
         assignment = feed.next_assignment()
-        loss_key = step.loss_key(keys, number)
+        loss_key = programs.loss_key(keys, number)
         for batch in feed.microbatches(assignment):
-            sums = jax.block_until_ready(step.accumulate(state.params, sums, batch, loss_key))
+            sums = jax.block_until_ready(accumulate_sample(programs, state.params, sums, [batch], loss_key))
         accumulated = time.perf_counter()
         jax.block_until_ready(all_reduce(sums))
         reduced = time.perf_counter()
-        noise, _ = step.draw(keys, number)
-        state, sums, _ = jax.block_until_ready(step.apply(state, sums, noise))
+        state, sums, *_ = jax.block_until_ready(noisy_update(programs, state, sums, keys, number))
         ended = time.perf_counter()
         waited = feed.wait_seconds - waited
         for name, spent in (

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float32
 
 from dpdist.config import Config
 from dpdist.errors import InputError
-from dpdist.mechanism.step import Microbatch, StepPrograms
+from dpdist.mechanism.step import Microbatch, StepPrograms, accumulate_sample
 
 DP, SGD, SGD_SYNC = "dp", "sgd", "sgd-sync-every-batch"
 #: Every arm, and what it is.
@@ -39,7 +39,7 @@ def config_of(arm: str, config: Config) -> Config:
 
 
 class Share:
-    """Brings the sums of all devices together between two microbatches: what `sgd-sync-every-batch` adds.
+    """All-reduces the sums of all devices between two microbatches: what `sgd-sync-every-batch` adds.
 
     The total stays on the first device's slice alone, with zeros on the others. The next microbatches then add to
     it, and the next reduction counts everything once: the step is equal to the one that reduces at its end.
@@ -66,27 +66,21 @@ class Share:
         return str(self._program.as_text())
 
 
-def accumulate_step(
-    step: StepPrograms,
-    share: Share | None,
-    params: Any,
-    sums: Array,
-    microbatches: Iterable[Microbatch],
-    count: int,
-    loss_key: Array,
+def accumulate_and_share(
+    programs: StepPrograms, share: Share, params: Any, sums: Array, microbatches: Iterable[Microbatch], loss_key: Array
 ) -> Array:
-    """The sums of one step's `count` microbatches, ready for `Step.apply`, which reduces the last of them itself."""
+    """`accumulate_sample` with an all-reduce between every two microbatches; `noisy_update` reduces the last itself."""
     for number, batch in enumerate(microbatches):
-        sums = step.accumulate(params, sums, batch, loss_key)
-        if share is not None and number < count - 1:
+        if number > 0:
             sums = share(sums)
+        sums = accumulate_sample(programs, params, sums, [batch], loss_key)
     return sums
 
 
 def all_reduces(arm: str, config: Config, microbatches: int) -> int:
-    """Vectors of parameter size that are reduced over all devices in a step of so many microbatches.
+    """Number of parameter-sized all-reduces in a step of `microbatches` microbatches; an empty step has one too.
 
-    The private step shares its draw by a second one, unless the noise is `fused`. An empty step needs one too.
+    The private step shares its draw by a second one, unless the noise is `fused`.
     """
     if arm == DP:
         return 2 if config.privacy.noise_placement == "designated" else 1

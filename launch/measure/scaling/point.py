@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import secrets
 import signal
 import statistics
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -35,8 +36,9 @@ from dpdist.data import Dataset, open_dataset
 from dpdist.data.feed import Feed
 from dpdist.errors import InputError
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
-from dpdist.mechanism.ledger import Plan
+from dpdist.mechanism.ledger import Plan, PrivacyTerms
 from dpdist.mechanism.sampling import Assignment
+from dpdist.mechanism.step import accumulate_sample, noisy_update
 from dpdist.program.assignments import make_assigner, shape_of_work
 from dpdist.program.build import TrainingSetup, build_setup
 from dpdist.run.directory import write_atomically
@@ -44,7 +46,7 @@ from dpdist.run.fingerprints import code_digest, environment, user_code_digest
 from dpdist.run.plan import plan_run
 from dpdist_launch.measure.collective import all_reduce_program, all_reduce_seconds
 from dpdist_launch.measure.machine import versions, whole_job
-from dpdist_launch.measure.scaling.arms import DP, SGD_SYNC, Share, accumulate_step, all_reduces, config_of
+from dpdist_launch.measure.scaling.arms import DP, SGD_SYNC, Share, accumulate_and_share, all_reduces, config_of
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED = 1, 2, 75
 #: Steps before the measured ones: the first touch buffers, connections and caches for the first time.
@@ -53,12 +55,28 @@ _ALL_REDUCE_CALLS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a point trains."""
+
+    config: Config
+    plan: Plan
+    setup: TrainingSetup
+    #: The all-reduce between two microbatches, in the arm that has one.
+    share: Share | None
+    dataset: Dataset
+    secret: Secret
+    world: World
+    #: Measured steps; `WARM_UP` more come before them.
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Timed:
-    """What the measured steps showed."""
+    """The times of the measured steps."""
 
     #: Seconds from the end of the step before to the end of each step; they sum to the interval.
     step_seconds: tuple[float, ...]
-    plans: tuple[Assignment, ...]
+    assignments: tuple[Assignment, ...]
     #: The accumulator after the last step, for the all-reduce in a program of its own.
     sums: Array
 
@@ -100,7 +118,7 @@ def run(config: dict[str, Any], arm: str, nodes: int, repeat: int, steps: int, r
 
 
 def measure(config: Config, arm: str, steps: int, world: World) -> dict[str, Any] | None:
-    """The point as JSON holds it, on every process; None where the job was told to leave."""
+    """The point as JSON, on every process; None where the job was told to leave."""
     started, began = datetime.now(UTC), time.perf_counter()
     plain_or_private = config_of(arm, config)
     mine = {"code": code_digest(), "user_code": user_code_digest(config), "arm": arm, "steps": steps}
@@ -121,7 +139,10 @@ def measure(config: Config, arm: str, steps: int, world: World) -> dict[str, Any
             share = Share(setup.step_programs.zero_sums(), world.mesh) if arm == SGD_SYNC else None
             compile_seconds = time.perf_counter() - building
             reduce = all_reduce_program(setup.step_programs.zero_sums(), world.mesh)
-        timed = _train(config, plan, setup, share, dataset, secret, world, steps, watchdog)
+        task = Task(
+            config=config, plan=plan, setup=setup, share=share, dataset=dataset, secret=secret, world=world, steps=steps
+        )
+        timed = _train(task, watchdog)
         if timed is None:
             return None
         with watchdog.allow(config.cluster.initialization_timeout):
@@ -129,7 +150,7 @@ def measure(config: Config, arm: str, steps: int, world: World) -> dict[str, Any
             machine = whole_job(world)
     wall = sum(timed.step_seconds)
     median = statistics.median(timed.step_seconds)
-    reduces = statistics.mean(all_reduces(arm, config, len(plan.microbatches)) for plan in timed.plans)
+    reduces = statistics.mean(all_reduces(arm, config, len(each.microbatches)) for each in timed.assignments)
     rate = plan.expected_batch_size * steps / wall
     return {
         "processes": world.num_processes,
@@ -141,11 +162,11 @@ def measure(config: Config, arm: str, steps: int, world: World) -> dict[str, Any
         "step_seconds_p10": float(np.quantile(timed.step_seconds, 0.1)),
         "step_seconds_p90": float(np.quantile(timed.step_seconds, 0.9)),
         "compile_seconds": compile_seconds,
-        **shape_of_work(timed.plans),
+        **shape_of_work(timed.assignments),
         "all_reduce_seconds": reduce_seconds,
         "all_reduces_per_step": reduces,
         "all_reduce_share": reduce_seconds * reduces / median,
-        "epsilon": plan.epsilon,
+        "epsilon": None if plan.privacy is None else plan.privacy.epsilon,
         "physical_batch_size": setup.physical,
         "expected_batch_size": plan.expected_batch_size,
         "parameters": setup.step_programs.parameters,
@@ -159,9 +180,10 @@ def measure(config: Config, arm: str, steps: int, world: World) -> dict[str, Any
 def _plan(config: Config, dataset: Dataset, secret: Secret, world: World) -> Plan:
     def make() -> dict[str, Any]:
         here = environment(world.platform)
-        return asdict(plan_run(config, dataset_size=len(dataset.train), nonce=fresh_nonce(secret), environment=here))
+        size, nonce = len(dataset.train), fresh_nonce(secret)
+        return plan_run(config, dataset_size=size, nonce=nonce, environment=here).to_record()
 
-    return Plan(**decide(world, make, timeout=config.cluster.initialization_timeout))
+    return Plan.from_record(decide(world, make, timeout=config.cluster.initialization_timeout))
 
 
 def _with_physical_batch(plain: Config, private: Config, plan: Plan, dataset: Dataset, world: World) -> Config:
@@ -172,48 +194,49 @@ def _with_physical_batch(plain: Config, private: Config, plan: Plan, dataset: Da
     """
     if plain.training.physical_batch_size != "auto" or not private.privacy.enabled:
         return plain
-    noisy = dataclasses.replace(plan, clip_norm=private.privacy.clip_norm, noise_multiplier=1.0)
+    any_noise = PrivacyTerms(
+        clip_norm=private.privacy.clip_norm,
+        noise_multiplier=1.0,
+        delta=math.nan,
+        epsilon=math.nan,
+        epsilon_rdp=math.nan,
+        accountant="none",
+        renyi_order=0,
+    )
+    noisy = dataclasses.replace(plan, privacy=any_noise)
     physical = build_setup(private, noisy, dataset, world, earlier=None).physical
     return dataclasses.replace(plain, training=dataclasses.replace(plain.training, physical_batch_size=physical))
 
 
-def _train(
-    config: Config,
-    plan: Plan,
-    setup: TrainingSetup,
-    share: Share | None,
-    dataset: Dataset,
-    secret: Secret,
-    world: World,
-    steps: int,
-    watchdog: Watchdog,
-) -> Timed | None:
-    """The loop of `dpdist.trainer`, without ledger, checkpoints and records; None where the job has to leave."""
-    step, keys = setup.step_programs, Keys(secret, bytes.fromhex(plan.nonce))
-    state, sums = step.place(setup.initial), step.zero_sums()
-    assigner = make_assigner(config, plan, setup, keys, world)
+def _train(task: Task, watchdog: Watchdog) -> Timed | None:
+    """The steps of `dpdist.trainer`, without ledger, checkpoints and records; None where the job has to leave."""
+    world, programs, keys = task.world, task.setup.step_programs, Keys(task.secret, bytes.fromhex(task.plan.nonce))
+    state, sums = programs.place(task.setup.initial), programs.zero_sums()
+    assigner = make_assigner(task.config, task.plan, task.setup, keys, world)
     # It works on beyond the last measured step, as it would in training.
-    feed = Feed(dataset.train, assigner, world.mesh, data=config.data, start=0, stop=WARM_UP + steps + 2)
-    plans: list[Assignment] = []
+    stop = WARM_UP + task.steps + 2
+    feed = Feed(task.dataset.train, assigner, world.mesh, data=task.config.data, start=0, stop=stop)
+    assignments: list[Assignment] = []
     ends: list[float] = []
     unfinished: Array | None = None
     try:
-        for number in range(WARM_UP + steps):
-            if number == WARM_UP:
+        for step in range(WARM_UP + task.steps):
+            if step == WARM_UP:
                 jax.block_until_ready((state, sums))
                 barrier("warm-up", world)
-                plans, ends, unfinished = [], [time.perf_counter()], None
-            plans.append(feed.next_assignment())
-            loss_key, count = step.loss_key(keys, number), len(plans[-1].microbatches)
-            batches = feed.microbatches(plans[-1])
-            sums = accumulate_step(step, share, state.params, sums, batches, count, loss_key)
-            noise, _ = step.draw(keys, number)
-            state, sums, diagnostics = step.apply(state, sums, noise)
+                assignments, ends, unfinished = [], [time.perf_counter()], None
+            assignments.append(feed.next_assignment())
+            microbatches, loss_key = feed.microbatches(assignments[-1]), programs.loss_key(keys, step)
+            if task.share is None:
+                sums = accumulate_sample(programs, state.params, sums, microbatches, loss_key)
+            else:
+                sums = accumulate_and_share(programs, task.share, state.params, sums, microbatches, loss_key)
+            state, sums, diagnostics, _ = noisy_update(programs, state, sums, keys, step)
             if unfinished is not None:  # one step behind, as the recorder of a run
                 jax.block_until_ready(unfinished)
                 ends.append(time.perf_counter())
             unfinished = diagnostics
-            watchdog.beat(number)
+            watchdog.beat(step)
             if preempted(world):
                 return None
         jax.block_until_ready((state, sums))
@@ -221,7 +244,7 @@ def _train(
     finally:
         feed.close()
     seconds = tuple(stop - start for start, stop in pairwise(ends))
-    return Timed(step_seconds=seconds, plans=tuple(plans), sums=sums)
+    return Timed(step_seconds=seconds, assignments=tuple(assignments), sums=sums)
 
 
 def main() -> None:

@@ -1,0 +1,110 @@
+"""How a job opens a run: one code, config, directory, secret and dataset on all processes, and one writer."""
+
+from __future__ import annotations
+
+import contextlib
+
+from dpdist.cluster.agreement import decide, require_same
+from dpdist.cluster.lease import Lease
+from dpdist.cluster.world import World
+from dpdist.config import Config, flatten
+from dpdist.errors import InputError
+from dpdist.mechanism.keys import Secret
+from dpdist.mechanism.ledger import Ledger, LedgerError
+from dpdist.run.directory import RunDirectory
+from dpdist.run.fingerprints import code_digest, environment, user_code_digest
+from dpdist.run.private_log import keep_out_of_logs, log_to
+from dpdist.run.progress import say
+from dpdist.run.resume import ResumeRequest, Start, find_start
+from dpdist.run.summary import opening_line
+from dpdist.run.writer import RunWriter, SilentWriter
+
+
+def agree(config: Config, run: RunDirectory, world: World) -> None:
+    """Make sure that all processes have the same code and config, and open the directory and its logs. Collective.
+
+    From here on, texts that may quote data go to the logs alone.
+
+    Raises:
+        InputError: something differs, or the directory cannot be used; on all processes.
+    """
+    mine = {"code": code_digest(), "user_code": user_code_digest(config), "environment": environment(world.platform)}
+    require_same(mine | flatten(config), world)
+    decide(world, run.prepare)
+    log_to(run.logs / f"rank-{world.process_id}.log")
+
+
+def open_writer(config: Config, run: RunDirectory, world: World) -> RunWriter | SilentWriter:
+    """Take the lease on the run directory and read its ledger, on process 0; the others get a null object. Collective.
+
+    Raises:
+        InputError: another job is on this run, or the ledger is damaged; on all processes.
+    """
+    opened: list[RunWriter] = []
+
+    def take() -> None:
+        lease = Lease.acquire(run.private, config.cluster.lease_timeout)
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(lease.release)
+            if lease.taken_from is not None:
+                say(f"dpdist: {run.root} was held by {lease.taken_from}; going on in its place")
+            opened.append(RunWriter(config, run, world, lease, _read_ledger(run)))
+            on_failure.pop_all()
+
+    # A holder that may live on another host is given its time to show it.
+    decide(world, take, timeout=3 * config.cluster.lease_timeout + world.timeout)
+    return opened[0] if opened else SilentWriter()
+
+
+def _read_ledger(run: RunDirectory) -> Ledger:
+    try:
+        return Ledger(run.ledger)
+    except LedgerError as error:
+        raise InputError("ledger.jsonl", str(run.ledger), f"{error}.") from None
+
+
+def open_secret(config: Config, run: RunDirectory, world: World) -> tuple[Secret, bool]:
+    """The run's secret, made by process 0 where there is none; and whether an earlier one is lost. Collective.
+
+    From here on, no log can hold it.
+
+    Raises:
+        InputError: it is malformed, or readable by others.
+    """
+    if config.privacy.insecure_seed is not None:
+        secret, lost = Secret.from_insecure_seed(config.privacy.insecure_seed), False
+    else:
+        lost = decide(world, run.create_secret)
+        secret = run.read_secret()
+    keep_out_of_logs(secret)
+    return secret, lost
+
+
+def agree_on_secret(secret: Secret, data_fingerprint: bytes, world: World) -> str:
+    """Make sure that all processes have the same secret and training data, by keyed tags. Collective.
+
+    Returns:
+        The tag of the training data.
+
+    Raises:
+        InputError: one of them differs; on all processes.
+    """
+    data_tag = secret.tag(b"data" + data_fingerprint)
+    tags = {"secret": secret.tag(b"agreement"), "training data": data_tag}
+    require_same(tags, world, hidden=tags)
+    return data_tag
+
+
+def agree_on_start(request: ResumeRequest, writer: RunWriter | SilentWriter, world: World) -> Start:
+    """Let process 0 choose the checkpoint and incarnation to resume from, and announce them. Collective.
+
+    Raises:
+        InputError: as `find_start`; on all processes.
+    """
+    # Calibration takes seconds, minutes in extreme cases: it is part of starting up.
+    patience = request.config.cluster.initialization_timeout
+    record = decide(world, lambda: find_start(request, writer.ledger).to_record(), timeout=patience)
+    start = Start.from_record(record)
+    if world.is_main:
+        say(opening_line(start.plan, world, insecure=request.secret.insecure))
+    return start
