@@ -217,7 +217,8 @@ def train(config: Config) -> dict[str, Any]:
             )
             if world.is_main:
                 run.write_summary(summary)
-                plot_if_possible(run)
+                if config.run.plots:
+                    plot_if_possible(run)
                 say(closing_line(summary, run.root))
             checkpoints.close()
             barrier("end", world)  # the first to leave would take the others down

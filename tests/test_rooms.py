@@ -34,12 +34,14 @@ FLOORS: list[dict[str, set[str]]] = [
 ]
 MAY_IMPORT = {room: others for floor in FLOORS for room, others in floor.items()}
 LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
+    "paths": set(),
     "local": set(),
     "training": set(),
     "plan": set(),
+    "settings": set(),
     "slurm": {"training"},
-    "measure": {"local", "slurm"},
-    "cli": {"local", "training", "plan", "slurm", "measure"},
+    "measure": {"paths", "local", "slurm"},
+    "cli": {"paths", "local", "training", "plan", "settings", "slurm", "measure"},
     "__main__": {"cli"},
     "__init__": {"slurm"},
 }

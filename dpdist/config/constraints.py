@@ -108,7 +108,7 @@ class IsPath(Constraint):
     """A path, whose `~` is expanded as soon as it is given."""
 
     takes: ClassVar[tuple[type, ...]] = (str, os.PathLike)
-    remedy: str = f"this is no path: a name in it may have {_LONGEST_NAME} bytes, none of them 0."
+    remedy: str = f"a name in a path has at most {_LONGEST_NAME} bytes, none of them 0; give another."
 
     def holds(self, value: Any) -> bool:
         names = os.fsencode(value).split(b"/")

@@ -129,7 +129,7 @@ def test_overrides_reach_into_options_and_keep_the_rest(file: Path) -> None:
         ("cluster.shutdown_timeout=.inf", "cluster.shutdown_timeout", "wrong type; give int"),
         ("cluster.watchdog_timeout=0", "cluster.watchdog_timeout", "positive"),
         ("run.dir=''", "run.dir", "name a directory"),
-        (f"run.dir=runs/{'é' * 128}/x", "run.dir", "a name in it may have 255 bytes"),
+        (f"run.dir=runs/{'é' * 128}/x", "run.dir", "a name in a path has at most 255 bytes"),
         ('run.dir="a\\0b"', "run.dir", "none of them 0"),
         ("run.dir=~no-such-user/x", "run.dir", "no home directory of that name is known"),
         ("run.plots=1", "run.plots", "wrong type; give bool"),

@@ -1,0 +1,25 @@
+"""Standard streams that the caller has closed, as `2>&-` does."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def open_missing_streams() -> None:
+    """Open the null device in place of every standard stream that is closed.
+
+    The next file to be opened would otherwise get its number, and what JAX's libraries log to descriptor 2 would go
+    into that file: the ledger, say. And Python, which has no `sys.stderr` then, would fail to print, or print errors
+    to stdout.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(number)  # something else may have been opened under that number already
+        except OSError:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest free number, and all below are open
+            assert descriptor == number
+            os.set_inheritable(descriptor, True)
+        setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115, as long-lived as the process
