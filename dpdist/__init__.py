@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from dpdist.release.trained_run import TrainedRun, load
     from dpdist.trainer import train
 
+    __version__: str
+
 __all__ = ["Config", "InputError", "TrainedRun", "from_dict", "load", "load_config", "train"]
 
 # Resolved on first use, so that `dpdist privacy` and the launchers do not wait for JAX to import.
@@ -30,7 +32,23 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOME:
         raise AttributeError(f"module 'dpdist' has no attribute {name!r}")
     module, attribute = _HOME[name]
     return getattr(importlib.import_module(module), attribute)
+
+
+def _version() -> str:
+    """The version of the installed package, or the one in pyproject.toml where the source is run as it lies."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("dpdist")
+    except metadata.PackageNotFoundError:
+        import tomllib
+        from pathlib import Path
+
+        text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+        return str(tomllib.loads(text)["project"]["version"])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from dpdist.cluster.streams import open_missing_streams
 from dpdist.errors import InputError
 from dpdist_launch.measure.bench import command as bench
 from dpdist_launch.measure.scaling import command as scaling
+from dpdist_launch.paths import path_argument
 from dpdist_launch.slurm import options as sbatch
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
@@ -18,6 +21,7 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    open_missing_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     top = parser()
     options, rest = top.parse_known_args(arguments)
@@ -27,15 +31,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     try:
-        return options.run(options)
+        code = options.run(options)
     except InputError as error:
         print(f"dpdist: error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        code = EXIT_BAD_INPUT
+    except BrokenPipeError:  # the reader has left, as in `dpdist settings | head`
+        code = EXIT_FAILED
+    return code if _flush() else code or EXIT_FAILED
+
+
+def _flush() -> bool:
+    """Write out what was printed, and return whether stdout took it; a reader that has left is no failure.
+
+    What it does not take is dropped, or Python would try again as it ends, and end with code 120.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return True
+        print(f"dpdist: error: stdout cannot be written: {error.strerror}", file=sys.stderr)
+        return False
+    return True
+
+
+class _PrintVersion(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import dpdist
+
+        print(f"dpdist {dpdist.__version__}")
+        parser.exit(EXIT_DONE)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of every command."""
     top = argparse.ArgumentParser(prog="dpdist", description="Distributed differentially private training in JAX.")
+    top.add_argument("--version", nargs=0, action=_PrintVersion, help="print the version and exit")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser(
@@ -83,6 +117,18 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(run=_plan)
 
+    settings = commands.add_parser(
+        "settings",
+        help="every key of a config: type, default, meaning, and what changing it does to a run",
+        description="List the settings whose name holds PATTERN (or, with * ? or [, matches it as a whole): type, "
+        "default, meaning, and what a change does to a run that has begun. As docs/settings.md.",
+    )
+    settings.add_argument("pattern", nargs="?", metavar="PATTERN", help="such as clip, privacy. or '*.steps' (all)")
+    form = settings.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object, setting by name")
+    form.add_argument("--markdown", action="store_true", help="print the whole of docs/settings.md")
+    settings.set_defaults(run=_settings)
+
     privacy = commands.add_parser("privacy", help="what a plan costs, without training; prints one JSON object")
     questions = privacy.add_subparsers(required=True, metavar="QUESTION")
     for name, text, run in (
@@ -106,8 +152,8 @@ def parser() -> argparse.ArgumentParser:
         "and what privacy holds for them (privacy.json, PRIVACY.md) into a new directory. Nothing under private/ goes "
         "in. Prints what was written as one JSON object.",
     )
-    export.add_argument("run_dir", metavar="RUN_DIR")
-    export.add_argument("--to", required=True, metavar="DIR", help="a new or empty directory")
+    export.add_argument("run_dir", type=path_argument, metavar="RUN_DIR")
+    export.add_argument("--to", type=path_argument, required=True, metavar="DIR", help="a new or empty directory")
     export.add_argument(
         "--without-guarantee",
         action="store_true",
@@ -184,12 +230,25 @@ def _plan(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _settings(options: argparse.Namespace) -> int:
+    from dpdist_launch import settings
+
+    if options.markdown:
+        if options.pattern is not None:
+            raise InputError("PATTERN", options.pattern, "leave it out: --markdown prints the whole page.")
+        print(settings.as_markdown(), end="")
+        return EXIT_DONE
+    found = settings.settings(options.pattern)
+    print(settings.as_json(found) if options.json else settings.as_text(found))
+    return EXIT_DONE
+
+
 def _export(options: argparse.Namespace) -> int:
     from dpdist.release.export import export
 
     told = export(options.run_dir, options.to, without_guarantee=options.without_guarantee)
     names = ("guarantee", "epsilon", "delta", "released_after_step", "params_sha256")
-    print(json.dumps({"to": options.to} | {name: told[name] for name in names}))
+    print(json.dumps({"to": str(options.to)} | {name: told[name] for name in names}))
     return EXIT_DONE
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import dpdist
 from dpdist_launch.cli import main
 
 PLAN = ("--sampling-probability", "0.01", "--steps", "1000", "--delta", "1e-5")
@@ -105,7 +110,8 @@ def test_overrides_may_stand_on_either_side_of_options(capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], ("train", "privacy", "bench")),
+        ([], ("train", "privacy", "bench", "settings", "--version")),
+        (["settings"], ("PATTERN", "--json", "--markdown")),
         (["train"], ("CONFIG", "key=value", "--run-dir", "--processes", "75", "preempted", "2 bad input")),
         (["plan"], ("CONFIG", "key=value", "--nodes", "--gpus-per-node", "--json")),
         (["privacy"], ("epsilon", "calibrate")),
@@ -134,6 +140,61 @@ def test_questions_are_answered_without_starting_jax() -> None:
         [sys.executable, "-m", "launch", "--help"], capture_output=True, text=True, timeout=60, check=True
     )
     assert "usage: dpdist" in result.stdout
+
+
+def test_the_version_is_that_of_the_package(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"dpdist {dpdist.__version__}\n" == f"dpdist {metadata.version('dpdist')}\n"
+
+    def not_installed(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", not_installed)
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert dpdist.__version__ == project["version"]
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    """`dpdist` stands for this Python's; buffered as users have it."""
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    line = f'set -o pipefail; dpdist() {{ "{sys.executable}" -m launch "$@"; }}; {command}'
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, env=environ)
+
+
+def test_errors_stay_off_stdout_where_stderr_is_closed() -> None:
+    ended = shell("dpdist settings zzz 2>&-")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "")
+
+
+def test_a_closed_stdout_is_no_failure_and_a_full_one_is_told_in_one_line() -> None:
+    ended = shell("dpdist settings >&-")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    ended = shell("dpdist settings clip_norm >/dev/full")
+    assert ended.returncode == 1
+    assert ended.stderr == "dpdist: error: stdout cannot be written: No space left on device\n"
+
+
+def test_a_reader_may_leave_early() -> None:
+    ended = shell("dpdist settings --markdown | head -n 1")
+    assert (ended.stdout, ended.stderr) == ("# Settings\n", "")
+    assert ended.returncode in (0, 1)
+
+
+def test_no_file_gets_the_number_of_a_stream_that_was_closed(tmp_path: Path) -> None:
+    """What a library logs to descriptor 2 would go into it."""
+    code = (
+        "import os, sys\nfrom dpdist.cluster.streams import open_missing_streams\nopen_missing_streams()\n"
+        f"ledger = open({str(tmp_path / 'ledger')!r}, 'w')\nos.write(2, b'W0000 noise')\nos.write(1, b'noise')\n"
+        "print('to nobody'), print('to nobody', file=sys.stderr), sys.stdin.read()\n"
+        "ledger.write(str(ledger.fileno() > 2)), ledger.close(), os.execlp('sh', 'sh', '-c', 'echo x >&2 && exit 7')\n"
+    )
+    ended = subprocess.run(["sh", "-c", f"exec '{sys.executable}' -c \"$0\" <&- >&- 2>&-", code], timeout=60)
+    assert ended.returncode == 7  # what it has become writes to stderr too
+    assert (tmp_path / "ledger").read_text() == "True"
 
 
 def test_dpdist_train_is_the_function_whatever_was_imported_before() -> None:

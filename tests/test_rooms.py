@@ -34,13 +34,15 @@ FLOORS: list[dict[str, set[str]]] = [
 ]
 MAY_IMPORT = {room: others for floor in FLOORS for room, others in floor.items()}
 LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
+    "paths": set(),
     "ranks": set(),
     "local": {"ranks"},
     "training": set(),
     "plan": set(),
+    "settings": set(),
     "slurm": {"ranks", "training"},
-    "measure": {"local", "ranks", "slurm"},
-    "cli": {"local", "training", "plan", "slurm", "measure"},
+    "measure": {"paths", "local", "ranks", "slurm"},
+    "cli": {"paths", "local", "training", "plan", "settings", "slurm", "measure"},
     "__main__": {"cli"},
     "__init__": {"slurm"},
 }

@@ -23,6 +23,7 @@ from jax._src import distributed, xla_bridge  # There is no public way to ask wi
 from dpdist import config
 from dpdist.cluster import agreement
 from dpdist.cluster.environment import Membership, detect
+from dpdist.cluster.streams import open_missing_streams
 from dpdist.cluster.world import AXIS, World
 from dpdist.errors import InputError
 
@@ -48,6 +49,7 @@ def join(cluster: config.Cluster, membership: Membership | None = None) -> World
         TimeoutError: a process joined but did not answer within `cluster.shutdown_timeout`.
         jax.errors.JaxRuntimeError: not all processes came within `cluster.initialization_timeout`.
     """
+    open_missing_streams()
     if membership is None:
         membership = detect(os.environ, use_gpus=cluster.platform != "cpu")
     distributed = True
@@ -112,12 +114,11 @@ def _configure(cluster: config.Cluster, membership: Membership) -> None:
     """Set what JAX reads when it makes its backend."""
     if cluster.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    if cluster.platform != "gpu":
-        # One process needs none, and Gloo prints its connections on stdout, where commands print JSON.
-        if membership.num_processes > 1:
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        if cluster.devices_per_process is not None:
-            jax.config.update("jax_num_cpu_devices", cluster.devices_per_process)
+    # JAX's default is Gloo. It listens by this host's name, which need not resolve on a laptop, and prints its
+    # connections on stdout, where commands print JSON; one process has no use for it.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo" if membership.num_processes > 1 else None)
+    if cluster.platform != "gpu" and cluster.devices_per_process is not None:
+        jax.config.update("jax_num_cpu_devices", cluster.devices_per_process)
     if cluster.compilation_cache is not None:
         # Process 0 writes and all read: JAX's own rule. What compiles in under a second stays out of it.
         jax.config.update("jax_compilation_cache_dir", cluster.compilation_cache)
@@ -127,8 +128,8 @@ def _initialize(cluster: config.Cluster, membership: Membership) -> None:
     host, _, port = membership.coordinator_address.rpartition(":")
     if membership.num_processes > 1:
         _require_resolvable(host, "rank 0's host", membership)
-    if cluster.platform == "cpu":
-        _require_resolvable(socket.gethostname(), "this host itself, by which Gloo listens", membership)
+        if cluster.platform == "cpu":
+            _require_resolvable(socket.gethostname(), "this host itself, by which Gloo listens", membership)
     if membership.process_id == 0:
         _require_free(host, int(port), membership)
     jax.distributed.initialize(

@@ -14,10 +14,8 @@ from dpdist.config.schema import (
     Run,
     Sampling,
     Training,
-    flatten,
-    from_dict,
-    to_dict,
 )
+from dpdist.config.tree import flatten, from_dict, setting_names, to_dict
 
 __all__ = [
     "SECTIONS",
@@ -33,5 +31,6 @@ __all__ = [
     "Training",
     "flatten",
     "from_dict",
+    "setting_names",
     "to_dict",
 ]

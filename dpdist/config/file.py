@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
-from dpdist.config import Config, from_dict, to_dict
+from dpdist.config import Config, from_dict, setting_names, to_dict
+from dpdist.config.constraints import expand_home
+from dpdist.config.nearest import did_you_mean
 from dpdist.errors import InputError
 
 
@@ -34,15 +36,55 @@ for _kind in (Yaml, YamlDumper):
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
+class GivenTwiceError(yaml.YAMLError):
+    """A key stands twice in one mapping; YAML's own readers let the last one win in silence."""
+
+
+def parse(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+        GivenTwiceError: a key stands twice, which names it and both lines.
+    """
+    loader = Yaml(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _require_each_key_once(node, "", set())
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _require_each_key_once(node: yaml.Node, prefix: str, seen: set[int]) -> None:
+    if id(node) in seen:  # an alias may lead back to where it stands
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _require_each_key_once(item, prefix, seen)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                if (first := lines.get((key.tag, key.value))) is not None:
+                    raise GivenTwiceError(f"{name} is given twice, on lines {first} and {line}")
+                lines[key.tag, key.value] = line
+            _require_each_key_once(value, f"{name}.", seen)
+
+
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML config and apply `section.key=value` overrides, whose values are YAML too.
 
-    `run.dir` defaults to `runs/` and the file's name.
+    `run.dir` defaults to `runs/` and the file's name. Of two overrides of one setting the later one counts.
 
     Raises:
         InputError: the file cannot be read, or something in it cannot be used.
     """
-    path = Path(path)
+    path = Path(expand_home(path, "CONFIG"))
     tree = apply_overrides(read(path), overrides)
     if isinstance(tree.setdefault("run", {}), dict):
         tree["run"].setdefault("dir", f"runs/{path.stem}")
@@ -50,11 +92,17 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The sections of a YAML config as plain dicts."""
+    """The sections of a YAML config as plain dicts.
+
+    Raises:
+        InputError: there is no such file, it is no YAML of sections, or a section or key stands in it twice.
+    """
     try:
-        tree = yaml.load(path.read_text(), Loader=Yaml) or {}
+        tree = parse(path.read_text()) or {}
     except FileNotFoundError:
         raise InputError("CONFIG", str(path), "no such file; see configs/ for examples.") from None
+    except GivenTwiceError as error:
+        raise InputError("CONFIG", str(path), f"{error}; keep one of them.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError("CONFIG", str(path), f"cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -63,14 +111,22 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`tree` with each `section.key=value` set; deeper keys reach into `options`."""
+    """`tree` with each `section.key=value` set, the later over the earlier; deeper keys reach into `options`.
+
+    Raises:
+        InputError: an override is not of that form, or reaches into a value.
+    """
     for item in overrides:
         name, equals, text = item.partition("=")
         path = name.strip().split(".")
         if not equals or len(path) < 2 or not all(path):
-            raise InputError("override", item, "write section.key=value, such as privacy.clip_norm=0.5.")
+            meant = [full for full in setting_names() if full.partition(".")[2] == name.strip()]
+            meant_by = f"did you mean {' or '.join(meant)}? " if meant else did_you_mean(name, setting_names())
+            raise InputError("override", item, f"{meant_by}write section.key=value, such as privacy.clip_norm=0.5.")
         try:
-            value = yaml.load(text, Loader=Yaml)
+            value = parse(text)
+        except GivenTwiceError as error:
+            raise InputError(name, text, f"{error}; keep one of them.") from None
         except yaml.YAMLError:
             raise InputError(name, text, "the value is not YAML; quote it.") from None
         node = tree

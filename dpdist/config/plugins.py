@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpdist.config.nearest import did_you_mean
 from dpdist.errors import InputError
 
 
@@ -24,7 +25,8 @@ def load_function(path: str, field: str, builtin: Sequence[str]) -> Callable[...
     """
     module_name, colon, function_name = path.partition(":")
     if not colon or not module_name or not function_name:
-        raise InputError(field, path, f"give one of {', '.join(builtin)}, or module:function of your own.")
+        meant = did_you_mean(path, builtin)
+        raise InputError(field, path, f"{meant}give one of {', '.join(builtin)}, or module:function of your own.")
     here = find_modules_here()
     try:
         function = getattr(importlib.import_module(module_name), function_name, None)

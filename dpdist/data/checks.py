@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -41,7 +43,8 @@ def check_labels(source: Source, classes: int, field: str = "model.classes") -> 
     if labels is None:
         return
     if labels.dtype.kind not in "iu":
-        raise InputError("column 'label'", labels.dtype.name, "labels are integers from 0; convert them.")
+        row = np.empty(labels.shape[1:], labels.dtype)
+        raise InputError("data.source", _described("label", row), f"labels are integers from 0; {_convert(row)}.")
     if labels.min() < 0 or labels.max() >= classes:
         raise InputError(
             field,
@@ -49,6 +52,47 @@ def check_labels(source: Source, classes: int, field: str = "model.classes") -> 
             f"some labels lie outside 0 to {classes - 1}; set model.classes to the number of classes of the task, "
             "and number them from 0.",
         )
+
+
+def require_class_labels(example: Mapping[str, Any], part: str) -> None:
+    """Check that an example has one integer class as its `label`, which `cross_entropy` and the accuracy compare with.
+
+    Args:
+        example: what has the shape and dtype of each column of one example.
+        part: `train` or `test`, to be named in the error.
+
+    Raises:
+        InputError: there is no such column, or it holds something else, such as one-hot rows.
+    """
+    needs = f"each {part} example needs one integer class as its label"
+    if "label" not in example:
+        columns = ", ".join(sorted(example))
+        raise InputError("data.source", f"columns {columns}", f"{needs}; add a column named 'label'.")
+    label = example["label"]
+    if label.shape != () or label.dtype.kind not in "iu":
+        raise InputError("data.source", _described("label", label), f"{needs}, of shape []; {_convert(label)}.")
+
+
+def require_values(example: Mapping[str, Any]) -> None:
+    """Check that every column of one example holds at least one value.
+
+    Raises:
+        InputError: one holds none; its shape is in the error.
+    """
+    for name, value in example.items():
+        if 0 in value.shape:
+            raise InputError("data.source", _described(name, value), "holds no values; leave the column out.")
+
+
+def _described(name: str, value: Any) -> str:
+    return f"column {name!r}: {value.dtype.name}[{','.join(map(str, value.shape))}] an example"
+
+
+def _convert(label: Any) -> str:
+    """What makes classes of labels of this shape."""
+    if label.shape == ():
+        return "convert them"
+    return "drop the last axis (labels[:, 0])" if label.shape == (1,) else "take labels.argmax(-1) of one-hot rows"
 
 
 def _labels(source: Source) -> np.ndarray | None:

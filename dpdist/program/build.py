@@ -16,6 +16,7 @@ from dpdist.cluster.agreement import all_gather
 from dpdist.cluster.world import World
 from dpdist.config import Config
 from dpdist.data import Dataset, check_labels, open_dataset
+from dpdist.data.checks import require_class_labels, require_values
 from dpdist.data.sources import Source
 from dpdist.errors import InputError
 from dpdist.mechanism.clipping import UnsupportedLossError
@@ -79,11 +80,15 @@ def example_spec(source: Source) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of one example, by column.
 
     Raises:
-        InputError: a column is called `key`, the name of a randomised model's random key.
+        InputError: a column is called `key`, the name of a randomised model's random key, or holds no values.
     """
     if "key" in source[0]:
         raise InputError("data.source", "column 'key'", "is the name of the random key of an example; rename it.")
-    return {name: jax.ShapeDtypeStruct(np.shape(value), np.asarray(value).dtype) for name, value in source[0].items()}
+    example = {
+        name: jax.ShapeDtypeStruct(np.shape(value), np.asarray(value).dtype) for name, value in source[0].items()
+    }
+    require_values(example)
+    return example
 
 
 def with_key(example: dict[str, jax.ShapeDtypeStruct], model: models.Model) -> dict[str, Any]:
@@ -105,6 +110,10 @@ def build_setup(
     example = example_spec(dataset.train)
     classes = config.model.classes or dataset.classes
     model = models.build(config.model, example=example, classes=classes)
+    if model.loss is models.cross_entropy:
+        require_class_labels(example, "train")
+    if dataset.test is not None:
+        require_class_labels(example_spec(dataset.test), "test")
     optimizer = optimizers.build(config.optimizer, plan.steps_asked)
     params = model.init(jax.random.key(config.training.seed))
     loss = ExampleLoss(loss_fn=models.example_loss(model), params=params, example=with_key(example, model))

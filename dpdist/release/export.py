@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from dpdist import config as config_module
 from dpdist.config import Config
+from dpdist.config.constraints import expand_home
 from dpdist.config.file import YamlDumper
 from dpdist.errors import InputError
 from dpdist.release.statement import as_text
@@ -42,7 +43,7 @@ def export(run_dir: str | Path, to: str | Path, *, without_guarantee: bool = Fal
     Raises:
         InputError: there is nothing to export, `to` holds something, or no guarantee holds.
     """
-    run, to = RunDirectory(Path(run_dir)), Path(to)
+    run, to = RunDirectory(Path(expand_home(run_dir, "run_dir"))), Path(expand_home(to, "--to"))
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError("--to", str(to), "is there already; name a new or empty directory.")
     trained = load(run.root)

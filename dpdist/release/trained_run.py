@@ -15,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from dpdist import config as config_module
 from dpdist import models
 from dpdist.config import Config
+from dpdist.config.constraints import expand_home
 from dpdist.errors import InputError
 from dpdist.mechanism.ledger import Ledger, LedgerError
 from dpdist.mechanism.step import initial_state
@@ -57,7 +58,7 @@ def load(run_dir: str | Path) -> TrainedRun:
     Raises:
         InputError: there is no run, no checkpoint of one, or the newest is damaged.
     """
-    run = RunDirectory(Path(run_dir))
+    run = RunDirectory(Path(expand_home(run_dir, "run_dir")))
     if not run.config.exists():
         raise InputError("run_dir", str(run_dir), "holds no run (no config.yaml).")
     ledger = _ledger(run)

@@ -17,6 +17,7 @@ from dpdist.config import file as configfile
 from dpdist.errors import InputError
 from dpdist.mechanism.incarnation import step_settings
 from dpdist.mechanism.keys import SECRET_BYTES, Secret
+from dpdist.run.progress import say
 
 #: The statuses of a run that has nothing left to do.
 DONE = ("finished", "budget_exhausted")
@@ -84,9 +85,9 @@ class RunDirectory:
             InputError: it cannot be written, or holds something else.
         """
         known = {"private", "checkpoints", "ledger.jsonl"}  # what a start that failed early leaves
-        if self.root.is_dir() and not self.config.exists() and {p.name for p in self.root.iterdir()} - known:
-            raise InputError("run.dir", str(self.root), "holds files but no run; name a new or empty directory.")
         try:
+            if self.root.is_dir() and not self.config.exists() and {p.name for p in self.root.iterdir()} - known:
+                raise InputError("run.dir", str(self.root), "holds files but no run; name a new or empty directory.")
             self.private.mkdir(parents=True, exist_ok=True)
             self.private.chmod(0o700)
             self.logs.mkdir(mode=0o700, exist_ok=True)
@@ -166,8 +167,17 @@ class RunDirectory:
         return summary if same and before.checkpoint.resume_step == config.checkpoint.resume_step else None
 
     def read_summary(self) -> dict[str, Any] | None:
-        """The summary, or None where the run has not ended yet."""
-        return json.loads(self.summary.read_text()) if self.summary.exists() else None
+        """The summary, or None where the run has not ended yet, or where the file is not whole."""
+        try:
+            summary = json.loads(self.summary.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            summary = None
+        if not isinstance(summary, dict) or "status" not in summary:
+            say(f"dpdist: {self.summary} is not whole: going on as if there were none")
+            return None
+        return summary
 
 
 def write_atomically(path: Path, content: str | bytes, mode: int = 0o644) -> None:

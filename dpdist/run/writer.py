@@ -141,7 +141,8 @@ class RunWriter:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json` and the plots, and say how the run ended."""
         self._run.write_summary(summary)
-        plot_if_possible(self._run)
+        if self._config.run.plots:
+            plot_if_possible(self._run)
         say(closing_line(summary, self._run.root))
 
     def write_failure(self, step: int) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from dpdist import config
 from dpdist.config import file as configfile
+from dpdist.config.constraints import IsPath
+from dpdist.config.section import fields_of
 from dpdist.errors import InputError
 
 SMALLEST: dict[str, dict[str, Any]] = {"training": {"steps": 3}, "privacy": {"delta": 1e-5, "noise_multiplier": 1.0}}
@@ -42,7 +44,8 @@ def value_of(file: Path, override: str) -> Any:
         ("training.physical_batch_size=auto", "auto"),
         ("training.physical_batch_size=32", 32),
         ("model.options={hidden: [64, 32], activation: relu}", {"hidden": [64, 32], "activation": "relu"}),
-        ("data.path=~/data with spaces/a=b", "~/data with spaces/a=b"),
+        ("data.path=/data with spaces/a=b", "/data with spaces/a=b"),
+        ("data.path=~/data with spaces/a=b", f"{Path.home()}/data with spaces/a=b"),
         ("run.dir=7", "7"),
         ("run.progress=off", "off"),
     ],
@@ -62,8 +65,19 @@ def test_overrides_reach_into_options_and_keep_the_rest(file: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "field", "remedy"),
     [
-        ("training.stepz=3", "training.stepz", "no such key; training has steps"),
-        ("trainings.steps=3", "trainings", "no such section; the sections are data, model"),
+        ("training.stepz=3", "training.stepz", "no such key; did you mean training.steps? training has steps, epochs"),
+        ("training.zzz=3", "training.zzz", "no such key; training has steps, epochs"),
+        ("training.learning_rate=3", "training.learning_rate", "did you mean optimizer.learning_rate? training has"),
+        ("trainings.steps=3", "trainings", "no such section; did you mean training? the sections are data, model"),
+        ("zzz.steps=3", "zzz", "no such section; the sections are data, model"),
+        ("learning_rate=3", "override", "did you mean optimizer.learning_rate? write section.key=value"),
+        ("optimizer.nmae", "override", "did you mean optimizer.name? write section.key=value"),
+        ("optimizer.name=adaamw", "optimizer.name", "no such choice; did you mean adamw? give one of sgd, adam, adamw"),
+        ("optimizer.name=3", "optimizer.name", "no such choice; give one of sgd"),
+        ("training.clipping=Ghost", "training.clipping", "did you mean ghost? give one of auto, per_example"),
+        ("training.physical_batch_size=atuo", "training.physical_batch_size", "did you mean auto? give int or auto"),
+        ("training.clipping_strategies={a: gost}", "training.clipping_strategies.a", "did you mean ghost? give ghost"),
+        ("data.options={a: 1, b: 2, a: 3}", "data.options", "a is given twice, on lines 1 and 1"),
         ("training.steps=3.5", "training.steps", "wrong type; give int"),
         ("training.steps=true", "training.steps", "wrong type; give int"),
         ("training.steps=0", "training.steps", "at least 1"),
@@ -115,6 +129,10 @@ def test_overrides_reach_into_options_and_keep_the_rest(file: Path) -> None:
         ("cluster.shutdown_timeout=.inf", "cluster.shutdown_timeout", "wrong type; give int"),
         ("cluster.watchdog_timeout=0", "cluster.watchdog_timeout", "positive"),
         ("run.dir=''", "run.dir", "name a directory"),
+        (f"run.dir=runs/{'é' * 128}/x", "run.dir", "a name in a path has at most 255 bytes"),
+        ('run.dir="a\\0b"', "run.dir", "none of them 0"),
+        ("run.dir=~no-such-user/x", "run.dir", "no home directory of that name is known"),
+        ("run.plots=1", "run.plots", "wrong type; give bool"),
         ("run.log_every=0", "run.log_every", "at least 1"),
         ("privacy=3", "override", "section.key=value"),
         ("privacy.delta", "override", "section.key=value"),
@@ -130,13 +148,46 @@ def test_what_cannot_be_meant_is_refused_with_a_remedy(file: Path, override: str
     assert str(caught.value).startswith(f"{field} = {caught.value.value!r}: ")
 
 
+def test_a_section_made_in_python_is_checked_by_the_same_rules() -> None:
+    for make, field, remedy in (
+        (lambda: config.Optimizer(name="lion"), "optimizer.name", "no such choice"),
+        (lambda: config.Optimizer(learning_rate="fast"), "optimizer.learning_rate", "wrong type; give float"),
+        (lambda: config.Optimizer(learning_rate=-1), "optimizer.learning_rate", "positive"),
+        (lambda: config.Training(steps=True), "training.steps", "wrong type; give int"),
+        (lambda: config.Run(dir=3), "run.dir", "wrong type; give str"),
+    ):
+        with pytest.raises(InputError, match=remedy) as caught:
+            make()
+        assert caught.value.field == field
+    assert config.Privacy(enabled=False, clip_norm=-1).clip_norm == -1  # means nothing, and so forbids nothing
+
+
+def test_a_home_directory_is_expanded_in_every_path(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    paths = {"run.dir", "data.path", "cluster.compilation_cache"}
+    found = config.flatten(configfile.load(file, [f"{name}=~/there" for name in paths]))
+    assert {name: found[name] for name in paths} == dict.fromkeys(paths, f"{tmp_path}/home/there")
+    assert config.Run(dir="~/there").dir == f"{tmp_path}/home/there"
+    assert config.Run(dir=Path("~/there")).dir == f"{tmp_path}/home/there"
+    assert config.Run(dir="./~/there").dir == "./~/there"
+    declared = {
+        f"{name}.{key}"
+        for name, section in config.SECTIONS.items()
+        for key, field in fields_of(section).items()
+        if any(isinstance(each, IsPath) for each in field.constraints)
+    }
+    assert declared == paths
+
+
 def test_every_number_a_user_gives_is_checked(file: Path) -> None:
     """A field of numbers that takes NaN, or minus a million, is one that nobody thought about."""
     seeds = {"privacy.insecure_seed", "training.seed", "data.split_seed"}  # any whole number will do
     for name, value in config.flatten(configfile.load(file)).items():
         annotation = {f.name: f.type for f in dataclasses.fields(config.SECTIONS[name.split(".")[0]])}[
             name.split(".")[1]
-        ]  # type: ignore[arg-type]
+        ]
         if ("float" in annotation or "int" in annotation) and name not in seeds:
             for bad in (".nan", "-1000000"):
                 if name == "training.epochs":
@@ -205,6 +256,38 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str | None, w
     with pytest.raises(InputError, match=words) as caught:
         configfile.load(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("privacy: {delta: 1e-5}\nrun: {}\nprivacy: {enabled: false}\n", "privacy is given twice, on lines 1 and 3"),
+        ("privacy:\n  delta: 1\n  clip_norm: 1\n  delta: 2\n", "privacy.delta is given twice, on lines 2 and 4"),
+        ("model: {options: {a: {b: 1, 'b': 2}}}", "model.options.a.b is given twice, on lines 1 and 1"),
+        ("data: {options: {list: [{a: 1}, {a: 1,\n a: 2}]}}", "data.options.list.a is given twice, on lines 1 and 2"),
+    ],
+)
+def test_a_section_or_key_that_is_given_twice_is_an_error_with_both_lines(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    (tmp_path / "given.yaml").write_text(text)
+    with pytest.raises(InputError, match=f"{words}; keep one of them") as caught:
+        configfile.load(tmp_path / "given.yaml")
+    assert caught.value.value == str(tmp_path / "given.yaml")
+
+
+def test_what_a_merge_brings_may_be_given_again(tmp_path: Path) -> None:
+    """An anchor holds defaults, and an alias within itself is no endless walk."""
+    path = tmp_path / "merged.yaml"
+    path.write_text(
+        "data: {options: &base {a: 1, b: 2, c: &loop [*loop]}}\nmodel: {options: {<<: *base, a: 3}}\n"
+        "training: {steps: 3}\nprivacy: {enabled: false}\n"
+    )
+    assert {key: configfile.read(path)["model"]["options"][key] for key in "ab"} == {"a": 3, "b": 2}
+
+
+def test_of_two_overrides_of_one_setting_the_later_counts(file: Path) -> None:
+    assert configfile.load(file, ["training.steps=4", "training.steps=5"]).training.steps == 5
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dpdist.data import ArraySource, Subset, check_labels, checks, fingerprint
+from dpdist.data.checks import require_class_labels, require_values
 from dpdist.errors import InputError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (700, 2, 2), dtype=np.uint8)
@@ -63,8 +64,38 @@ def test_only_the_labels_of_the_subset_count() -> None:
 
 
 def test_labels_that_are_not_integers_are_refused() -> None:
-    with pytest.raises(InputError, match="column 'label' = 'float64'"):
+    with pytest.raises(InputError, match=r"column 'label': float64\[\] an example.*convert them"):
         check_labels(of(labels=LABELS.astype(float)), 5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (LABELS[:, None], r"int32\[1\] an example.*each test example needs one integer class.*labels\[:, 0\]"),
+        (np.eye(5, dtype=np.int64)[LABELS], r"int64\[5\] an example.*one integer class.*argmax\(-1\)"),
+        (np.eye(5, dtype=np.float32)[LABELS], r"float32\[5\] an example.*argmax\(-1\)"),
+        (LABELS.astype(np.float32), r"float32\[\] an example.*convert them"),
+        (LABELS > 2, r"bool\[\] an example.*convert them"),
+    ],
+)
+def test_labels_that_are_no_class_are_refused_with_their_shape_and_what_makes_classes_of_them(
+    labels: np.ndarray, words: str
+) -> None:
+    example = {"image": IMAGES[0], "label": labels[0]}
+    with pytest.raises(InputError, match=rf"data\.source = \"column 'label': {words}"):
+        require_class_labels(example, "test")
+    require_class_labels({"image": IMAGES[0], "label": LABELS[0]}, "test")
+
+
+def test_a_set_without_labels_is_told_what_it_lacks() -> None:
+    with pytest.raises(InputError, match=r"data\.source = 'columns image, target': .*add a column named 'label'"):
+        require_class_labels({"target": LABELS[0], "image": IMAGES[0]}, "train")
+
+
+def test_a_column_of_width_zero_is_refused() -> None:
+    with pytest.raises(InputError, match=r"data\.source = \"column 'extra': float64\[2,0\] an example\": holds no"):
+        require_values({"image": IMAGES[0], "extra": np.zeros((2, 0))})
+    require_values({"image": IMAGES[0], "label": LABELS[0]})
 
 
 def test_user_code_is_asked_for_the_first_sixteen_labels_only() -> None:

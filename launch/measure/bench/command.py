@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from dpdist.errors import InputError
+from dpdist_launch.paths import path_argument
 
 _CLIPPING = """\
 Time every way to compute the clipped gradient sum of ONE physical batch, side by side: the arms take turns in rounds,
@@ -41,7 +41,7 @@ def add_to(commands: Any) -> None:
     step.add_argument("config", metavar="CONFIG")
     step.add_argument("overrides", nargs="*", metavar="key=value")
     step.add_argument("--steps", type=int, default=20, help="steps measured, after the first two")
-    step.add_argument("--to", type=Path, help="write the JSON here as well")
+    step.add_argument("--to", type=path_argument, help="write the JSON here as well")
     step.set_defaults(run=_step)
 
     clipping = subjects.add_parser(
@@ -62,7 +62,7 @@ def add_to(commands: Any) -> None:
     add("--seconds", type=float, default=0.3, help="length of a turn, after one call that is not timed (0.3)")
     add("--largest-batch", action="store_true", help="also the largest batch that fits; compiles several more programs")
     add("--memory", type=float, default=8.0, metavar="GIB", help="memory that the largest batch must fit into (8)")
-    add("--to", type=Path, metavar="DIR", help="write clipping.json and clipping.md there as well")
+    add("--to", type=path_argument, metavar="DIR", help="write clipping.json and clipping.md there as well")
     clipping.set_defaults(run=_clipping)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdist.errors import InputError
+from dpdist_launch.paths import path_argument
 from dpdist_launch.slurm import options as sbatch
 
 _DESCRIPTION = """\
@@ -55,9 +56,14 @@ def add_to(commands: Any) -> None:
     add("--steps", type=int, default=20, help="measured steps of a point, after 3 that are not (20)")
     add("--cluster", choices=("slurm", "local"), default="slurm", help="submit jobs (the default), or run here")
     add("--jobs", type=int, default=4, help="SLURM jobs at once (4); 1 keeps them off each other's network")
-    add("--to", type=Path, metavar="DIR", help="directory of the sweep (scaling/ and the name of CONFIG)")
+    add("--to", type=path_argument, metavar="DIR", help="directory of the sweep (scaling/ and the name of CONFIG)")
     add("--time", default="01:00:00", metavar="HH:MM:SS", help="wall time of each SLURM job (01:00:00)")
-    add("--collect", type=Path, metavar="DIR", help="only write the reports of what DIR holds, and say what it lacks")
+    add(
+        "--collect",
+        type=path_argument,
+        metavar="DIR",
+        help="only write the reports of what DIR holds, and say what it lacks",
+    )
     sbatch.add_options(scaling)
     scaling.set_defaults(run=run)
 
