@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import compiled
+import jax
 import lanes
 import progress
 import pytest
@@ -21,6 +22,11 @@ compiled.keep_between_runs()
 @pytest.hookimpl(tryfirst=True)  # before the expression of `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     lanes.mark(items)
+    try:
+        jax.config.update("jax_num_cpu_devices", 8)
+    except RuntimeError as error:
+        # Some tests fork this process, and JAX's threads do not survive that: it must start in the tests that use it.
+        raise pytest.UsageError(f"a module uses JAX while it is imported; do it in a fixture ({error})") from None
 
 
 def pytest_configure(config: pytest.Config) -> None:

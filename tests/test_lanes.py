@@ -45,7 +45,7 @@ def test_the_longest_entry_decides() -> None:
 
 
 class House:
-    """A repository of its own, with two files of tests: one a lane."""
+    """A repository of its own, with a file of tests for each lane of a full run."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -53,14 +53,15 @@ class House:
         for name in ("run_lanes.py", "lanes.py", "progress.py"):
             shutil.copy(SUPPORT / name, root / "tests/support")
         (root / "tests/conftest.py").write_text(CONFTEST)
-        markers = "".join(f'    "{name}",\n' for name in ("fast", "compute", "wait"))
+        markers = "".join(f'    "{name}",\n' for name in lanes.NAMES)
         (root / "pyproject.toml").write_text(
             '[tool.pytest.ini_options]\naddopts = "-q --strict-markers"\npythonpath = ["tests/support"]\n'
             f"markers = [\n{markers}]\n"
         )
-        for folder in ("mechanism", "slurm"):
+        for folder in ("mechanism", "trainer", "slurm"):
             (root / "tests" / folder).mkdir()
-        self.compute, self.wait = root / "tests/mechanism/test_a.py", root / "tests/slurm/test_b.py"
+        self.compute, self.wait = root / "tests/mechanism/test_a.py", root / "tests/trainer/test_b.py"
+        (root / "tests/slurm/test_h.py").write_text("def test_h(): pass\n")
         self.compute.write_text("def test_a(): pass\n\ndef test_b(): pass\n")
         self.wait.write_text("import pytest\n\ndef test_c(): pass\n\n@pytest.mark.skip\ndef test_d(): pass\n")
 
@@ -89,19 +90,19 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 def test_all_lanes_pass_and_the_last_line_has_the_sum(house: House) -> None:
     done = house.run()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.fullmatch(r"===== 3 passed, 1 skipped in [\d.]+s =====", last_line(done))
+    assert re.fullmatch(r"===== 4 passed, 1 skipped in [\d.]+s =====", last_line(done))
     assert "slowest of compute:" in done.stdout
-    assert "tests.slurm.test_b::test_c" in done.stdout
+    assert "tests.trainer.test_b::test_c" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("body", "said", "summary"),
     [
-        ("def test_a(): assert 1 == 2\ndef test_b(): pass\n", "code 1", "1 failed, 2 passed, 1 skipped"),
-        ("import os\ndef test_a(): pass\ndef test_b(): os.kill(os.getpid(), 9)\n", "code -9", "1 passed, 1 skipped"),
-        ("import os\ndef test_a(): pass\ndef test_b(): os._exit(0)\n", "no results", "1 passed, 1 skipped"),
-        ("", "code 5", "1 passed, 1 skipped"),
-        ("def test_a(: pass\n", "code 2", "2 errors"),  # every lane collects all and selects
+        ("def test_a(): assert 1 == 2\ndef test_b(): pass\n", "code 1", "1 failed, 3 passed, 1 skipped"),
+        ("import os\ndef test_a(): pass\ndef test_b(): os.kill(os.getpid(), 9)\n", "code -9", "2 passed, 1 skipped"),
+        ("import os\ndef test_a(): pass\ndef test_b(): os._exit(0)\n", "no results", "2 passed, 1 skipped"),
+        ("", "code 5", "2 passed, 1 skipped"),
+        ("def test_a(: pass\n", "code 2", "3 errors"),  # every lane collects all and selects
     ],
     ids=["a failure", "killed half-way", "ended half-way as if well", "no tests", "not collected"],
 )
@@ -111,7 +112,7 @@ def test_a_lane_that_did_not_come_to_a_good_end_fails_the_run(house: House, body
     assert done.returncode == 1
     assert "lane compute FAILED: " in done.stdout
     assert said in done.stdout
-    assert last_line(done).startswith(f"===== {summary}, {2 if 'errors' in summary else 1} of 2 lanes FAILED in ")
+    assert last_line(done).startswith(f"===== {summary}, {3 if 'errors' in summary else 1} of 3 lanes FAILED in ")
 
 
 def test_a_lane_that_takes_too_long_is_ended_and_fails(house: House) -> None:
@@ -119,7 +120,7 @@ def test_a_lane_that_takes_too_long_is_ended_and_fails(house: House) -> None:
     done = house.run(DPDIST_LANE_MINUTES="0.05", DPDIST_LANE_INTERVAL="1")
     assert done.returncode == 1
     assert "lane wait is ended after 0.05 minutes" in done.stdout
-    assert "tests/slurm/test_b.py::test_c" in done.stdout  # what it was about, in a line of progress
+    assert "tests/trainer/test_b.py::test_c" in done.stdout  # what it was about, in a line of progress
 
 
 def test_a_test_without_a_lane_or_with_two_is_an_error_that_names_it(house: House) -> None:
@@ -129,7 +130,7 @@ def test_a_test_without_a_lane_or_with_two_is_an_error_that_names_it(house: Hous
     done = house.run()
     assert done.returncode == 1
     assert "tests/nowhere/test_e.py::test_e: no lane" in done.stdout
-    assert "tests/slurm/test_b.py::test_c: fast and wait" in done.stdout
+    assert "tests/trainer/test_b.py::test_c: fast and wait" in done.stdout
 
 
 def test_fast_runs_the_files_of_the_fast_lane_alone(house: House) -> None:

@@ -28,7 +28,6 @@ from dpdist.trainer import make_assigner
 from dpdist_launch.measure.scaling import point
 from dpdist_launch.measure.scaling.arms import ARMS, DP, SGD, SGD_SYNC, Share, accumulate_step, all_reduces, config_of
 
-jax.config.update("jax_num_cpu_devices", 8)  # before any backend is used
 STEPS = 5
 
 

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, and a rig: a compiled step of a small model whose gradients are known exactly."""
+"""A rig: a compiled step of a small model whose gradients are known exactly."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from dpdist.mechanism.clipping import clipped_grad_sum, plain_grad_sum
 from dpdist.mechanism.keys import Keys, Secret
 from dpdist.mechanism.sampling import assign
 from dpdist.mechanism.step import Microbatch, StepPrograms, TrainState, initial_state
-
-jax.config.update("jax_num_cpu_devices", 8)  # before any backend is used
 
 
 class Rig:

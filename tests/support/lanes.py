@@ -2,7 +2,8 @@
 
 `fast`     pure tests: no process is started and little is compiled. `bash tests/run.sh fast` runs them alone.
 `compute`  numerical tests in this process: they compile, and keep a core busy.
-`wait`     tests that start processes and wait for them: jobs, leases, watchdogs, faults, SLURM.
+`wait`     tests that start processes here and wait for them: jobs, leases, watchdogs, random kills.
+`hosts`    tests of jobs on hosts made for them, which wait still more: a virtual SLURM, networks and disks that fail.
 
 The longest entry of `LANES` that a test lies under gives its lane; a marker of a lane's name on a test overrides it. A
 test without a lane is an error of collection.
@@ -16,9 +17,11 @@ from pathlib import Path
 
 import pytest
 
-FAST, COMPUTE, WAIT = "fast", "compute", "wait"
-#: The processes of a full run, and the tests of each.
-SIDES = {COMPUTE: (FAST, COMPUTE), WAIT: (WAIT,)}
+FAST, COMPUTE, WAIT, HOSTS = NAMES = ("fast", "compute", "wait", "hosts")
+#: The processes of a full run, side by side, and the tests of each.
+SIDES = {COMPUTE: (FAST, COMPUTE), WAIT: (WAIT,), HOSTS: (HOSTS,)}
+#: Which of them yield the cores to the others, whose tests have bounds in seconds.
+YIELDING = (COMPUTE,)
 
 LANES = {
     "tests/cluster": WAIT,
@@ -32,7 +35,8 @@ LANES = {
     "tests/data": FAST,
     "tests/data/test_datasets.py::test_digits_are_those_of_scikit_learn_read_without_importing_it": WAIT,
     "tests/docker": WAIT,
-    "tests/faults": WAIT,
+    "tests/faults": HOSTS,
+    "tests/faults/test_soak.py": WAIT,
     "tests/launch": WAIT,
     "tests/launch/test_measure_clipping.py": COMPUTE,
     "tests/launch/test_scaling_arms.py": COMPUTE,
@@ -55,7 +59,7 @@ LANES = {
     "tests/run/test_failed_saves.py": WAIT,
     "tests/run/test_metrics.py": FAST,
     "tests/run/test_private_log.py": FAST,
-    "tests/slurm": WAIT,
+    "tests/slurm": HOSTS,
     "tests/test_cli.py": FAST,
     "tests/test_cli.py::test_dpdist_train_is_the_function_whatever_was_imported_before": WAIT,
     "tests/test_cli.py::test_questions_are_answered_without_starting_jax": WAIT,
@@ -86,7 +90,7 @@ def mark(items: Iterable[pytest.Item]) -> None:
     """
     wrong = []
     for item in items:
-        chosen = {name for name in (FAST, COMPUTE, WAIT) if item.get_closest_marker(name)}
+        chosen = {name for name in NAMES if item.get_closest_marker(name)}
         if not chosen and (lane := lane_of(item.nodeid)) is not None:
             item.add_marker(lane)
         elif len(chosen) != 1:

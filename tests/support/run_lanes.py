@@ -134,6 +134,8 @@ def start(name: str, expression: str, paths: list[str], directory: Path, environ
             stdout=log,
             stderr=subprocess.STDOUT,
         )
+    if name in lanes.YIELDING:
+        os.setpriority(os.PRIO_PROCESS, process.pid, 10)  # and all that it starts
     return Lane(name, directory, process, time.monotonic())
 
 
