@@ -1,4 +1,4 @@
-"""Runs that several tests look at, each made once."""
+"""The lane of every test, its compilation cache, and runs that several tests look at, each made once."""
 
 from __future__ import annotations
 
@@ -6,11 +6,41 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import compiled
+import jax
+import lanes
+import progress
 import pytest
-from jobs import Jobs, Run, wait_all
+from jobs import COMPILED_ANEW, CONFIG, Jobs, Run, wait_all
 
 if TYPE_CHECKING:
     from dpdist.run.checkpoint import Checkpoints
+
+compiled.keep_between_runs()
+
+
+@pytest.hookimpl(tryfirst=True)  # before the expression of `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    lanes.mark(items)
+    try:
+        jax.config.update("jax_num_cpu_devices", 8)
+    except RuntimeError as error:
+        # Some tests fork this process, and JAX's threads do not survive that: it must start in the tests that use it.
+        raise pytest.UsageError(f"a module uses JAX while it is imported; do it in a fixture ({error})") from None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    progress.register(config)
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Nothing comes from the compilation cache where a test, or its module, has the marker `compiles`."""
+    if request.node.get_closest_marker("compiles") is None:
+        yield
+        return
+    with compiled.anew():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -22,17 +52,18 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
 
 @pytest.fixture(scope="session")
 def uninterrupted(jobs: Jobs) -> Run:
-    """The reference: 2 processes with 2 devices each, left alone to the end."""
+    """The reference: 2 processes with 2 devices each, left alone to the end. As all three here, compiled on its own."""
     run = jobs.new("2x2")
-    wait_all([jobs.launch(run, 2, 2)])
+    wait_all([jobs.launch(run, 2, 2, **COMPILED_ANEW)])
     return run
 
 
 @pytest.fixture(scope="session")
 def single(jobs: Jobs) -> Run:
-    """One process with one device."""
+    """One process with one device; with its plots."""
     run = jobs.new("1x1")
-    wait_all([jobs.train(run)])
+    plots = ["run.plots=true"] if "plots" in CONFIG["run"] else []
+    wait_all([jobs.train(run, *plots, **COMPILED_ANEW)])
     return run
 
 
@@ -40,7 +71,7 @@ def single(jobs: Jobs) -> Run:
 def four_processes(jobs: Jobs) -> Run:
     """Four processes with one device each."""
     run = jobs.new("4x1")
-    wait_all(jobs.ranks(run, 4, 1))
+    wait_all(jobs.ranks(run, 4, 1, **COMPILED_ANEW))
     return run
 
 

@@ -72,12 +72,7 @@ class Bench:
             "shutdown_timeout": SHUTDOWN,
             "initialization_timeout": INITIALIZATION,
             "lease_timeout": LEASE,
-            # Starting up is compiling; every run here is the same program.
-            "compilation_cache": str(root / "cache"),
         }
-        for name, value in (("MIN_COMPILE_TIME_SECS", "0"), ("MIN_ENTRY_SIZE_BYTES", "-1")):
-            self.jobs.environ[f"JAX_PERSISTENT_CACHE_{name}"] = value
-        self.jobs.environ["WARM_IMPORTS"] = "dpdist.mechanism.accounting dpdist.run.plots"
         self.jobs.config.write_text(yaml.safe_dump(config))
         self._references: dict[tuple[int, int], Run] = {}
 

@@ -91,12 +91,11 @@ class Soak:
 
     def __init__(self, root: Path, seed: int, processes: list[int], between: Callable[[Run], None] | None = None):
         self.jobs = Jobs(root)
-        self.jobs.config.write_text(yaml.safe_dump(digits(root)))
+        self.jobs.config.write_text(yaml.safe_dump(digits()))
         # The launcher gives these where processes outnumber the cores; everything here must have the same.
         threads = {"NPROC": "1", "OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
-        cache = {"MIN_COMPILE_TIME_SECS": "0", "MIN_ENTRY_SIZE_BYTES": "-1"}
-        self.jobs.environ |= threads | {f"JAX_PERSISTENT_CACHE_{name}": value for name, value in cache.items()}
-        self.jobs.environ["WARM_IMPORTS"] = "sklearn.datasets dpdist.mechanism.accounting dpdist.run.plots"
+        self.jobs.environ |= threads
+        self.jobs.environ["WARM_IMPORTS"] += " sklearn.datasets"
         self.draw, self.processes, self.between = random.Random(seed), processes, between
         self.tally = Tally(seed)
         self.references: dict[int, Run] = {}
@@ -248,7 +247,7 @@ def content(run: Run) -> bytes:
     return ledger.read_bytes() if ledger.exists() else b""
 
 
-def digits(root: Path) -> dict[str, Any]:
+def digits() -> dict[str, Any]:
     """`configs/digits.yaml`, saved often, with a known seed so that runs can be compared."""
     config = yaml.safe_load((Path(__file__).parents[2] / "configs/digits.yaml").read_text())
     config["training"] |= {"steps": STEPS, "record_digests": True}
@@ -260,7 +259,6 @@ def digits(root: Path) -> dict[str, Any]:
         "watchdog_timeout": 60,
         "shutdown_timeout": 60,
         "initialization_timeout": 150,
-        "compilation_cache": str(root / "cache"),
     }
     return config
 

@@ -26,6 +26,8 @@ from dpdist_launch.measure.bench.program import LARGEST, Arm, Compiled, Program,
 from dpdist_launch.measure.bench.rounds import interleaved, ratios
 from dpdist_launch.measure.bench.tasks import TASKS, Problem, Task, problem_of
 
+pytestmark = pytest.mark.compiles  # seconds, memory and operations are those of programs compiled here
+
 IMAGE = {"image": ((16, 16, 1), "uint8"), "label": ((), "int32")}
 BOUNDS = {"image": 256, "label": 10}
 CNN = Task(model=Model(name="cnn"), example=IMAGE, bounds=BOUNDS, batch=6)

@@ -36,7 +36,6 @@ from dpdist_launch.measure.scaling.arms import (
     config_of,
 )
 
-jax.config.update("jax_num_cpu_devices", 8)  # before any backend is used
 STEPS = 5
 
 

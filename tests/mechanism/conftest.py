@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, and a rig: a compiled step of a small model with exactly known gradients."""
+"""A rig: a compiled step of a small model whose gradients are known exactly."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ from dpdist.mechanism.step import (
     initial_state,
     noisy_update,
 )
-
-jax.config.update("jax_num_cpu_devices", 8)  # before any backend is used
 
 
 class Rig:

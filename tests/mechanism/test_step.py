@@ -249,6 +249,7 @@ def compiled() -> Iterator[list[str]]:
 
 
 @PLACED
+@pytest.mark.compiles
 def test_nothing_is_compiled_after_the_construction(rig: RigOf, compiled: list[str], placement: str) -> None:
     jax.jit(lambda x: x * len(placement))(np.ones(3)).block_until_ready()
     assert len(compiled) == 1  # the listener hears

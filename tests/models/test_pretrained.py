@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,18 @@ from tiny import CLASSES, GOLDEN, build, golden, logits, size
 from dpdist.errors import InputError
 from dpdist.models.pretrained import interpolate_positions
 
-KEY = jax.random.key(0)
 Tensors = dict[str, np.ndarray]
 
 
+@cache
+def key() -> jax.Array:
+    """Made when it is used: JAX must not start while modules are imported."""
+    return jax.random.key(0)
+
+
 def loaded(name: str, path: Path, **options: Any) -> Any:
-    """Load the tiny model's parameters from the weights at `path`."""
-    return build(name, pretrained=str(path), **options).init(KEY)
+    """Parameters of the tiny model from the weights at `path`."""
+    return build(name, pretrained=str(path), **options).init(key())
 
 
 def same(a: Any, b: Any) -> bool:
@@ -68,7 +74,7 @@ def test_a_file_a_directory_and_shards_hold_the_same(name: str, tmp_path: Path) 
     sharded(tmp_path / "shards", load_file(file))
     assert same(expected, loaded(name, tmp_path / "one"))
     assert same(expected, loaded(name, tmp_path / "shards"))
-    fresh = jax.eval_shape(build(name).init, KEY)
+    fresh = jax.eval_shape(build(name).init, key())
     assert jax.tree.map(lambda x: (x.shape, x.dtype), fresh) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
 
 
@@ -117,7 +123,7 @@ def test_a_classifier_for_as_many_classes_is_kept() -> None:
 def test_a_classifier_for_other_classes_is_new_and_all_zeros(name: str) -> None:
     path, data, _ = golden(name)
     model = build(name, classes=7, pretrained=str(path))
-    params = model.init(KEY)
+    params = model.init(key())
     assert np.array_equal(logits(model, params, data), np.zeros((4, 7)))
     kept = {part: values for part, values in loaded(name, path).items() if part != "head"}
     assert same(kept, {part: values for part, values in params.items() if part != "head"})
@@ -274,10 +280,10 @@ def test_the_shapes_of_a_model_need_no_file(tmp_path: Path) -> None:
     """Loading a finished run needs only shapes and its checkpoint; the machine may not have the weights."""
     model = build("vit", pretrained=str(tmp_path / "gone"))
     params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
-    assert size(params) == size(jax.eval_shape(build("vit").init, KEY))
+    assert size(params) == size(jax.eval_shape(build("vit").init, key()))
     assert params["head"]["bias"].shape == (CLASSES,)
 
 
 def test_a_traced_init_is_never_mistaken_for_weights() -> None:
-    traced = jax.jit(build("vit", pretrained=str(GOLDEN / "vit.safetensors")).init)(KEY)
+    traced = jax.jit(build("vit", pretrained=str(GOLDEN / "vit.safetensors")).init)(key())
     assert all(jnp.isnan(leaf).all() for leaf in jax.tree.leaves(traced))

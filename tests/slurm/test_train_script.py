@@ -12,12 +12,21 @@ from typing import Any
 
 import pytest
 from batch import LIMIT, REPOSITORY, SCRIPT, Batch, sbatch
+from forks import fork_server
 from jobs import STEPS, Jobs, Run, wait_all, wait_for
 
 #: Seconds that `srun --kill-on-bad-exit` may take to end a job after one of its ranks has died.
 BOUND_AFTER_A_DEATH = 60.0
 #: What changes from one start of a run to the next, or with where it runs.
 VOLATILE = {"examples_per_second"}
+#: What a rank of `dpdist train configs/digits.yaml` imports.
+IMPORTS = (
+    "dpdist_launch.training",
+    "dpdist.mechanism.accounting",
+    "dpdist.run.plots",
+    "flax.nnx",
+    "sklearn.datasets",
+)
 #: Of jobs: each has a log of its own.
 NUMBERS = itertools.count()
 
@@ -87,24 +96,26 @@ def test_eighty_processes_on_twenty_nodes(slurm: dict[str, str], jobs: Jobs) -> 
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "NPROC": "1"}
     run, alone = jobs.new("80"), jobs.new("digits-alone")
     began = time.monotonic()
-    batch = sbatch(
-        slurm,
-        SCRIPT,
-        "configs/digits.yaml",
-        "--run-dir",
-        str(run.root),
-        *settings,
-        nodes=20,
-        tasks_per_node=4,
-        log=run.root.with_suffix(".log"),
-        **quick,
-    )
-    assert batch.wait(3 * LIMIT) == "COMPLETED", batch.text
+    with fork_server(jobs.root, jobs.environ | quick, *IMPORTS) as dpdist:
+        batch = sbatch(
+            slurm,
+            SCRIPT,
+            "configs/digits.yaml",
+            "--run-dir",
+            str(run.root),
+            *settings,
+            nodes=20,
+            tasks_per_node=4,
+            log=run.root.with_suffix(".log"),
+            DPDIST=str(dpdist),
+            **quick,
+        )
+        assert batch.wait(3 * LIMIT) == "COMPLETED", batch.text
     print(f"80 processes: {time.monotonic() - began:.0f} s from submission to the end")
     summary = run.summary
     assert (summary["status"], summary["processes"], summary["devices"]) == ("finished", 80, 80)
     command = [sys.executable, "-m", "launch", "train", "configs/digits.yaml", *settings, "--run-dir", str(alone.root)]
-    # Not a fork of a Python that has read its environment: XLA rounds the noise as it optimises.
+    # Not a fork of a Python that has read another environment: XLA rounds the noise as it optimises.
     subprocess.run(command, cwd=REPOSITORY, env=jobs.environ | quick, check=True, timeout=LIMIT)
     assert summary["epsilon"] == alone.summary["epsilon"]
     assert run.digests == alone.digests

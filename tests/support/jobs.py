@@ -15,14 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import compiled
 import yaml
 
-import dpdist
+import dpdist.config
 from dpdist.cluster.environment import LOCAL_VARIABLES, free_port
 
 #: Seconds any process may take: many times what the slowest needs on two idle cores.
 LIMIT = 300.0
 STEPS, EVERY = 16, 4
+#: In the environment of a run: nothing comes from the compilation cache.
+COMPILED_ANEW = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 CONFIG: dict[str, dict[str, Any]] = {
     "data": {"source": "userland:arrays", "workers": 2},
@@ -39,7 +42,8 @@ CONFIG: dict[str, dict[str, Any]] = {
         "shutdown_timeout": 100,
         "watchdog_timeout": 200,
     },
-    "run": {"log_every": 2},
+    # Drawing takes a fifth of such a run; `single` has plots.
+    "run": {"log_every": 2} | ({"plots": False} if hasattr(dpdist.config.Run, "plots") else {}),
 }
 
 
@@ -251,6 +255,10 @@ class Jobs:
         self._warm: subprocess.Popen[str] | None = None
         ours = ("JAX_", "XLA_", "DPDIST_", "SLURM_", "CUDA_", "PACE", "NPROC", "OMP_")
         self.environ = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        # Most of what a run costs here is compiling; every run of these jobs is one of few programs. The cache is of
+        # these jobs alone, so that each program is compiled at least once whenever the tests run.
+        self.environ |= {name.upper(): str(value) for name, value in compiled.settings(root / "cache").items()}
+        self.environ["WARM_IMPORTS"] = "dpdist.mechanism.accounting dpdist.run.plots"
         source = str(Path(dpdist.__file__).parents[1])
         self.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
 

@@ -105,6 +105,7 @@ def count_compilations(config: dict[str, Any]) -> dict[str, Any]:
         if name == "/jax/core/compile/backend_compile_duration":
             compiled.append(name)
 
+    jax.config.update("jax_enable_compilation_cache", False)
     jax.monitoring.register_event_duration_secs_listener(listen)
     step_done, flush = Recorder.step_done, Recorder.flush
 
@@ -175,6 +176,8 @@ def child(command: dict[str, Any]) -> NoReturn:
         os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), descriptor)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
     os.environ.update(command["environ"])
+    if os.environ.get("JAX_ENABLE_COMPILATION_CACHE") == "false":  # JAX has read its environment
+        jax.config.update("jax_enable_compilation_cache", False)
     if "argv" in command:
         sys.argv = ["dpdist", *command["argv"]]
         sys.exit(dpdist_launch.cli.main())

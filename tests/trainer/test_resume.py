@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jobs import EVERY, STEPS, Ended, Jobs, Run
+from jobs import COMPILED_ANEW, EVERY, STEPS, Ended, Jobs, Run
 
 from dpdist.run import metrics
 
@@ -50,7 +50,7 @@ def hammered(jobs: Jobs) -> Hammered:
     os.kill(running.pid, signal.SIGTERM)
     preempted = running.wait()
     summary, checkpoints = run.summary, run.checkpoints
-    return Hammered(run, killed, preempted, summary, checkpoints, jobs.launch(run, 2, 2).wait())
+    return Hammered(run, killed, preempted, summary, checkpoints, jobs.launch(run, 2, 2, **COMPILED_ANEW).wait())
 
 
 def test_a_killed_rank_ends_the_job_with_an_error_that_names_it(hammered: Hammered) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import userland
-from jobs import STEPS, Jobs, Run, wait_all
+from jobs import COMPILED_ANEW, STEPS, Jobs, Run, wait_all
 
 OTHERS = ["1x1", "1x4", "4x1", "2x2 shard"]
 
@@ -16,8 +16,8 @@ OTHERS = ["1x1", "1x4", "4x1", "2x2 shard"]
 @pytest.fixture(scope="module")
 def runs(jobs: Jobs, uninterrupted: Run, single: Run, four_processes: Run) -> dict[str, Run]:
     runs = {"1x4": jobs.new("1x4"), "2x2 shard": jobs.new("shard")}
-    wait_all([jobs.train(runs["1x4"], "cluster.devices_per_process=4")])
-    wait_all(jobs.ranks(runs["2x2 shard"], 2, 2, "sampling.assignment=shard"))
+    wait_all([jobs.train(runs["1x4"], "cluster.devices_per_process=4", **COMPILED_ANEW)])
+    wait_all(jobs.ranks(runs["2x2 shard"], 2, 2, "sampling.assignment=shard", **COMPILED_ANEW))
     return runs | {"2x2": uninterrupted, "1x1": single, "4x1": four_processes}
 
 

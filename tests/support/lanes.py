@@ -1,0 +1,99 @@
+"""Which lane each test runs in: the one place that decides it.
+
+`fast`     pure tests: no process is started and little is compiled. `bash tests/run.sh fast` runs them alone.
+`compute`  numerical tests in this process: they compile, and keep a core busy.
+`wait`     tests that start processes here and wait for them: jobs, leases, watchdogs, random kills.
+`hosts`    tests of jobs on hosts made for them, which wait still more: a virtual SLURM, networks and disks that fail.
+
+The longest entry of `LANES` that a test lies under gives its lane; a marker of a lane's name on a test overrides it. A
+test without a lane is an error of collection.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+FAST, COMPUTE, WAIT, HOSTS = NAMES = ("fast", "compute", "wait", "hosts")
+#: The processes of a full run, side by side, and the tests of each.
+SIDES = {COMPUTE: (FAST, COMPUTE), WAIT: (WAIT,), HOSTS: (HOSTS,)}
+#: Which of them yield the cores to the others, whose tests have bounds in seconds.
+YIELDING = (COMPUTE,)
+
+LANES = {
+    "tests/cluster": WAIT,
+    "tests/cluster/test_environment.py": FAST,
+    "tests/cluster/test_straggler.py": FAST,
+    "tests/cluster/test_straggler.py::test_a_slow_rank_is_reported_by_rank_and_host_and_only_on_process_0": WAIT,
+    "tests/cluster/test_straggler.py::test_equally_fast_ranks_are_not_reported": WAIT,
+    "tests/cluster/test_straggler.py::test_one_process_is_never_timed": WAIT,
+    "tests/cluster/test_straggler.py::test_a_lost_coordination_service_is_no_error": WAIT,
+    "tests/config": FAST,
+    "tests/data": FAST,
+    "tests/data/test_datasets.py::test_digits_are_those_of_scikit_learn_read_without_importing_it": WAIT,
+    "tests/docker": WAIT,
+    "tests/faults": HOSTS,
+    "tests/faults/test_soak.py": WAIT,
+    "tests/launch": WAIT,
+    "tests/launch/test_measure_clipping.py": COMPUTE,
+    "tests/launch/test_scaling_arms.py": COMPUTE,
+    "tests/launch/test_scaling_model.py": FAST,
+    "tests/launch/test_scaling_report.py": FAST,
+    "tests/mechanism": COMPUTE,
+    "tests/mechanism/test_accounting.py": FAST,
+    "tests/mechanism/test_composition.py": FAST,
+    "tests/mechanism/test_incarnation.py": FAST,
+    "tests/mechanism/test_keys.py": FAST,
+    "tests/mechanism/test_ledger.py": FAST,
+    "tests/mechanism/test_noise.py": FAST,
+    "tests/mechanism/test_sampling.py": FAST,
+    "tests/mechanism/test_step_plan.py": FAST,
+    "tests/models": COMPUTE,
+    "tests/program": COMPUTE,
+    "tests/program/test_device_rates.py": FAST,
+    "tests/release": WAIT,
+    "tests/run": COMPUTE,
+    "tests/run/test_failed_saves.py": WAIT,
+    "tests/run/test_metrics.py": FAST,
+    "tests/run/test_private_log.py": FAST,
+    "tests/slurm": HOSTS,
+    "tests/test_cli.py": FAST,
+    "tests/test_cli.py::test_dpdist_train_is_the_function_whatever_was_imported_before": WAIT,
+    "tests/test_cli.py::test_questions_are_answered_without_starting_jax": WAIT,
+    "tests/test_lanes.py": WAIT,
+    "tests/test_rooms.py": FAST,
+    "tests/test_rooms.py::test_the_mechanism_loads_no_other_room": WAIT,
+    "tests/trainer": WAIT,
+}
+
+
+def lane_of(test: str) -> str | None:
+    """The lane of a test, or of a file, by its pytest id; None where no entry covers it."""
+    covering = [place for place in LANES if re.match(rf"{re.escape(place)}($|/|::|\[)", test)]
+    return LANES[max(covering, key=len)] if covering else None
+
+
+def files(root: Path, lane: str) -> list[str]:
+    """The test files below the repository `root` whose lane this is."""
+    found = (path.relative_to(root).as_posix() for path in sorted((root / "tests").rglob("test_*.py")))
+    return [path for path in found if lane_of(path) == lane]
+
+
+def mark(items: Iterable[pytest.Item]) -> None:
+    """Give every test the marker of its lane.
+
+    Raises:
+        pytest.UsageError: a test belongs to no lane, or to two.
+    """
+    wrong = []
+    for item in items:
+        chosen = {name for name in NAMES if item.get_closest_marker(name)}
+        if not chosen and (lane := lane_of(item.nodeid)) is not None:
+            item.add_marker(lane)
+        elif len(chosen) != 1:
+            wrong.append(f"{item.nodeid}: {' and '.join(sorted(chosen)) or 'no lane'}")
+    if wrong:
+        raise pytest.UsageError("give each test one lane, in tests/support/lanes.py:\n  " + "\n  ".join(wrong))
