@@ -79,7 +79,12 @@ def parser() -> argparse.ArgumentParser:
         "exhausted, 75 preempted and saved (run it again), 124 stuck, 2 bad input, 1 failed.",
     )
     train.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides, e.g. privacy.clip_norm=0.5")
+    train.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="config overrides, e.g. privacy.clip_norm=0.5; `dpdist settings` lists all keys",
+    )
     train.add_argument("--run-dir", help="the run directory (run.dir); an existing run there is resumed")
     train.add_argument("--processes", type=int, help="start this many processes on this machine")
     train.set_defaults(run=_train)

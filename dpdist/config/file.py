@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dpdist.config import Config, from_dict, setting_names, to_dict
+from dpdist.config import SECTIONS, Config, from_dict, setting_names, to_dict
 from dpdist.config.constraints import expand_home
 from dpdist.config.nearest import did_you_mean
 from dpdist.errors import InputError
@@ -120,9 +120,9 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str,
         name, equals, text = item.partition("=")
         path = name.strip().split(".")
         if not equals or len(path) < 2 or not all(path):
-            meant = [full for full in setting_names() if full.partition(".")[2] == name.strip()]
-            meant_by = f"did you mean {' or '.join(meant)}? " if meant else did_you_mean(name, setting_names())
-            raise InputError("override", item, f"{meant_by}write section.key=value, such as privacy.clip_norm=0.5.")
+            raise InputError(
+                "override", item, f"{_meant_by(name.strip())}write section.key=value, such as privacy.clip_norm=0.5."
+            )
         try:
             value = parse(text)
         except GivenTwiceError as error:
@@ -136,6 +136,14 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str,
                 raise InputError(name, text, f"{key} holds a value, not keys.")
         node[path[-1]] = value
     return tree
+
+
+def _meant_by(name: str) -> str:
+    """The hint about an override that has no section, or is no setting."""
+    if name in SECTIONS or name in setting_names():
+        return ""
+    exact = [full for full in setting_names() if full.partition(".")[2] == name]
+    return f"did you mean {' or '.join(exact)}? " if exact else did_you_mean(name, setting_names())
 
 
 def dump(config: Config) -> str:

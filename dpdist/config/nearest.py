@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 
 def nearest(word: object, names: Iterable[str]) -> str | None:
-    """The one of `names` most like `word`, or None where none is like it; case does not matter."""
-    by_lower_case = {name.lower(): name for name in names}
-    found = difflib.get_close_matches(str(word).lower(), by_lower_case, n=1)
+    """The one of `names` most like `word`, or whose initials it is, as `lr`; None where there is none such."""
+    text, by_lower_case = str(word).lower(), {name.lower(): name for name in names}
+    found = difflib.get_close_matches(text, by_lower_case, n=1)
+    found += [name for name in by_lower_case if "_" in name and "".join(part[:1] for part in name.split("_")) == text]
     return by_lower_case[found[0]] if found else None
 
 

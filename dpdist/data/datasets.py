@@ -135,7 +135,7 @@ BUILT_IN: dict[str, Callable[..., Dataset]] = {
 def _path(data: Data) -> Path:
     if data.path is None:
         raise InputError("data.path", None, f"the source {data.source} needs the path of its files.")
-    return Path(data.path).expanduser()
+    return Path(data.path)
 
 
 def _from_arrays(

@@ -43,7 +43,8 @@ def export(run_dir: str | Path, to: str | Path, *, without_guarantee: bool = Fal
     Raises:
         InputError: there is nothing to export, `to` holds something, or no guarantee holds.
     """
-    run, to = RunDirectory(Path(expand_home(run_dir, "run_dir"))), Path(expand_home(to, "--to"))
+    run_dir = expand_home(run_dir, "run_dir")
+    run, to = RunDirectory(Path(run_dir)), Path(expand_home(to, "--to"))
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError("--to", str(to), "is there already; name a new or empty directory.")
     trained = load(run.root)

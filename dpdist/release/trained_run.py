@@ -58,7 +58,8 @@ def load(run_dir: str | Path) -> TrainedRun:
     Raises:
         InputError: there is no run, no checkpoint of one, or the newest is damaged.
     """
-    run = RunDirectory(Path(expand_home(run_dir, "run_dir")))
+    run_dir = expand_home(run_dir, "run_dir")
+    run = RunDirectory(Path(run_dir))
     if not run.config.exists():
         raise InputError("run_dir", str(run_dir), "holds no run (no config.yaml).")
     ledger = _ledger(run)

@@ -67,6 +67,7 @@ def test_overrides_reach_into_options_and_keep_the_rest(file: Path) -> None:
     [
         ("training.stepz=3", "training.stepz", "no such key; did you mean training.steps? training has steps, epochs"),
         ("training.zzz=3", "training.zzz", "no such key; training has steps, epochs"),
+        ("optimizer.lr=3", "optimizer.lr", "did you mean optimizer.learning_rate? optimizer has"),
         ("training.learning_rate=3", "training.learning_rate", "did you mean optimizer.learning_rate? training has"),
         ("trainings.steps=3", "trainings", "no such section; did you mean training? the sections are data, model"),
         ("zzz.steps=3", "zzz", "no such section; the sections are data, model"),
@@ -134,8 +135,8 @@ def test_overrides_reach_into_options_and_keep_the_rest(file: Path) -> None:
         ("run.dir=~no-such-user/x", "run.dir", "no home directory of that name is known"),
         ("run.plots=1", "run.plots", "wrong type; give bool"),
         ("run.log_every=0", "run.log_every", "at least 1"),
-        ("privacy=3", "override", "section.key=value"),
-        ("privacy.delta", "override", "section.key=value"),
+        ("privacy=3", "override", "'privacy=3': write section.key=value"),
+        ("privacy.delta", "override", "'privacy.delta': write section.key=value"),
         ("training.steps=[", "training.steps", "not YAML"),
         ("training.steps.first=3", "training.steps.first", "holds a value"),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from jobs import Jobs, Run, wait_all
 
+from dpdist.errors import InputError
 from dpdist.run.directory import RunDirectory
 
 
@@ -28,6 +29,20 @@ def test_a_tilde_is_the_home_directory_whichever_way_a_path_is_given(jobs: Jobs,
     assert json.loads(export.out)["to"] == str(tmp_path / "given")
     assert (tmp_path / "given/params.safetensors").exists()
     assert not (jobs.root / "~").exists()
+
+
+def test_a_tilde_is_the_home_directory_from_python_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dpdist.release.export import export
+    from dpdist.release.trained_run import load
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(InputError, match=rf"run_dir = '{tmp_path}/none': holds no run"):
+        load("~/none")
+    with pytest.raises(InputError, match=rf"run_dir = '{tmp_path}/none': holds no run"):
+        export("~/none", "~/to")
+    (tmp_path / "to").touch()
+    with pytest.raises(InputError, match=rf"--to = '{tmp_path}/to': is there already"):
+        export("~/none", "~/to")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--processes", "2"]])
