@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -65,17 +66,20 @@ class House:
         self.compute.write_text("def test_a(): pass\n\ndef test_b(): pass\n")
         self.wait.write_text("import pytest\n\ndef test_c(): pass\n\n@pytest.mark.skip\ndef test_d(): pass\n")
 
-    def run(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+    def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "DPDIST_"))}
+        return subprocess.Popen(
             [sys.executable, str(self.root / "tests/support/run_lanes.py"), *arguments],
-            env={k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "DPDIST_"))}
-            | {"TMPDIR": str(self.root)}
-            | environ,
-            capture_output=True,
+            env=kept | {"TMPDIR": str(self.root)} | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
-            check=False,
         )
+
+    def run(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments, **environ)
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.fixture
@@ -120,7 +124,17 @@ def test_a_lane_that_takes_too_long_is_ended_and_fails(house: House) -> None:
     done = house.run(DPDIST_LANE_MINUTES="0.05", DPDIST_LANE_INTERVAL="1")
     assert done.returncode == 1
     assert "lane wait is ended after 0.05 minutes" in done.stdout
-    assert "tests/trainer/test_b.py::test_c" in done.stdout  # what it was about, in a line of progress
+
+
+def test_it_shows_what_a_lane_is_about_and_told_to_end_it_ends_every_lane_and_does_not_pass(house: House) -> None:
+    house.wait.write_text("import time\ndef test_c(): time.sleep(100)\n")
+    process = house.start(DPDIST_LANE_INTERVAL="0.2")
+    assert process.stdout is not None
+    assert any("wait 0/1 (tests/trainer/test_b.py::test_c)" in line for line in iter(process.stdout.readline, ""))
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "lane wait FAILED: pytest ended with code 2" in out
 
 
 def test_a_test_without_a_lane_or_with_two_is_an_error_that_names_it(house: House) -> None:

@@ -36,18 +36,28 @@ class Batch:
         return self.log.read_text() if self.log.exists() else ""
 
     def state(self) -> str:
-        """SLURM's word, such as RUNNING or, of a job that ended, COMPLETED."""
-        shown = self.ask("scontrol", "show", "job", "--oneliner", self.id)
-        found = re.search(r"JobState=(\w+)", shown)
-        assert found is not None, shown
-        return found[1]
+        """SLURM's word, such as RUNNING or, of a job that ended, COMPLETED; SILENT where it does not answer in time.
+
+        A controller that shares two cores with eighty ranks may not; whoever asks asks again.
+        """
+        shown = subprocess.run(
+            ["scontrol", "show", "job", "--oneliner", self.id],
+            env=self.slurm,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        found = re.search(r"JobState=(\w+)", shown.stdout)
+        assert found is not None or "Invalid job id" not in shown.stderr, shown.stderr
+        return found[1] if found is not None else "SILENT"
 
     def wait(self, seconds: float = LIMIT) -> str:
         """The state in which the job ended; a requeued one has not."""
 
         def ended() -> str | None:
             state = self.state()
-            return state if state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING") else None
+            return state if state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SILENT") else None
 
         try:
             return wait_for(ended, seconds, every=0.2)

@@ -8,7 +8,10 @@ signals it gets, and ends as the fork ends; a command that is killed takes its f
 from __future__ import annotations
 
 import array
+import atexit
 import contextlib
+import gc
+import importlib
 import json
 import os
 import selectors
@@ -16,7 +19,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -130,12 +135,38 @@ def become(argv: list[str], environ: dict[str, str], directory: str, files: list
 
     import dpdist_launch.cli
 
-    sys.exit(dpdist_launch.cli.main())
+    end_with(dpdist_launch.cli.main)
+
+
+def share() -> None:
+    """Before the first fork: keep the collector from touching, and so copying, the pages that forks share."""
+    gc.collect()
+    gc.freeze()
+
+
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """End this fork as a process ends whose last call is `main`, but for taking all its objects apart.
+
+    That would copy every page it shares with the others: seconds of each of eighty forks.
+    """
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread():
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    import importlib
-
     for name in sys.argv[2:]:
         importlib.import_module(name)
+    share()
     serve(sys.argv[1])

@@ -249,7 +249,7 @@ class Jobs:
         self.root = root
         self.config = root / "base.yaml"
         self.config.write_text(yaml.safe_dump(CONFIG))
-        for name in ("userland.py", "warm.py"):
+        for name in ("userland.py", "warm.py", "forks.py"):
             shutil.copy(Path(__file__).with_name(name), root)
         self._numbers = itertools.count()
         self._warm: subprocess.Popen[str] | None = None

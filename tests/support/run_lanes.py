@@ -120,6 +120,15 @@ def progress_of(directory: Path) -> dict[str, object]:
         return {}
 
 
+def busy() -> float:
+    """Seconds that all cores of the machine have worked since it started; 0 where it does not say."""
+    try:
+        user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    except (OSError, ValueError):
+        return 0.0
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
 def start(name: str, expression: str, paths: list[str], directory: Path, environ: dict[str, str]) -> Lane:
     """pytest on the tests of `paths` that the expression of markers selects."""
     directory.mkdir(parents=True)
@@ -162,7 +171,7 @@ def run(parts: dict[str, tuple[str, list[str]]], environ: dict[str, str]) -> int
     root = Path(tempfile.mkdtemp(prefix="dpdist-tests-"))
     limit = 60 * float(environ.get("DPDIST_LANE_MINUTES", LIMIT))
     interval = float(environ.get("DPDIST_LANE_INTERVAL", INTERVAL))
-    began, over = time.monotonic(), threading.Event()
+    began, busy_before, over = time.monotonic(), busy(), threading.Event()
     running = [start(name, *what, root / name, environ) for name, what in parts.items()]
 
     def forward(number: int, _: FrameType | None) -> None:
@@ -181,17 +190,23 @@ def run(parts: dict[str, tuple[str, list[str]]], environ: dict[str, str]) -> int
         thread.join()
     over.set()
     progress.join()
-    return conclude(running, time.monotonic() - began, root)
+    return conclude(running, time.monotonic() - began, busy() - busy_before, root)
 
 
-def conclude(ended: list[Lane], wall: float, root: Path) -> int:
-    """Show every lane's output, the budget of time, and the sum; 0 where all passed, 1 otherwise."""
+def conclude(ended: list[Lane], wall: float, worked: float, root: Path) -> int:
+    """Show every lane's output, the budget of time, and the sum; 0 where all passed, 1 otherwise.
+
+    Args:
+        worked: seconds of work of all cores meanwhile, whoever had them do it.
+    """
     for lane in ended:
         print(f"\n{f' lane {lane.name} ':-^120}\n{lane.log}", flush=True)
     print(f"\n{' time ':-^120}")
     print(f"{'lane':8} {'tests':>6} {'wall':>9} {'CPU':>9}")
     for lane in ended:
         print(f"{lane.name:8} {len(lane.times):6} {lane.wall:7.0f} s {lane.cpu:7.0f} s")
+    cores = os.cpu_count() or 1
+    print(f"{'machine':8} {'':6} {wall:7.0f} s {worked:7.0f} s of {wall * cores:.0f} s; this holds SLURM's tasks too")
     for lane in ended:
         print(f"slowest of {lane.name}:")
         for seconds, name in sorted(lane.times, reverse=True)[:SLOWEST]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import flax.nnx  # noqa: F401 - imported once here instead of in every child
+import forks
 import jax
 import numpy as np
 import userland
@@ -169,6 +170,25 @@ def order_of_events(config: dict[str, Any]) -> list[list[Any]]:
     return events
 
 
+def drawn_before_charged(config: dict[str, Any]) -> dict[str, list[int]]:
+    """The steps whose noise was drawn, and those of them that the ledger's file did not charge by then."""
+    draw, ledger = StepPrograms.draw, Path(config["run"]["dir"]) / "ledger.jsonl"
+    drawn: list[int] = []
+    uncharged: list[int] = []
+
+    def watched(self: StepPrograms, keys: Any, step: int) -> Any:
+        records = [json.loads(line) for line in ledger.read_text().splitlines()]
+        blocks = [record for record in records if record["record"] == "steps"]
+        drawn.append(step)
+        if not any(block["start"] <= step < block["stop"] for block in blocks):
+            uncharged.append(step)
+        return draw(self, keys, step)
+
+    StepPrograms.draw = watched  # type: ignore[method-assign]
+    dpdist.train(dpdist.from_dict(config))
+    return {"drawn": drawn, "uncharged": uncharged}
+
+
 def child(command: dict[str, Any]) -> NoReturn:
     """What a fork does with the rest of its life."""
     os.setpgid(0, 0)
@@ -180,10 +200,14 @@ def child(command: dict[str, Any]) -> NoReturn:
         jax.config.update("jax_enable_compilation_cache", False)
     if "argv" in command:
         sys.argv = ["dpdist", *command["argv"]]
-        sys.exit(dpdist_launch.cli.main())
-    result = globals()[command["call"]](**command["keywords"])
-    Path(command["result"]).write_text(json.dumps(result))
-    sys.exit(0)
+        forks.end_with(dpdist_launch.cli.main)
+
+    def call() -> int:
+        result = globals()[command["call"]](**command["keywords"])
+        Path(command["result"]).write_text(json.dumps(result))
+        return 0
+
+    forks.end_with(call)
 
 
 def wait(pid: int, seconds: float) -> int | None:
@@ -203,6 +227,7 @@ def wait(pid: int, seconds: float) -> int | None:
 def serve() -> None:
     for name in os.environ.get("WARM_IMPORTS", "").split():
         importlib.import_module(name)
+    forks.share()
     children = set()
     for line in sys.stdin:
         command = json.loads(line)
