@@ -11,7 +11,7 @@ import jax
 import lanes
 import progress
 import pytest
-from jobs import COMPILED_ANEW, CONFIG, Jobs, Run, wait_all
+from jobs import COMPILED_ANEW, Jobs, Run, wait_all
 
 if TYPE_CHECKING:
     from dpdist.run.checkpoint import Checkpoints
@@ -62,8 +62,7 @@ def uninterrupted(jobs: Jobs) -> Run:
 def single(jobs: Jobs) -> Run:
     """One process with one device; with its plots."""
     run = jobs.new("1x1")
-    plots = ["run.plots=true"] if "plots" in CONFIG["run"] else []
-    wait_all([jobs.train(run, *plots, **COMPILED_ANEW)])
+    wait_all([jobs.train(run, "run.plots=true", **COMPILED_ANEW)])
     return run
 
 
