@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from dpdist.errors import InputError
 from dpdist.run.directory import write_atomically
@@ -130,10 +131,12 @@ def _without_compilation_cache() -> Iterator[None]:
     """Disable the compilation cache, which would falsify the compile times."""
     earlier = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined, unused-ignore]  # JAX 0.12 has it
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once in a process whether the cache is enabled
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", earlier)
+        compilation_cache.reset_cache()
 
 
 def arms_of(request: Request) -> list[Arm]:
