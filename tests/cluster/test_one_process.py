@@ -1,4 +1,4 @@
-"""One process uses no Gloo: it needs no name for its host, and nothing but its own output is on stdout."""
+"""One process uses no Gloo while it has one or two devices: no host name is needed, and stdout has only its output."""
 
 from __future__ import annotations
 
@@ -45,7 +45,13 @@ def test_it_plans_and_prints_one_json_object(nameless: Jobs) -> None:
     assert ended.out.count("\n") == 1
 
 
-@pytest.mark.parametrize(("processes", "implementation"), [(1, None), (2, "gloo")])
-def test_only_several_processes_use_gloo(processes: int, implementation: str | None) -> None:
-    program = "import jax; join(cluster()); report(used=jax.config.jax_cpu_collectives_implementation); leave()"
+@pytest.mark.parametrize(("processes", "devices", "implementation"), [(1, 2, None), (1, 4, "gloo"), (2, 1, "gloo")])
+def test_gloo_is_used_where_its_order_of_summation_matters(
+    processes: int, devices: int, implementation: str | None
+) -> None:
+    """Four devices add up in Gloo's order whether they are of one process or of four; two have only one order."""
+    program = (
+        f"import jax; join(cluster(devices_per_process={devices}));"
+        "report(used=jax.config.jax_cpu_collectives_implementation); leave()"
+    )
     assert [facts["used"] for facts in run_processes(program, processes)] == [implementation] * processes

@@ -50,7 +50,7 @@ def test_it_shows_the_choice_for_every_parameter_and_takes_another(jobs: Jobs, t
     lines = [line.split() for line in ended.out.splitlines()]
     assert ["a", "12x16", "ghost"] in lines
     assert ["c", "16x4", "instantiate"] in lines
-    assert ["d", "4", "instantiate", "it", "meets", "data", "in", "add"] in lines
+    assert ["d", "4", "instantiate", "no", "ghost", "norm", "for", "its", "use", "in", "add"] in lines
     assert "parameters  276, of which 260 train" in ended.out
     assert not (jobs.root / "runs").exists() or not list((jobs.root / "runs").glob("overruled*"))
 

@@ -79,7 +79,7 @@ def test_a_run_with_a_torn_summary_goes_on_and_may_want_plots_after_all(jobs: Jo
     assert not (run.root / "plots").exists()
     whole = run.summary
     (run.root / "summary.json").write_text("")
-    wait_all([jobs.train(run, "training.steps=2")])
+    wait_all([jobs.train(run, "training.steps=2", "run.plots=true")])
     assert (run.summary["params_sha256"], run.summary["step"]) == (whole["params_sha256"], 2)
     assert list((run.root / "plots").iterdir())
     assert run.plan["incarnation"] == 0  # there is one: to want plots is no other run
