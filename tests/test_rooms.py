@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import gc
 import io
 import subprocess
 import sys
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,15 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": {"slurm"},
 }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_finalised_while_parsing() -> Iterator[None]:
+    """Python 3.11's parser fails ("AST constructor recursion depth mismatch") where a finalizer runs in its midst."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def files_of(package: str) -> list[Path]:
