@@ -80,12 +80,11 @@ def settings(pattern: str | None = None) -> list[Setting]:
     Raises:
         InputError: it matches none.
     """
-    names = setting_names()
-    if pattern is not None:
-        glob = pattern.lower() if any(sign in pattern for sign in "*?[") else f"*{pattern.lower()}*"
-        names = [name for name in names if fnmatch.fnmatchcase(name, glob)]
+    if pattern is None:
+        return [_setting(name) for name in setting_names()]
+    glob = pattern.lower() if any(sign in pattern for sign in "*?[") else f"*{pattern.lower()}*"
+    names = [name for name in setting_names() if fnmatch.fnmatchcase(name, glob)]
     if not names:
-        assert pattern is not None
         raise InputError("PATTERN", pattern, f"matches no setting; {_meant_by(pattern)}`dpdist settings` lists all.")
     return [_setting(name) for name in names]
 

@@ -41,7 +41,8 @@ class Point:
     def of_name(name: str) -> Point:
         """The inverse of `name`."""
         match = re.fullmatch(r"(.+)-n(\d+)-r(\d+)", name)
-        assert match is not None, name
+        if match is None:
+            raise ValueError(f"{name!r} is not the name of a point")
         return Point(arm=match[1], nodes=int(match[2]), repeat=int(match[3]))
 
 
