@@ -15,6 +15,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Literal
 
 from dpdist.mechanism.clipping import clipped_grad_sum
+from dpdist.mechanism.clipping.weights import rounded_float32
 
 #: Operations that only move numbers, through which XLA sees the pair all the same.
 MOVES = {"reshape", "transpose", "squeeze", "broadcast_in_dim", "copy", "slice", "select_n", "concatenate"}
@@ -84,13 +85,13 @@ def problem() -> tuple[Any, Any]:
     return params, {"x": np.full((2, 4, 5), down, np.float32), "y": np.full((2, 4, 3), down, np.float32)}
 
 
-@pytest.mark.parametrize("how", ["ghost", "instantiate", "per_example"])
+@pytest.mark.parametrize("how", ["ghost", "instantiate", "two passes", "per_example"])
 @pytest.mark.parametrize("example", [0, 1])
 def test_an_example_adds_at_most_the_clip_norm_where_xla_drops_casts(how: str, example: int) -> None:
     params, batch = problem()
-    options: dict[str, Any] = (
-        {"method": "per_example"} if how == "per_example" else {"strategies": dict.fromkeys("wv", how)}
-    )
+    options: dict[str, Any] = {"strategies": dict.fromkeys("wv", how)}
+    if how in ("two passes", "per_example"):
+        options = {"method": "ghost" if how == "two passes" else how}
     clip_norm = 0.1
     clipped = clipped_grad_sum(loss, clip_norm=clip_norm, **options)
     mask = np.eye(2, dtype=np.float32)[example]
@@ -109,3 +110,23 @@ def test_the_evaluation_drops_pairs_of_casts_and_nothing_else() -> None:
     kept, short, reduced = evaluate(jax.make_jaxpr(f)(x), x)
     assert np.asarray(kept).ravel().tolist() == x.tolist()
     assert np.asarray(short, np.float32).tolist() == np.asarray(reduced).tolist() == [1.0, 3.0]
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+def test_a_number_of_a_short_format_keeps_its_value(dtype: Any) -> None:
+    """The smallest ones too, which `reduce_precision` to float16's own exponents would flush to 0."""
+    x = jnp.asarray([3e-5, 6e-8, -1.5, 0.1, 65504.0], dtype)
+    assert rounded_float32(x).tolist() == x.astype(jnp.float32).tolist()
+
+
+@pytest.mark.parametrize(("dtype", "passes"), [(jnp.float32, 2), (jnp.bfloat16, 1)])
+def test_the_sum_is_that_of_the_pass_whose_norms_were_taken_in_short_formats(dtype: Any, passes: int) -> None:
+    """Two passes that are compiled differently may round a value of a short format to different neighbours."""
+
+    def plain(params: Any, example: Any) -> Any:
+        return jnp.sum(jnp.sin(example["x"].astype(dtype) @ params["w"].astype(dtype)).astype(jnp.float32))
+
+    params, batch = problem()
+    mask = np.ones(2, np.float32)
+    traced = jax.make_jaxpr(clipped_grad_sum(plain, clip_norm=0.1, method="ghost"))(params, batch, mask)
+    assert str(traced).count(" sin ") == passes

@@ -25,7 +25,7 @@ from dpdist.mechanism.clipping.norms import Side, squared_norm
 from dpdist.mechanism.clipping.paths import trainable
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
 from dpdist.mechanism.clipping.strategy import LeafStrategy, sides_swapped
-from dpdist.mechanism.clipping.weights import rounded_float32, weigh, weighted_sum
+from dpdist.mechanism.clipping.weights import is_short, rounded_float32, weigh, weighted_sum
 
 #: (graph, params) -> (the strategy of every leaf, the factors of every use); see `strategy.strategies_of`.
 ChooseStrategies = Callable[[Graph, Any], tuple[list[LeafStrategy], list[Factors | None]]]
@@ -44,7 +44,8 @@ def bookkeeping_grad_sum(
     Args:
         choose: decides the strategy of every leaf.
         two_passes: run forward and backward once for the norms and once more for the sum, as ghost clipping does
-            (Li et al. 2022, arXiv 2110.05679): slower, but no gradient at an output is stored in between.
+            (Li et al. 2022, arXiv 2110.05679): slower, but no gradient at an output is stored in between. A loss that
+            computes in a format shorter than float32 gets one pass.
     """
 
     def clipped_sum(params: Any, batch: Any, mask: Float[Array | np.ndarray, " p"]) -> tuple[Any, Float32[Array, " p"]]:
@@ -76,7 +77,9 @@ def bookkeeping_grad_sum(
         norms, bounds = first.norms()
         scale, used = weigh(bounds, mask, clip_norm)
         second = first
-        if two_passes:
+        # What is rounded to a short format may differ by a unit in its last place between two passes that XLA compiles
+        # differently, far more than the norm's margin: then the sum is that of the pass the norms are of.
+        if two_passes and not first.short:
             # No weight is ever NaN, but XLA cannot prove it and so cannot merge the two passes into one. (An
             # optimization barrier would not do: XLA drops it.)
             never = jnp.isnan(scale).any()
@@ -132,6 +135,11 @@ class _Pass:
         with deriving():
             self._at_outputs, self._operands = jax.vmap(one_example, axis_size=examples)(*batch)
         self._instantiated = self._instantiate()
+
+    @property
+    def short(self) -> bool:
+        """Whether a factor, or a gradient at an output, is in a format shorter than float32."""
+        return any(is_short(leaf.dtype) for leaf in jax.tree.leaves((self._at_outputs, self._operands)))
 
     def norms(self) -> tuple[Float32[Array, " p"], Float32[Array, " p"]]:
         """Return (|g_i|, an upper bound on |g_i| that covers the rounding of the weighted sum), over all leaves."""
@@ -265,7 +273,8 @@ class _Pass:
 
         with deriving():
             _, back = jax.vjp(derived, *(self._leaves[n] for n in reached))
-            found = jax.vmap(back)([pending[number] for number in numbers])
+            # Rounded while still short: back at a float32 leaf, the cast to it would be half of a pair that XLA drops.
+            found = jax.vmap(back)([rounded_float32(x).astype(x.dtype) for x in map(pending.__getitem__, numbers)])
         return {n: rounded_float32(gradient) for n, gradient in zip(reached, found, strict=True)}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -14,16 +16,21 @@ NORM_MARGIN = 8e-6
 
 
 def rounded_float32(x: Array) -> Array:
-    """Return x in float32 if its format is shorter, rounded to that format by an operation that XLA keeps.
+    """Return x in float32 if its format is shorter, rounded to its precision by an operation that XLA keeps.
 
     A pair of casts, float32 -> bfloat16 -> float32, rounds nothing on GPUs: XLA drops it (seen on an H100, see
     docs/results/gpu-h100). A norm in float64 would then be that of rounded factors and the sum one of unrounded
     factors, and a clipped gradient could be longer than C. Other dtypes are returned unchanged.
     """
-    if not jnp.issubdtype(x.dtype, jnp.floating) or jnp.finfo(x.dtype).bits >= 32:
+    if not is_short(x.dtype):
         return x
-    kind = jnp.finfo(x.dtype)
-    return lax.reduce_precision(x.astype(jnp.float32), exponent_bits=int(kind.nexp), mantissa_bits=int(kind.nmant))
+    # float32's exponents: with float16's own, `reduce_precision` would flush subnormal numbers to 0.
+    return lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=int(jnp.finfo(x.dtype).nmant))
+
+
+def is_short(dtype: Any) -> bool:
+    """Return whether `dtype` is a floating-point format of less than 32 bits."""
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).bits < 32
 
 
 def weigh(
