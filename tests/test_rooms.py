@@ -50,7 +50,7 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _nothing_is_finalised_while_parsing() -> Iterator[None]:
     """Python 3.11's parser fails ("AST constructor recursion depth mismatch") where a finalizer runs in its midst."""
     gc.collect()
