@@ -132,9 +132,9 @@ def test_it_shows_what_a_lane_is_about_and_told_to_end_it_ends_every_lane_and_do
     assert process.stdout is not None
     assert any("wait 0/1 (tests/trainer/test_b.py::test_c)" in line for line in iter(process.stdout.readline, ""))
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert "lane wait FAILED: pytest ended with code 2" in out
+    assert "lane wait FAILED: " in out  # with what code depends on where in pytest the signal comes
 
 
 def test_a_test_without_a_lane_or_with_two_is_an_error_that_names_it(house: House) -> None:
