@@ -134,7 +134,7 @@ def test_it_shows_what_a_lane_is_about_and_told_to_end_it_ends_every_lane_and_do
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert "lane wait FAILED: " in out  # with what code depends on where in pytest the signal comes
+    assert "lane wait FAILED: " in out  # code 2 is expected; another was met once, cause unknown
 
 
 def test_a_test_without_a_lane_or_with_two_is_an_error_that_names_it(house: House) -> None:
