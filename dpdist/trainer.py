@@ -30,7 +30,7 @@ from dpdist.program.build import TrainingSetup, build_setup, open_labelled_data
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import params_digest, step_inputs
-from dpdist.run.opening import agree, agree_on_secret, agree_on_start, open_secret, open_writer
+from dpdist.run.opening import agree, agree_on_data, agree_on_start, open_secret, open_writer
 from dpdist.run.progress import say
 from dpdist.run.resume import ResumeRequest, require_fits
 from dpdist.run.writer import RunWriter, SilentWriter
@@ -60,7 +60,8 @@ def train(config: Config) -> dict[str, Any]:
         cleanup.callback(writer.release)
         dataset = open_labelled_data(config)
         secret, secret_lost = open_secret(config, run, world)
-        data_tag = agree_on_secret(secret, fingerprint(dataset.train), world)
+        parts = {"training data": dataset.train, "test data": dataset.test}
+        tags = agree_on_data(secret, {part: fingerprint(source) for part, source in parts.items()}, world)
         stacks = run.logs / f"rank-{world.process_id}.stacks"
         watchdog = Watchdog(config.cluster.watchdog_timeout, stacks, world.membership.label)
         cleanup.callback(watchdog.stop)
@@ -76,8 +77,9 @@ def train(config: Config) -> dict[str, Any]:
                 checkpoints=checkpoints,
                 secret=secret,
                 secret_lost=secret_lost,
-                inputs=step_inputs(config, world, data=data_tag),
+                inputs=step_inputs(config, world, data=tags["training data"]),
                 dataset_size=len(dataset.train),
+                test_data=tags["test data"],
             )
             start = agree_on_start(request, writer, world)
 
@@ -92,7 +94,7 @@ def train(config: Config) -> dict[str, Any]:
                 state = checkpoints.restore(start.step, state)
             decide(world, lambda: writer.begin(start, checkpoints))
             meta = {"config": config_module.to_dict(config), "plan": start.plan.to_record()}
-            meta |= {"topology": request.inputs.topology} | setup.decisions()
+            meta |= setup.decisions()
             if start.step is None:
                 _save(0, state, meta, checkpoints, writer)
                 checkpoints.wait()

@@ -19,6 +19,8 @@ LABELS_CHECKED = 16
 HASHED_WHOLE, HASHED_ROWS = 256 << 20, 4096
 #: Number of examples hashed if each costs a call of the user's code.
 HASHED_ITEMS = 64
+#: Number of examples read again, to see that they stay the same.
+READ_TWICE = 16
 #: Examples held in memory at once while hashing; part of the digest's definition.
 BLOCK = 256
 
@@ -103,19 +105,44 @@ def _labels(source: Source) -> np.ndarray | None:
     return read_rows(source, np.arange(min(len(source), LABELS_CHECKED))).get("label")
 
 
-def fingerprint(source: Source) -> bytes:
+def require_repeatable(source: Source, indices: Int64[np.ndarray, " n"]) -> None:
+    """Check that reading examples again gives the same ones.
+
+    A record that is another one at every reading has no fixed contribution for resumes and processes to agree on.
+
+    Raises:
+        InputError: an example differs from its first reading.
+    """
+    first, again = read_rows(source, indices), read_rows(source, indices)
+    for position, index in enumerate(indices.tolist()):
+        if any(first[name][position].tobytes() != again[name][position].tobytes() for name in first):
+            raise InputError(
+                "data.source",
+                f"example {index}",
+                "is another one when it is read again; return the record itself, and randomise it in a model with "
+                "randomised=True, by the example's `key`.",
+            )
+
+
+def fingerprint(source: Source | None) -> bytes:
     """Return the SHA-256 of a source, so that processes and resumed runs can check that they read the same data.
 
     It covers the length, the columns' names, dtypes and row shapes, and the content: all of an `ArraySource` of up to
     256 MiB, 4,096 evenly spaced examples of a larger one, and 64 of any other source. How the values are stored (byte
-    order, gzip, memory map, order of columns) does not matter.
+    order, gzip, memory map, order of columns) does not matter. No source has one, too.
 
     Anyone who has a hash of private data can test a guess of that data. Key it with the run's secret before it is
     stored or sent anywhere.
+
+    Raises:
+        InputError: as `require_repeatable`.
     """
+    if source is None:
+        return hashlib.sha256(b"none").digest()
     first = read_rows(source, np.zeros(1, np.int64))
     digest = hashlib.sha256(json.dumps([len(source), schema(first)]).encode())
     indices = _hashed(source, sum(rows.nbytes for rows in first.values()))
+    require_repeatable(source, indices[:: -(-len(indices) // READ_TWICE)])
     for start in range(0, len(indices), BLOCK):
         rows = read_rows(source, indices[start : start + BLOCK])
         for name in sorted(rows):

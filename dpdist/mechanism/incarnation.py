@@ -1,8 +1,20 @@
 """Whether a resumed run may draw the same noise again, or must begin a new incarnation.
 
-A run keeps its incarnation, and with it the nonce in every key, only where its steps would be replayed as they were:
-from the newest checkpoint, with nothing changed that a step depends on. Replaying a step with the same noise but other
-parameters would reveal the difference of two gradient sums without noise, so everything else begins a new incarnation.
+Every key is a function of (secret, nonce, step). What must never happen is that two results of one (nonce, step) are
+seen: noise cancels in their difference. So:
+
+1. Going back behind a saved step always begins a new incarnation, which has a nonce of its own. No step is replayed
+   that may have been seen, so nobody has to know whether the replay would give the same bits. What decides these, such
+   as processor, compiler, order of summation or a record that no fingerprint reads, is no input of this rule.
+2. From the newest saved step on, what a crash has lost is taken again under the same nonce. None of it was seen: only
+   checkpoints carry parameters out of a job, and what is measured on them is shown after the ledger has noted them. So
+   these steps may come out otherwise, on other devices for one.
+3. Whatever somebody has changed begins one too: settings, data, code, libraries, the flags that decide bits. Of these
+   only the mechanism's constants must, to be charged as what they are. The others are a second wall, which holds where
+   rule 2 does not: somebody read a checkpoint in the moment between its commit and the ledger's note, the job was
+   killed in that moment, and the checkpoint was deleted before the run was started again. (One that is damaged counts
+   as saved, noted or not.) No record tells such a checkpoint from a save that was cut short.
+
 When in doubt, one begins: that costs epsilon, never the guarantee.
 """
 
@@ -49,16 +61,12 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class StepInputs:
-    """What the steps of this job depend on; an incarnation's plan records the first four."""
+    """What the steps of this job depend on, as an incarnation's plan records it."""
 
     environment: str
     settings: str
     code: str
     data: str
-    #: What the order of summation depends on.
-    topology: str
-    #: True where the same programs on the same topology give the same bits, as on CPU.
-    repeatable: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +96,7 @@ def reasons_for_new_incarnation(
         reasons.append("the run directory is a copy")
     if resume.asked:
         return [*reasons, f"checkpoint.resume_step = {resume.step}"]
-    return reasons + _losses(ledger, inputs, resume)
+    return reasons + _losses(ledger, resume)
 
 
 def _changes(plan: Plan, inputs: StepInputs, changed_settings: list[str], *, secret_lost: bool) -> list[str]:
@@ -109,13 +117,9 @@ def _changes(plan: Plan, inputs: StepInputs, changed_settings: list[str], *, sec
     return reasons
 
 
-def _losses(ledger: Ledger, inputs: StepInputs, resume: ResumePoint) -> list[str]:
-    """Why the replay would not repeat the later steps that were saved, and so may have been seen."""
+def _losses(ledger: Ledger, resume: ResumePoint) -> list[str]:
+    """The later steps that were saved and so may have been seen, as a reason."""
     if resume.step is None:
         return ["no whole checkpoint is left"] if ledger.charged_steps() else []
     newest = max(ledger.saved_step, resume.damaged)
-    if resume.step >= newest:
-        return []
-    # The same bits again release nothing new.
-    known = newest == ledger.saved_step and ledger.topologies_since(resume.step) == {inputs.topology}
-    return [] if known and inputs.repeatable else [f"checkpoint {newest} is gone, and {resume.step} is older"]
+    return [] if resume.step >= newest else [f"checkpoint {newest} is gone, and {resume.step} is older"]

@@ -10,6 +10,7 @@ step is not in the file.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -77,6 +78,9 @@ class Plan:
     settings: str = ""
     code: str = ""
     data: str = ""
+    #: The same of the test data, which may not change: a record must not be trained on first and tested on then. Empty
+    #: in ledgers of before.
+    test_data: str = ""
     #: The older checkpoint that the user asked to go back to, when this incarnation began.
     resume_step: int | None = None
     #: True where the secret is a known seed: no guarantee holds.
@@ -114,6 +118,20 @@ class Plan:
         return cls(**rest, privacy=PrivacyTerms(**terms) if terms else None)
 
 
+def file_identity(path: Path) -> dict[str, Any]:
+    """What a file keeps where it is moved and a copy has of its own: its number, and when it was born.
+
+    A file system may give a number again once its file is deleted, as before a restore from a backup, so the number
+    alone is not enough. The device's number would not do: nodes differ in it. `born` is None where the system does not
+    tell: then the number has to do.
+    """
+    statx, found = getattr(ctypes.CDLL(None), "statx", None), (ctypes.c_uint64 * 32)()  # Linux, statx(2): 256 bytes
+    at_cwd, btime = -100, 0x800
+    told = statx is not None and statx(at_cwd, os.fsencode(path), 0, btime, found) == 0 and found[0] & btime
+    born = f"{found[10]}.{found[11] & 0xFFFFFFFF:09}" if told else getattr(path.stat(), "st_birthtime", None)
+    return {"file": path.stat().st_ino, "born": born}
+
+
 class Ledger:
     """The ledger file of one run directory, opened by process 0.
 
@@ -130,7 +148,6 @@ class Ledger:
         self.plans: list[Plan] = []
         #: The newest step of the current incarnation whose checkpoint is known to be on disk, or where it began.
         self.saved_step = 0
-        self._saved: list[tuple[int, str]] = []
         #: True where the file is not the one that the current incarnation began in: the directory is a copy.
         self.copied = False
         self._charged: list[set[int]] = []
@@ -154,27 +171,29 @@ class Ledger:
                 record = json.loads(line)
                 kind = record.pop("record")
                 if kind == "plan":
-                    file = record.pop("file", None)
+                    file = {name: record.pop(name, None) for name in ("file", "born")}
                     self._add(Plan.from_record(record, self.plans[0] if self.plans else None), file)
                 elif kind == "steps":
                     self._charged[int(record["incarnation"])].update(range(record["start"], record["stop"]))
                 elif kind == "saved":
-                    self._note_saved(int(record["incarnation"]), int(record["step"]), str(record["topology"]))
+                    self._note_saved(int(record["incarnation"]), int(record["step"]))
                 else:
                     raise ValueError(f"unknown record {kind!r}")
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise LedgerError(
-                    f"{self.path}, line {number} is damaged ({error}); restore the file from a backup: "
-                    "without it, what this run has spent is unknown"
+                    f"{self.path}, line {number} is damaged ({error}), so what this run has spent is unknown; name a "
+                    "new run.dir, or bring the file back as it was last: in an older copy, such as a backup, what was "
+                    "spent since is missing"
                 ) from None
 
-    def _add(self, plan: Plan, file: int | None) -> None:
+    def _add(self, plan: Plan, file: Mapping[str, Any]) -> None:
         if plan.incarnation != len(self.plans):
             raise ValueError(f"incarnation {plan.incarnation} follows {len(self.plans) - 1}")
         self.plans.append(plan)
         self._charged.append(set())
-        self.saved_step, self._saved = plan.start, []
-        self.copied = file is not None and file != self.path.stat().st_ino
+        self.saved_step = plan.start
+        now = file_identity(self.path)
+        self.copied = any(None not in (file[name], now[name]) and file[name] != now[name] for name in file)
 
     def begin(self, plan: Plan) -> None:
         """Write the plan of a new incarnation, before its first step; nothing to do where it is written already.
@@ -189,7 +208,7 @@ class Ledger:
         if any(earlier.nonce == plan.nonce for earlier in self.plans):
             raise LedgerError(f"{self.path}: two incarnations must not share a nonce, or they would share their noise")
         self._append({"record": "plan"} | plan.to_record(), stamp=True)
-        self._add(plan, None)
+        self._add(plan, {})
 
     def reserve(self, start: int, stop: int) -> None:
         """Charge steps [start, stop), durably, before any of them runs.
@@ -210,27 +229,19 @@ class Ledger:
         self._append({"record": "steps", "incarnation": plan.incarnation, "start": start, "stop": stop})
         charged.update(range(start, stop))
 
-    def record_saved(self, step: int, topology: str) -> None:
+    def record_saved(self, step: int) -> None:
         """Note that the checkpoint of `step` is on disk, so that going back behind it will be noticed.
 
         To be written before anything measured on that checkpoint is shown.
-
-        Args:
-            topology: what the order of summation depends on; two equal ones compute a step bit for bit alike.
         """
         if step > self.saved_step:
             incarnation = len(self.plans) - 1
-            self._append({"record": "saved", "incarnation": incarnation, "step": step, "topology": topology})
-            self._note_saved(incarnation, step, topology)
+            self._append({"record": "saved", "incarnation": incarnation, "step": step})
+            self._note_saved(incarnation, step)
 
-    def _note_saved(self, incarnation: int, step: int, topology: str) -> None:
+    def _note_saved(self, incarnation: int, step: int) -> None:
         if self.plans[incarnation] is self.plans[-1]:
             self.saved_step = max(self.saved_step, step)
-            self._saved.append((step, topology))
-
-    def topologies_since(self, step: int) -> set[str]:
-        """The topologies that saved later steps of the current incarnation."""
-        return {topology for saved, topology in self._saved if saved > step}
 
     def charged_steps(self) -> int:
         """The number of (incarnation, step) pairs charged so far."""
@@ -262,8 +273,8 @@ class Ledger:
                 raise LedgerError(f"{self.path} was changed by another process: two jobs on one run directory")
             if self._seen > self._size:  # a line torn by a crash, or by a write of ours that failed half-way
                 os.ftruncate(descriptor, self._size)
-            if stamp:  # a move keeps the file's number, a copy has one of its own
-                record = record | {"file": file.st_ino}
+            if stamp:
+                record = record | file_identity(self.path)
             line = (json.dumps(record) + "\n").encode()
             if os.write(descriptor, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,9 +1,8 @@
-"""What a step depends on, as digests: settings, our source, library versions, the user's code, data and topology."""
+"""What a step depends on, as digests: settings, our source, library versions, the user's code and data."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +55,6 @@ def environment(platform: str) -> str:
     return f"jax {jax.__version__} on {platform}, mechanism {code_digest('mechanism')[:12]}"
 
 
-def topology(config: Config, world: World) -> str:
-    """What the order of summation depends on; two equal topologies compute a step bit for bit alike on CPU."""
-    shape = [world.platform, world.num_processes, world.device_count, list(world.host_of_device)]
-    return json.dumps([*shape, config.sampling.assignment, config.training.physical_batch_size])
-
-
 def step_inputs(config: Config, world: World, *, data: str) -> StepInputs:
     """What the steps of this job depend on; `data` is the keyed tag of the training data."""
     return StepInputs(
@@ -69,8 +62,6 @@ def step_inputs(config: Config, world: World, *, data: str) -> StepInputs:
         settings=settings_digest(flatten(config)),
         code=step_code_digest(config),
         data=data,
-        topology=topology(config, world),
-        repeatable=world.platform == "cpu",
     )
 
 

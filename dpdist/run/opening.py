@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 
 from dpdist.cluster.agreement import decide, require_same
 from dpdist.cluster.lease import Lease
@@ -80,19 +81,22 @@ def open_secret(config: Config, run: RunDirectory, world: World) -> tuple[Secret
     return secret, lost
 
 
-def agree_on_secret(secret: Secret, data_fingerprint: bytes, world: World) -> str:
-    """Make sure that all processes have the same secret and training data, by keyed tags. Collective.
+def agree_on_data(secret: Secret, fingerprints: Mapping[str, bytes], world: World) -> dict[str, str]:
+    """Make sure that all processes have the same secret and data, by keyed tags. Collective.
+
+    Args:
+        fingerprints: of each part of the data, by the name that an error message uses.
 
     Returns:
-        The tag of the training data.
+        The tag of each part.
 
     Raises:
         InputError: one of them differs; on all processes.
     """
-    data_tag = secret.tag(b"data" + data_fingerprint)
-    tags = {"secret": secret.tag(b"agreement"), "training data": data_tag}
-    require_same(tags, world, hidden=tags)
-    return data_tag
+    tags = {part: secret.tag(b"data" + fingerprint) for part, fingerprint in fingerprints.items()}
+    compared = tags | {"secret": secret.tag(b"agreement")}
+    require_same(compared, world, hidden=compared)
+    return tags
 
 
 def agree_on_start(request: ResumeRequest, writer: RunWriter | SilentWriter, world: World) -> Start:

@@ -18,6 +18,13 @@ from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
 from dpdist.run.progress import say
 
+#: Settings that say which records are tested on.
+_SPLIT = ("data.split_seed", "data.test_fraction", "data.source", "data.options")
+_BRING_BACK = (
+    "bring the ledger back as it was last, or name a new run.dir. An older copy, such as a backup, lacks what was "
+    "spent since it was made."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeRequest:
@@ -33,6 +40,8 @@ class ResumeRequest:
     inputs: StepInputs
     #: N, the number of training examples.
     dataset_size: int
+    #: The keyed tag of the test data.
+    test_data: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +84,21 @@ def find_start(request: ResumeRequest, ledger: Ledger) -> Start:
     config, inputs = request.config, request.inputs
     common: dict[str, Any] = {"dataset_size": request.dataset_size, "environment": inputs.environment}
     identity: dict[str, Any] = {"settings": inputs.settings, "code": inputs.code, "data": inputs.data}
+    identity["test_data"] = request.test_data
     current = ledger.plan
     if current is None:
         if request.checkpoints.steps():
             raise InputError(
                 "ledger.jsonl",
                 None,
-                f"is gone from the run in {request.run.root}, which has checkpoints; restore the ledger that belongs "
-                "to them, or name a new run.dir: without it, what this run has spent is unknown.",
+                f"is gone from the run in {request.run.root}, which has checkpoints: without it, what this run has "
+                "spent is unknown. Name a new run.dir, or bring the ledger back as it was last: in an older copy, what "
+                "was spent since is missing.",
             )
         plan = plan_run(config, nonce=fresh_nonce(request.secret, 0), **common)
         return Start(plan=replace(plan, **identity), fresh=True, step=None, meta=None)
     _require_one_statement(config, current)
+    _require_one_split(request, current)
     asked = config.checkpoint.resume_step
     if asked == current.resume_step:
         asked = None  # this incarnation has gone back to it already, when it began
@@ -125,12 +137,30 @@ def _require_one_statement(config: Config, plan: Plan) -> None:
             )
 
 
+def _require_one_split(request: ResumeRequest, plan: Plan) -> None:
+    """Raises where records that were trained on may have become test records, whose accuracy is published exactly."""
+    before, now = request.run.settings(), flatten(request.config)
+    # A former ledger has no tag of the test data, and a tag is keyed by the secret: then every change of data counts.
+    known = bool(plan.test_data) and not request.secret_lost
+    names = ("data.split_seed", "data.test_fraction") if known else _SPLIT
+    was = {name: f"the run began with {before[name]!r}" for name in names if before.get(name, now[name]) != now[name]}
+    if not was and known and plan.test_data != request.test_data:
+        was = {"data.source": "its test records are not those that the run began with"}
+    for name, what in was.items():
+        raise InputError(
+            name,
+            now[name],
+            f"{what}: records that were trained on could become test records, and the accuracy on these is published "
+            "exactly; resume the run with the former ones.",
+        )
+
+
 def _newest_whole(
     request: ResumeRequest, ledger: Ledger, asked: int | None
 ) -> tuple[int | None, dict[str, Any] | None, int]:
     """The newest readable checkpoint that is an ancestor of the current incarnation, or the one asked for.
 
-    Sets damaged checkpoints and those of abandoned branches aside, or they would count among those that are kept.
+    Moves nothing: a damaged checkpoint is evidence until the ledger holds the incarnation that it has led to.
 
     Returns:
         Its step and JSON part, or None twice; and the newest step with a damaged checkpoint, or 0.
@@ -154,8 +184,7 @@ def _newest_whole(
                     "checkpoint.resume_step", asked, f"is damaged ({problem}); name another of {committed}."
                 )
             damaged = max(damaged, step)
-            to = checkpoints.set_aside(step, run.abandoned)
-            say(f"dpdist: checkpoint {step} is damaged ({problem}); moved to {to}, trying the one before it")
+            say(f"dpdist: checkpoint {step} is damaged ({problem}); trying the one before it")
             continue
         meta = checkpoints.read_meta(step)
         try:
@@ -163,19 +192,18 @@ def _newest_whole(
             known = ledger.plans[meta["plan"]["incarnation"]]
         except LedgerError as error:
             raise InputError(
-                "ledger.jsonl", str(run.ledger), f"{error}, of which there is a checkpoint; restore the ledger."
+                "ledger.jsonl", str(run.ledger), f"{error}, of which there is a checkpoint; {_BRING_BACK}"
             ) from None
         if not _is_record_of(known, meta["plan"], ledger.plans[0]):
             raise InputError(
                 "ledger.jsonl",
                 str(run.ledger),
-                f"its plan is not the one that checkpoint {step} was made under; restore the ledger.",
+                f"its plan is not the one that checkpoint {step} was made under; {_BRING_BACK}",
             )
         if ancestor:
             return step, meta, damaged
         if asked is not None:
             raise InputError("checkpoint.resume_step", asked, "was left behind by a later incarnation; name another.")
-        checkpoints.set_aside(step, run.abandoned)
     return None, None, damaged
 
 

@@ -21,7 +21,6 @@ from dpdist.mechanism.ledger import Ledger
 from dpdist.mechanism.sampling import Assignment
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
-from dpdist.run.fingerprints import topology
 from dpdist.run.progress import say
 from dpdist.run.recorder import Recorder
 from dpdist.run.resume import Start
@@ -55,9 +54,9 @@ class RunWriter:
                 f"dpdist: incarnation {start.plan.incarnation} begins at step {start.plan.start}, with fresh samples "
                 f"and noise, since {'; '.join(start.plan.reasons)}. What was taken before stays charged."
             )
-        if start.step is not None and start.meta is not None:
+        if start.step is not None:
             checkpoints.synchronise(start.step)
-            self.ledger.record_saved(start.step, start.meta["topology"])  # a crash may have come in between
+            self.ledger.record_saved(start.step)  # a crash may have come in between
         self._run.begin(self._config)
         for step in checkpoints.steps():
             if start.step is None or step > start.step:
@@ -119,7 +118,7 @@ class RunWriter:
 
     def publish(self, step: int) -> None:
         """Show what was measured up to `step`, whose checkpoint is committed; first note that in the ledger."""
-        self.ledger.record_saved(step, topology(self._config, self._world))
+        self.ledger.record_saved(step)
         self._recorder.committed(step)
 
     def summary(self, *, step: int, ended: bool, params_sha256: str | None) -> dict[str, Any]:

@@ -172,3 +172,23 @@ def test_sources_of_different_lengths_differ_though_the_sampled_examples_agree()
 
 def test_one_example_can_be_fingerprinted() -> None:
     assert fingerprint(of(IMAGES[:1], LABELS[:1])) != fingerprint(of(IMAGES[1:2], LABELS[1:2]))
+
+
+class Augmented(Items):
+    """Flips half of its images, by a generator that goes on from where it was."""
+
+    draw = np.random.default_rng(1)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = super().__getitem__(index)
+        return example | ({"image": example["image"][::-1]} if self.draw.random() < 0.5 else {})
+
+
+def test_a_source_that_answers_differently_is_refused_with_where_to_randomise_instead() -> None:
+    with pytest.raises(InputError, match=r"data\.source = 'example \d+': is another one .*randomised=True.*`key`"):
+        fingerprint(Augmented())
+
+
+def test_no_source_has_a_fingerprint_of_its_own() -> None:
+    assert fingerprint(None) not in (fingerprint(of()), fingerprint(of(IMAGES[:1], LABELS[:1])))
+    assert fingerprint(None) == fingerprint(None)

@@ -1,4 +1,4 @@
-"""When the noise may be drawn again: only where a step would be replayed as it was."""
+"""When the noise may be drawn again: only for steps of which nothing was seen, and with nothing changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dpdist.mechanism.incarnation import (
 )
 from dpdist.mechanism.ledger import Ledger
 
-INPUTS = StepInputs(environment="jax 1 on cpu", settings="s", code="c", data="d", topology="two hosts", repeatable=True)
+INPUTS = StepInputs(environment="jax 1 on cpu", settings="s", code="c", data="d")
 WHOLE = ResumePoint(step=20, damaged=0, secret_lost=False, asked=False)
 
 
@@ -32,8 +32,8 @@ def ledger(tmp_path: Path) -> Ledger:
     known = {"environment": INPUTS.environment, "settings": INPUTS.settings, "code": INPUTS.code, "data": INPUTS.data}
     opened.begin(dataclasses.replace(PLAN, **known))
     opened.reserve(0, 30)
-    opened.record_saved(10, INPUTS.topology)
-    opened.record_saved(20, INPUTS.topology)
+    opened.record_saved(10)
+    opened.record_saved(20)
     return opened
 
 
@@ -43,10 +43,8 @@ def reasons(
     return reasons_for_new_incarnation(ledger, inputs, dataclasses.replace(WHOLE, **resume), changed or [])
 
 
-def test_the_newest_checkpoint_and_nothing_changed_keep_it_on_any_topology(ledger: Ledger) -> None:
+def test_the_newest_checkpoint_and_nothing_changed_keep_it(ledger: Ledger) -> None:
     assert reasons(ledger) == []
-    assert reasons(ledger, dataclasses.replace(INPUTS, topology="one host")) == []
-    assert reasons(ledger, dataclasses.replace(INPUTS, repeatable=False)) == []
 
 
 def test_a_checkpoint_newer_than_any_noted_keeps_it(ledger: Ledger) -> None:
@@ -69,7 +67,7 @@ def test_whatever_a_step_depends_on_begins_a_new_one(ledger: Ledger, change: dic
 
 
 def test_every_field_of_what_a_step_depends_on_is_looked_at(ledger: Ledger) -> None:
-    for name in {field.name for field in dataclasses.fields(StepInputs)} - {"topology", "repeatable"}:
+    for name in {field.name for field in dataclasses.fields(StepInputs)}:
         assert reasons(ledger, dataclasses.replace(INPUTS, **{name: "other"})), name
 
 
@@ -107,24 +105,13 @@ def test_without_a_checkpoint_a_new_one_begins_once_a_step_was_charged(ledger: L
     assert reasons(new, step=None) == []
 
 
-OLDER = ["checkpoint 20 is gone, and 10 is older"]
+def test_behind_a_saved_checkpoint_a_new_one_always_begins(ledger: Ledger) -> None:
+    """Whether it is gone or damaged, and though nothing has changed: what decides bits and data cannot all be seen."""
+    for step, damaged in ((10, 20), (10, 0), (0, 0), (19, 0)):
+        assert reasons(ledger, step=step, damaged=damaged) == [f"checkpoint 20 is gone, and {step} is older"]
 
 
-def test_behind_a_saved_checkpoint_it_is_kept_only_where_the_replay_gives_the_same_bits(ledger: Ledger) -> None:
-    assert reasons(ledger, step=10, damaged=20) == []
-    assert reasons(ledger, step=10) == []
-    assert reasons(ledger, dataclasses.replace(INPUTS, repeatable=False), step=10, damaged=20) == OLDER
-    assert reasons(ledger, dataclasses.replace(INPUTS, topology="one host"), step=10) == OLDER
-
-
-def test_behind_checkpoints_of_two_topologies_no_replay_gives_the_same_bits(ledger: Ledger) -> None:
-    ledger.record_saved(30, "one host")
-    assert reasons(ledger, step=20) == ["checkpoint 30 is gone, and 20 is older"]
-    assert reasons(ledger, dataclasses.replace(INPUTS, topology="one host"), step=20) == []
-    assert reasons(ledger, dataclasses.replace(INPUTS, topology="one host"), step=10) != []
-
-
-def test_a_damaged_checkpoint_that_nobody_noted_may_have_been_any_topology_s(ledger: Ledger) -> None:
+def test_a_damaged_checkpoint_counts_though_nobody_noted_it(ledger: Ledger) -> None:
     assert reasons(ledger, step=20, damaged=25) == ["checkpoint 25 is gone, and 20 is older"]
     assert reasons(ledger, step=10, damaged=25) == ["checkpoint 25 is gone, and 10 is older"]
 

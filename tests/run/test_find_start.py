@@ -56,12 +56,9 @@ def request(run: RunDirectory, checkpoints: Checkpoints, **training: Any) -> Res
         checkpoints=checkpoints,
         secret=Secret.from_insecure_seed(1),
         secret_lost=False,
-        inputs=StepInputs(
-            **{name: plan[name] for name in ("environment", "settings", "code", "data")},
-            topology='["cpu", 1, 1, [0], "balanced", 8]',
-            repeatable=True,
-        ),
+        inputs=StepInputs(**{name: plan[name] for name in ("environment", "settings", "code", "data")}),
         dataset_size=1437,
+        test_data="t",
     )
 
 
@@ -107,3 +104,18 @@ def test_a_checkpoint_made_under_another_plan_is_refused(run: RunDirectory) -> N
     del missing["delta"]
     with pytest.raises(InputError, match="not the one that checkpoint 8 was made under"):
         find_start(request(run, saved(run, 8, missing)), original(run))
+
+
+def test_a_damaged_checkpoint_that_nobody_noted_stays_evidence_until_the_ledger_has_what_follows(
+    run: RunDirectory,
+) -> None:
+    """The job may die between any two of these looks, which must not forget what the one before has seen."""
+    records = [json.loads(line) for line in run.ledger.read_text().splitlines()]
+    run.ledger.write_text("".join(json.dumps(record) + "\n" for record in records if record["record"] != "saved"))
+    saved(run, 6, former_plan(1)).close()
+    checkpoints = saved(run, 8, former_plan(1))
+    (run.checkpoints / "8/meta/metadata").write_text("{}")
+    for _ in range(2):
+        start = find_start(request(run, checkpoints), original(run))
+        assert (start.fresh, start.step, start.plan.incarnation) == (True, 6, 2)
+        assert start.plan.reasons == ["checkpoint 8 is gone, and 6 is older"]

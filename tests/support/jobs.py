@@ -20,6 +20,7 @@ import yaml
 
 import dpdist.config
 from dpdist.cluster.environment import LOCAL_VARIABLES, free_port
+from dpdist.mechanism.ledger import file_identity
 
 #: Seconds any process may take: many times what the slowest needs on two idle cores.
 LIMIT = 300.0
@@ -97,9 +98,9 @@ class Run:
 
     @property
     def plans(self) -> list[dict[str, Any]]:
-        """The plan of every incarnation, without the number of the ledger's file."""
+        """The plan of every incarnation, without which file it is in."""
         return [
-            {name: value for name, value in record.items() if name != "file"}
+            {name: value for name, value in record.items() if name not in ("file", "born")}
             for record in self.ledger
             if record["record"] == "plan"
         ]
@@ -148,8 +149,8 @@ class Run:
         shutil.copytree(self.root, to)
         copied = Run(to)
         if moved and (ledger := to / "ledger.jsonl").exists():
-            number = {"file": ledger.stat().st_ino}
-            copied.write_ledger([record | (number if "file" in record else {}) for record in copied.ledger])
+            here = file_identity(ledger)
+            copied.write_ledger([record | (here if "file" in record else {}) for record in copied.ledger])
         return copied
 
     def write_ledger(self, records: list[dict[str, Any]]) -> None:

@@ -24,6 +24,10 @@ SIDES = {COMPUTE: (FAST, COMPUTE), WAIT: (WAIT,), HOSTS: (HOSTS,)}
 YIELDING = (COMPUTE,)
 
 LANES = {
+    "tests/attacks/test_copied_directory.py": WAIT,
+    "tests/attacks/test_flags.py": WAIT,
+    "tests/attacks/test_replay.py": WAIT,
+    "tests/attacks/test_split.py": WAIT,
     "tests/cluster": WAIT,
     "tests/cluster/test_environment.py": FAST,
     "tests/cluster/test_straggler.py": FAST,

@@ -163,7 +163,7 @@ def order_of_events(config: dict[str, Any]) -> list[list[Any]]:
     record(StepPrograms, "draw", draw)
     record(StepPrograms, "apply", lambda *_: ["apply"])
     record(Checkpoints, "save", lambda step, *_: ["save", step])
-    record(Ledger, "record_saved", lambda step, topology: ["saved", step, step in committed])
+    record(Ledger, "record_saved", lambda step: ["saved", step, step in committed])
     record(Publisher, "release", lambda step: ["shown", step, step in committed])
     record(RunDirectory, "write_summary", lambda summary: ["summary", summary["status"]])
     dpdist.train(dpdist.from_dict(config))

@@ -39,6 +39,8 @@ def secretive(jobs: Jobs) -> Run:
         (["optimizer.average_decay=0"], "optimizer.average_decay"),
         (["checkpoint.resume_step=5"], "checkpoint.resume_step"),
         (["training.steps=4"], "training.steps"),
+        (["data.split_seed=1"], "data.split_seed"),
+        (["data.test_fraction=0.3"], "data.test_fraction"),
     ],
 )
 def test_what_no_incarnation_could_go_on_with_is_refused_and_costs_nothing(

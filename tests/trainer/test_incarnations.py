@@ -38,7 +38,6 @@ def by_filter(*phases: Phase) -> float:
         "optimizer.learning_rate=0.4",
         "privacy.clip_norm=0.9",
         "privacy.noise_placement=fused",
-        "data.split_seed=1",
         "training.clipping=per_example",
     ],
 )
@@ -238,7 +237,7 @@ def lose_the_newest(run: Run) -> None:
 
 
 @pytest.mark.parametrize("harm", [damage_the_newest, lose_the_newest])
-def test_without_its_newest_checkpoint_a_run_ends_as_it_would_have(
+def test_without_its_newest_checkpoint_a_run_goes_on_from_the_one_before_and_draws_anew(
     jobs: Jobs, single: Run, harm: Callable[[Run], None]
 ) -> None:
     run = single.copy(jobs.new("harmed").root)
@@ -247,9 +246,14 @@ def test_without_its_newest_checkpoint_a_run_ends_as_it_would_have(
     ended = jobs.train(run).wait()
     assert ended.code == 0, ended.err
     assert (f"checkpoint {STEPS} is damaged" in ended.err) == (harm is damage_the_newest)
-    for key in ("params_sha256", "epsilon", "incarnation", "charged_steps", "accuracy"):
-        assert run.summary[key] == single.summary[key], key
-    assert run.digests == single.digests
+    assert f"checkpoint {STEPS} is gone, and {STEPS - EVERY} is older" in ended.err
+    assert run.summary["incarnation"] == 1
+    assert run.summary["charged_steps"] == STEPS + EVERY
+    assert run.summary["epsilon"] > single.summary["epsilon"]
+    again = {found for (incarnation, _), found in run.digests_by_incarnation.items() if incarnation == 1}
+    assert again.isdisjoint(single.digests.values())
+    aside = [path.name for path in (run.root / "abandoned").glob("*")]
+    assert aside == ([str(STEPS)] if harm is damage_the_newest else [])
 
 
 def test_what_the_ledger_does_not_know_to_be_saved_may_have_been_seen_all_the_same(jobs: Jobs, single: Run) -> None:
@@ -262,18 +266,6 @@ def test_what_the_ledger_does_not_know_to_be_saved_may_have_been_seen_all_the_sa
     assert ended.code == 0, ended.err
     assert f"checkpoint {2 * EVERY} is gone" in ended.err
     assert run.summary["incarnation"] == 1
-
-
-def test_on_other_devices_what_was_saved_is_not_drawn_again(jobs: Jobs, single: Run) -> None:
-    """Another order of summation gives other parameters in the last bits, and the same noise would tell them apart."""
-    run = single.copy(jobs.new("harmed").root)
-    (run.root / "summary.json").unlink()
-    lose_the_newest(run)
-    ended = jobs.train(run, "cluster.devices_per_process=2").wait()
-    assert ended.code == 0, ended.err
-    assert f"checkpoint {STEPS} is gone, and {STEPS - EVERY} is older" in ended.err
-    assert run.summary["incarnation"] == 1
-    assert {run.digests[step] for step in range(STEPS - EVERY, STEPS)}.isdisjoint(single.digests.values())
 
 
 def test_without_any_checkpoint_it_begins_anew_and_stays_charged(jobs: Jobs, single: Run) -> None:
