@@ -29,6 +29,14 @@ from dpdist.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+#: Settings of JAX that decide samples, noise or dtypes for given keys, and the one value that each has in a run.
+PINNED = {
+    "jax_threefry_partitionable": True,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_random_seed_offset": 0,
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+}
 #: Seconds by which process 0 outlives a failure, so that each process can name its own reason.
 _LAST_TO_LEAVE = 2.0
 
@@ -37,7 +45,7 @@ def join(cluster: config.Cluster, membership: Membership | None = None) -> World
     """Become a process of the job, wait for all the others, and check that the devices are those asked for.
 
     `jax.distributed` is initialised for one process too: without it the preemption sync point never fires.
-    If it already is (a second call in one Python), it is reused.
+    If it already is (a second call in one Python), it is reused. `PINNED` is set, whatever it was before, and stays.
 
     Args:
         membership: who this process is; None asks `detect(os.environ)`.
@@ -50,6 +58,7 @@ def join(cluster: config.Cluster, membership: Membership | None = None) -> World
         jax.errors.JaxRuntimeError: not all processes came within `cluster.initialization_timeout`.
     """
     open_missing_streams()
+    _pin()
     if membership is None:
         membership = detect(os.environ, use_gpus=cluster.platform != "cpu")
     distributed = True
@@ -108,6 +117,15 @@ def abort(code: int) -> NoReturn:
         # Process 0 serves what the others may still be reading, such as the error that ends them all.
         time.sleep(_LAST_TO_LEAVE)
     os._exit(code)
+
+
+def _pin() -> None:
+    """Set `PINNED`, and say what was otherwise."""
+    for name, value in PINNED.items():
+        found = getattr(jax.config, name)
+        if getattr(found, "value", found) != value:  # some are enums
+            logger.warning("%s is %r in this environment; training sets it to %r", name, found, value)
+            jax.config.update(name, value)
 
 
 def _configure(cluster: config.Cluster, membership: Membership) -> None:

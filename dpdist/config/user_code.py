@@ -1,4 +1,4 @@
-"""Which files the modules of the user's own are made of, found without running any of them."""
+"""Which files the modules of the user's own are made of and which libraries they use, found without running any."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import sys
 import sysconfig
 from collections.abc import Collection
+from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -30,6 +31,20 @@ def module_sources(modules: Collection[str]) -> dict[str, Path]:
         imported = _imported_by(found[name], package)
         wanted |= {each for each in imported | _parents(name) if each not in found and not _is_installed(each)}
     return dict(sorted(found.items()))
+
+
+def library_versions(modules: Collection[str]) -> dict[str, str]:
+    """The versions of the installed libraries that modules, or what they import of the user's own, import; by name.
+
+    A library that only another library imports is not among them.
+    """
+    imported = set(modules)
+    for name, file in module_sources(modules).items():
+        imported |= _imported_by(file, name)
+    tops = {name.partition(".")[0] for name in imported} - {"dpdist", "launch"}
+    known = metadata.packages_distributions() if tops else {}
+    found = {library for top in tops for library in known.get(top, ())}
+    return {library: metadata.version(library) for library in sorted(found)}
 
 
 def _imported_by(file: Path, package: str) -> set[str]:

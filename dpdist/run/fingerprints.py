@@ -1,24 +1,51 @@
-"""What a step depends on, as digests: settings, our source, library versions, the user's code and data."""
+"""What a step depends on, as digests: settings, our source, library versions and flags, the user's code and data."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 import flax
 import jax
+import jaxlib
 import numpy as np
 import optax
 
+from dpdist.cluster.join import PINNED
 from dpdist.cluster.world import World
 from dpdist.config import Config, flatten
-from dpdist.config.user_code import module_sources
+from dpdist.config.user_code import library_versions, module_sources
 from dpdist.mechanism.incarnation import StepInputs, settings_digest
 
 _PACKAGE = Path(__file__).parents[1]
 #: Files of `dpdist/program/` that decide what a step computes.
 _STEP_FILES = ("gradients.py", "optimizer.py")
+#: Settings of JAX that decide bits, beside those that are pinned.
+JAX_SETTINGS = (
+    "jax_allow_f16_reductions",
+    "jax_compiler_enable_remat_pass",
+    "jax_default_matmul_precision",
+    "jax_disable_jit",
+    "jax_disable_most_optimizations",
+    "jax_enable_custom_prng",
+    "jax_exec_time_optimization_effort",
+    "jax_high_dynamic_range_gumbel",
+    "jax_memory_fitting_effort",
+    "jax_memory_fitting_level",
+    "jax_optimization_level",
+    "jax_softmax_custom_jvp",
+    "jax_threefry_gpu_kernel_lowering",
+    "jax_use_direct_linearize",
+)
+#: Variables that decide bits, beside XLA_FLAGS.
+VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "DNNL_DEFAULT_FPMATH_MODE", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+#: Beginnings of flags that do not count: they decide no bits, or only the order of summation as the topology does,
+#: which may change too. `dpdist train --processes` sets the last one where processes share cores.
+FREE_FLAGS = ("--xla_dump_", "--xla_force_host_platform_device_count", "--xla_cpu_multi_thread_eigen")
 
 
 def code_digest(room: str = "") -> str:
@@ -31,12 +58,23 @@ def code_digest(room: str = "") -> str:
 
 
 def user_code_digest(config: Config) -> str:
-    """SHA-256 over the modules that a config names as `module:function`, and what they import of the user's own."""
-    named = (config.data.source, config.model.name, config.model.loss)
-    digest = hashlib.sha256()
-    for name, file in module_sources({path.partition(":")[0] for path in named if ":" in path}).items():
+    """SHA-256 over the modules that a config names as `module:function`, what they import of the user's own, and the
+    versions of the installed libraries that these import."""
+    modules = _user_modules(config)
+    digest = hashlib.sha256(json.dumps(library_versions(modules)).encode())
+    for name, file in module_sources(modules).items():
         digest.update(f"{name}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def user_libraries(config: Config) -> dict[str, str]:
+    """The versions of the installed libraries that the user's code imports, by name."""
+    return library_versions(_user_modules(config))
+
+
+def _user_modules(config: Config) -> set[str]:
+    named = (config.data.source, config.model.name, config.model.loss)
+    return {path.partition(":")[0] for path in named if ":" in path}
 
 
 def step_code_digest(config: Config) -> str:
@@ -50,9 +88,26 @@ def step_code_digest(config: Config) -> str:
     return digest.hexdigest()
 
 
+def numeric_settings() -> dict[str, str]:
+    """What decides bits beside versions, code and config, by name: settings of JAX, flags of XLA, variables.
+
+    The processor is none of it: nodes differ in that, and no replay has to give the same bits (see
+    `dpdist.mechanism.incarnation`).
+    """
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if flags and not flags.startswith("-") and Path(flags).is_file():  # as XLA reads it
+        flags = Path(flags).read_text()
+    counted = [flag for flag in shlex.split(flags) if not flag.startswith(FREE_FLAGS)]
+    known = jax.config.values  # not what a `with` sets, which the attribute is
+    settings = {name: str(getattr(jax.config, name, known.get(name))) for name in (*PINNED, *JAX_SETTINGS)}
+    return settings | {name: os.environ.get(name, "") for name in VARIABLES} | {"XLA_FLAGS": " ".join(counted)}
+
+
 def environment(platform: str) -> str:
-    """What turns keys into bits: another JAX, platform or mechanism may draw other bits from the same keys."""
-    return f"jax {jax.__version__} on {platform}, mechanism {code_digest('mechanism')[:12]}"
+    """What turns keys into bits: another JAX, platform, flag or mechanism may draw other bits from the same keys."""
+    flags = hashlib.sha256(json.dumps(numeric_settings(), sort_keys=True).encode()).hexdigest()
+    versions = f"jax {jax.__version__}, jaxlib {jaxlib.__version__} on {platform}"
+    return f"{versions}, mechanism {code_digest('mechanism')[:12]}, flags {flags[:12]}"
 
 
 def step_inputs(config: Config, world: World, *, data: str) -> StepInputs:

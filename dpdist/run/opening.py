@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from typing import Any
 
 from dpdist.cluster.agreement import decide, require_same
 from dpdist.cluster.lease import Lease
@@ -13,7 +14,7 @@ from dpdist.errors import InputError
 from dpdist.mechanism.keys import Secret
 from dpdist.mechanism.ledger import Ledger, LedgerError
 from dpdist.run.directory import RunDirectory
-from dpdist.run.fingerprints import code_digest, environment, user_code_digest
+from dpdist.run.fingerprints import code_digest, environment, numeric_settings, user_code_digest, user_libraries
 from dpdist.run.private_log import keep_out_of_logs, log_to
 from dpdist.run.progress import say
 from dpdist.run.resume import ResumeRequest, Start, find_start
@@ -29,7 +30,12 @@ def agree(config: Config, run: RunDirectory, world: World) -> None:
     Raises:
         InputError: something differs, or the directory cannot be used; on all processes.
     """
-    mine = {"code": code_digest(), "user_code": user_code_digest(config), "environment": environment(world.platform)}
+    mine: dict[str, Any] = {
+        "code": code_digest(),
+        "user_code": user_code_digest(config),
+        "user_libraries": user_libraries(config),
+    }
+    mine |= {"environment": environment(world.platform)} | numeric_settings()
     require_same(mine | flatten(config), world)
     decide(world, run.prepare)
     log_to(run.logs / f"rank-{world.process_id}.log")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from dpdist.config import Config, Data, Model, Privacy, Training
-from dpdist.config.user_code import module_sources
+from dpdist.config.user_code import library_versions, module_sources
 from dpdist.run.fingerprints import user_code_digest
 
 FILES = {
@@ -86,3 +87,30 @@ def test_the_digest_depends_on_every_file_that_is_used_and_on_no_other(here: Pat
         assert (digest() != whole) == used, name
         path.write_text(content)
     assert digest() == whole
+
+
+def install(place: Path, version: str) -> None:
+    """A library as an installer leaves it."""
+    described = place / f"drawing-{version}.dist-info"
+    described.mkdir(parents=True)
+    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: drawing\nVersion: {version}\n")
+    (described / "top_level.txt").write_text("pencil\n")
+    (place / "pencil.py").write_text("def f(): ...\n")
+
+
+def test_an_installed_library_counts_by_its_version(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files may be many; that of a library which only another one imports is not looked for."""
+    place = here / "site-packages"
+    install(place, "1.0")
+    monkeypatch.syspath_prepend(str(place))
+    assert library_versions(["mine"]) == {"numpy": metadata.version("numpy")}
+    before = digest()
+    (here / "late.py").write_text("import pencil\n")
+    with_it = digest()
+    assert library_versions(["mine"]) == {"drawing": "1.0", "numpy": metadata.version("numpy")}
+    (place / "drawing-1.0.dist-info").rename(place / "drawing-2.0.dist-info")
+    described = place / "drawing-2.0.dist-info/METADATA"
+    described.write_text(described.read_text().replace("1.0", "2.0"))
+    assert library_versions(["mine"])["drawing"] == "2.0"
+    assert len({before, with_it, digest()}) == 3
+    assert "pencil" not in module_sources(["mine"])

@@ -61,6 +61,7 @@ LANES = {
     "tests/release": WAIT,
     "tests/run": COMPUTE,
     "tests/run/test_failed_saves.py": WAIT,
+    "tests/run/test_fingerprints.py": FAST,
     "tests/run/test_metrics.py": FAST,
     "tests/run/test_private_log.py": FAST,
     "tests/slurm": HOSTS,
