@@ -21,12 +21,14 @@ from dpdist.mechanism.incarnation import step_settings
 KEPT, NEW, REFUSED = "kept", "new incarnation", "refused"
 
 #: What no statement about the whole run could cover if it changed; `dpdist.run.resume` refuses it.
-FIXED = ("privacy.enabled", "privacy.delta", "privacy.insecure_seed")
+FIXED = ("privacy.enabled", "privacy.delta", "privacy.insecure_seed", "data.split_seed", "data.test_fraction")
 #: What has an effect beside that of being changed.
 _MORE = {
     "checkpoint.resume_step": (NEW, "it begins at that step"),
     "cluster.platform": (KEPT, "a new incarnation where the run then trains on another platform"),
-    "data.path": (KEPT, "a new incarnation where the examples there are others"),
+    "data.source": (NEW, "refused where the test examples are then others"),
+    "data.path": (KEPT, "a new incarnation where the examples there are others, refused where the test examples are"),
+    "data.options": (NEW, "refused where the test examples are then others"),
     "model.name": (NEW, "refused where the parameters then have other names or shapes"),
     "model.options": (NEW, "refused where the parameters then have other names or shapes"),
     "model.classes": (NEW, "refused where the parameters then have other shapes"),
@@ -47,7 +49,7 @@ section or key that stands twice is an error. A `~` at the start of a path is yo
 
 *On change* says what happens to a run that has begun when it is resumed with another value:
 
-- **kept**: it goes on as the same incarnation, replaying what was lost bit by bit;
+- **kept**: it goes on as the same incarnation, taking what was lost again with the same samples and noise;
 - **new incarnation**: it goes on with fresh samples and noise, and what it has spent stays charged;
 - **refused**: it is not resumed; name a new `run.dir`.
 

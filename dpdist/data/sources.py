@@ -25,7 +25,7 @@ class Source(Protocol):
 
     An example is a dict of arrays and numbers, such as `{"image": uint8[28, 28, 1], "label": int32}`, with the same
     columns, dtypes and shapes at every index. `__getitem__` must be thread-safe, and must return the same example for
-    the same index at every call and in every process.
+    the same index at every call and in every process (checked on some): to augment examples, randomise the model.
     """
 
     def __len__(self) -> int: ...

@@ -30,7 +30,10 @@ PUBLIC = ("N", "q", "B", "T", "sigma", "C", "delta", "the split into training an
 NOT_COVERED = (
     "whatever is under private/ of the run directory",
     "how long steps take",
-    "test records, and so the test accuracy with respect to them",
+    "test records, and so the test accuracy with respect to them; a record that is trained on in one run and tested on "
+    "in another is one of these",
+    "what was released from a state of the run that is lost: where its directory was restored from a backup, whatever "
+    "was released after that backup was made",
     "hyper-parameters that were chosen on runs over the same records: every run, copies included, has an epsilon of "
     "its own, and all of them compose",
     "statistics of private data that somebody has put into the config, such as means or a vocabulary",

@@ -86,7 +86,7 @@ def load(run_dir: str | Path) -> TrainedRun:
     try:
         privacy = statement(config, ledger, step=step)
     except ValueError as error:
-        raise InputError("ledger.jsonl", str(run.ledger), f"{error}; restore the file.") from None
+        raise InputError("ledger.jsonl", str(run.ledger), f"{error}: the file was changed.") from None
     return TrainedRun(config=config, params=state.released, step=step, privacy=privacy, _model=model)
 
 
@@ -109,4 +109,4 @@ def _require_charged(ledger: Ledger, run: RunDirectory, meta: dict[str, Any]) ->
     except LedgerError as error:
         raise InputError("ledger.jsonl", str(run.ledger), f"{error}, of which there is a checkpoint.") from None
     if not known:
-        raise InputError("ledger.jsonl", str(run.ledger), "is not that of the checkpoints beside it; restore it.")
+        raise InputError("ledger.jsonl", str(run.ledger), "is not that of the checkpoints beside it.")

@@ -236,8 +236,8 @@ class Checkpoints:
         return InputError(
             str(self._path(step)),
             value,
-            "this checkpoint cannot be read (damaged?). Training the run again goes on from the one before; or bring "
-            "it back from a backup.",
+            "this checkpoint cannot be read (damaged?). Bring back this checkpoint alone; or train the run again: it "
+            "goes on from the one before, as a new incarnation.",
         )
 
     def _finish(self, step: int) -> None:

@@ -146,7 +146,7 @@ class RunDirectory:
             )
         if len(key) != SECRET_BYTES:
             raise InputError(
-                "private/secret.key", f"{len(key)} bytes", f"must hold {SECRET_BYTES}; restore it from a backup."
+                "private/secret.key", f"{len(key)} bytes", f"must hold {SECRET_BYTES}; bring back this file alone."
             )
         return Secret(key)
 

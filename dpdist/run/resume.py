@@ -18,8 +18,9 @@ from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
 from dpdist.run.progress import say
 
-#: Settings that say which records are tested on.
-_SPLIT = ("data.split_seed", "data.test_fraction", "data.source", "data.options")
+#: Settings that say which records are tested on, and those that may.
+SPLIT = ("data.split_seed", "data.test_fraction")
+_MAY_SPLIT = (*SPLIT, "data.source", "data.options")
 _BRING_BACK = (
     "bring the ledger back as it was last, or name a new run.dir. An older copy, such as a backup, lacks what was "
     "spent since it was made."
@@ -142,7 +143,7 @@ def _require_one_split(request: ResumeRequest, plan: Plan) -> None:
     before, now = request.run.settings(), flatten(request.config)
     # A former ledger has no tag of the test data, and a tag is keyed by the secret: then every change of data counts.
     known = bool(plan.test_data) and not request.secret_lost
-    names = ("data.split_seed", "data.test_fraction") if known else _SPLIT
+    names = SPLIT if known else _MAY_SPLIT
     was = {name: f"the run began with {before[name]!r}" for name in names if before.get(name, now[name]) != now[name]}
     if not was and known and plan.test_data != request.test_data:
         was = {"data.source": "its test records are not those that the run began with"}

@@ -128,6 +128,7 @@ def test_what_is_refused_is_what_no_one_statement_could_cover() -> None:
         except InputError as error:
             refused.add(error.field)
     assert OTHER.keys() == fields_of(config.Privacy).keys()
+    refused |= set(resume.SPLIT)  # tests/attacks/test_split.py
     assert refused == set(FIXED) == {each.name for each in settings() if each.on_change == REFUSED}
 
 
