@@ -193,8 +193,8 @@ class Trainer:
         step, programs = self.step, self.setup.step_programs
         self.stragglers.began(step, self.state)
         assignment = self.feed.next_assignment()
-        microbatches, loss_key = self.feed.microbatches(assignment), programs.loss_key(self.keys, step)
-        sums = accumulate_sample(programs, self.state.params, self.sums, microbatches, loss_key)
+        rounds, loss_key = self.feed.rounds(assignment), programs.loss_key(self.keys, step)
+        sums = accumulate_sample(programs, self.state.params, self.sums, rounds, loss_key)
         self.stragglers.ready(step, sums)
         self.state, self.sums, diagnostics, draw = noisy_update(programs, self.state, sums, self.keys, step)
         self.stragglers.ended(step, self.state)

@@ -23,6 +23,7 @@ def make_assigner(
         return assign(
             step,
             sample,
+            order=keys.order(step),
             assignment=config.sampling.assignment,
             dataset_size=plan.dataset_size,
             host_of_device=world.host_of_device,
@@ -36,18 +37,20 @@ def make_assigner(
 def shape_of_work(assignments: Sequence[Assignment]) -> dict[str, float]:
     """How evenly the sampled examples filled the devices, over all of `assignments`.
 
-    `padding`: the fraction of computed slots that held no example. `imbalance`: mean over steps of the most
-    examples on a device over the mean of all devices; 1 is even. `microbatches_per_step`: mean.
+    `padding`: the fraction of slots that held no example, of those that all devices had time for while the busiest
+    one computed. `imbalance`: mean over steps of the most examples on a device over the mean of all devices; 1 is
+    even. `microbatches_per_step`: mean, of the device that has most.
     """
-    slots = sum(len(each.slices) * sum(each.microbatches) for each in assignments)
+    slots = sum(
+        len(each.by_device) * max(sum(each.sizes(device)) for device in range(len(each.by_device)))
+        for each in assignments
+    )
     sampled = sum(len(each.sample) for each in assignments)
     uneven = [
-        max(stop - start for start, stop in each.slices) * len(each.slices) / len(each.sample)
-        for each in assignments
-        if len(each.sample)
+        max(map(len, each.by_device)) * len(each.by_device) / len(each.sample) for each in assignments if len(each.sample)
     ]
     return {
         "padding": 1 - sampled / slots if slots else 0.0,
         "imbalance": statistics.mean(uneven) if uneven else 1.0,
-        "microbatches_per_step": statistics.mean(len(each.microbatches) for each in assignments),
+        "microbatches_per_step": statistics.mean(each.rounds for each in assignments),
     }

@@ -134,7 +134,8 @@ def build_setup(
                     batch_sizes=(physical, tail_of(physical)),
                     normaliser=plan.expected_batch_size,
                     clip_norm=math.inf if terms is None else terms.clip_norm,
-                    noise_scale=None if terms is None else terms.noise_multiplier * terms.clip_norm,
+                    noise_scale=None if terms is None else terms.noise_scale,
+                    grid=None if terms is None else terms.grid,
                     placement=config.privacy.noise_placement,
                     randomised=model.randomised,
                     average_decay=config.optimizer.average_decay,
@@ -186,8 +187,8 @@ def _physical_batch(
     limit, asked = memory_limit(config, world), config.training.physical_batch_size
     if asked != "auto":
         physical = asked
-    elif earlier is not None and earlier["devices"] == world.device_count:
-        physical = int(earlier["physical_batch_size"])  # kept while the devices are as many, so that resuming is exact
+    elif earlier is not None and (config.sampling.assignment == "chunks" or earlier["devices"] == world.device_count):
+        physical = int(earlier["physical_batch_size"])  # kept while it decides bits, so that resuming is exact
     else:
 
         def choose(largest: int) -> int:
@@ -195,7 +196,7 @@ def _physical_batch(
                 dataset_size=plan.dataset_size,
                 sampling_probability=plan.sampling_probability,
                 host_of_device=world.host_of_device,
-                balanced=config.sampling.assignment == "balanced",
+                assignment=config.sampling.assignment,
                 largest=largest,
             )
 

@@ -113,11 +113,11 @@ class Recorder:
         self._done = step + 1
         values = dict(zip(DIAGNOSTICS, np.asarray(diagnostics).tolist(), strict=True))
         record: dict[str, Any] = {"step": step, "incarnation": self._plan.incarnation}
-        record |= {"microbatches": len(assignment.microbatches)} | values
+        record |= {"microbatches": assignment.rounds} | values
         if self._config.training.record_digests:
             record["sample_sha256"] = hashlib.sha256(assignment.sample.astype("<i8").tobytes()).hexdigest()
             if draw is not None:
-                record["noise_sha256"] = hashlib.sha256(np.asarray(draw).astype("<f4").tobytes()).hexdigest()
+                record["noise_sha256"] = hashlib.sha256(np.asarray(draw).astype("<i8").tobytes()).hexdigest()
         self._private.write(record)
         if self._done % self._config.run.log_every == 0 or self._done == self._plan.steps:
             self._log()

@@ -63,8 +63,8 @@ def bench_step(config: Config, *, steps: int) -> dict[str, Any]:
         began, waited = time.perf_counter(), feed.wait_seconds
         assignment = feed.next_assignment()
         loss_key = programs.loss_key(keys, number)
-        for batch in feed.microbatches(assignment):
-            sums = jax.block_until_ready(accumulate_sample(programs, state.params, sums, [batch], loss_key))
+        for batches in feed.rounds(assignment):
+            sums = jax.block_until_ready(accumulate_sample(programs, state.params, sums, [batches], loss_key))
         accumulated = time.perf_counter()
         jax.block_until_ready(all_reduce(sums))
         reduced = time.perf_counter()

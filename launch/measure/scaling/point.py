@@ -150,7 +150,7 @@ def measure(config: Config, arm: str, steps: int, world: World) -> dict[str, Any
             machine = whole_job(world)
     wall = sum(timed.step_seconds)
     median = statistics.median(timed.step_seconds)
-    reduces = statistics.mean(all_reduces(arm, config, len(each.microbatches)) for each in timed.assignments)
+    reduces = statistics.mean(all_reduces(arm, config, each.rounds) for each in timed.assignments)
     rate = plan.expected_batch_size * steps / wall
     return {
         "processes": world.num_processes,
@@ -226,11 +226,11 @@ def _train(task: Task, watchdog: Watchdog) -> Timed | None:
                 barrier("warm-up", world)
                 assignments, ends, unfinished = [], [time.perf_counter()], None
             assignments.append(feed.next_assignment())
-            microbatches, loss_key = feed.microbatches(assignments[-1]), programs.loss_key(keys, step)
+            rounds, loss_key = feed.rounds(assignments[-1]), programs.loss_key(keys, step)
             if task.share is None:
-                sums = accumulate_sample(programs, state.params, sums, microbatches, loss_key)
+                sums = accumulate_sample(programs, state.params, sums, rounds, loss_key)
             else:
-                sums = accumulate_and_share(programs, task.share, state.params, sums, microbatches, loss_key)
+                sums = accumulate_and_share(programs, task.share, state.params, sums, rounds, loss_key)
             state, sums, diagnostics, _ = noisy_update(programs, state, sums, keys, step)
             if unfinished is not None:  # one step behind, as the recorder of a run
                 jax.block_until_ready(unfinished)
