@@ -26,7 +26,7 @@ from dpdist.data.feed import Feed
 from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.step import TrainState, accumulate_sample, noisy_update
 from dpdist.program.assignments import make_assigner
-from dpdist.program.build import TrainingSetup, build_setup, open_labelled_data
+from dpdist.program.build import TrainingSetup, build_setup, open_labelled_data, open_model
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import params_digest, step_inputs
@@ -59,6 +59,7 @@ def train(config: Config) -> dict[str, Any]:
         writer = open_writer(config, run, world)
         cleanup.callback(writer.release)
         dataset = open_labelled_data(config)
+        opened = open_model(config, dataset)
         secret, secret_lost = open_secret(config, run, world)
         data_tag = agree_on_secret(secret, fingerprint(dataset.train), world)
         stacks = run.logs / f"rank-{world.process_id}.stacks"
@@ -78,11 +79,12 @@ def train(config: Config) -> dict[str, Any]:
                 secret_lost=secret_lost,
                 inputs=step_inputs(config, world, data=data_tag),
                 dataset_size=len(dataset.train),
+                coordinates=opened.coordinates,
             )
             start = agree_on_start(request, writer, world)
 
             # Build: compile every shape that can occur; place the state, new or restored, on the devices.
-            setup = build_setup(config, start.plan, dataset, world, start.decisions)
+            setup = build_setup(config, start.plan, opened, dataset, world, start.decisions)
             require_fits(start, setup.decisions()["leaves"])
             require_same({"initial parameters": params_digest(setup.initial.params)}, world)
             if setup.evaluator is not None:

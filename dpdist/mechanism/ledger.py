@@ -68,6 +68,8 @@ class Plan:
     environment: str
     adjacency: str
     dataset_size: int
+    #: d, the number of single parameters that train; 0 in ledgers from before it was noted.
+    coordinates: int = 0
     sampling_probability: float
     expected_batch_size: float
     #: The last step this incarnation will take; before `steps_asked` where the budget ends first.

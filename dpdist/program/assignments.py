@@ -47,7 +47,9 @@ def shape_of_work(assignments: Sequence[Assignment]) -> dict[str, float]:
     )
     sampled = sum(len(each.sample) for each in assignments)
     uneven = [
-        max(map(len, each.by_device)) * len(each.by_device) / len(each.sample) for each in assignments if len(each.sample)
+        max(map(len, each.by_device)) * len(each.by_device) / len(each.sample)
+        for each in assignments
+        if len(each.sample)
     ]
     return {
         "padding": 1 - sampled / slots if slots else 0.0,

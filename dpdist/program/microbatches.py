@@ -42,7 +42,9 @@ def expected_rows(
     total = 0.0
     for u in _QUANTILES:
         drawn = max(0, mean + spread * NormalDist().inv_cdf(u ** (1 / groups)))
-        local = _most_chunked(math.ceil(drawn), physical, devices) if assignment == "chunks" else math.ceil(drawn / share)
+        local = (
+            _most_chunked(math.ceil(drawn), physical, devices) if assignment == "chunks" else math.ceil(drawn / share)
+        )
         sizes = microbatch_sizes(local, physical, tail_of(physical))
         total += sum(sizes) + _LAUNCH_EXAMPLES * len(sizes)
     return total / len(_QUANTILES)

@@ -33,6 +33,8 @@ class ResumeRequest:
     inputs: StepInputs
     #: N, the number of training examples.
     dataset_size: int
+    #: d, the number of single parameters that train.
+    coordinates: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,8 @@ def find_start(request: ResumeRequest, ledger: Ledger) -> Start:
     from dpdist.run.plan import plan_incarnation, plan_run
 
     config, inputs = request.config, request.inputs
-    common: dict[str, Any] = {"dataset_size": request.dataset_size, "environment": inputs.environment}
+    common: dict[str, Any] = {"dataset_size": request.dataset_size, "coordinates": request.coordinates}
+    common |= {"environment": inputs.environment}
     identity: dict[str, Any] = {"settings": inputs.settings, "code": inputs.code, "data": inputs.data}
     current = ledger.plan
     if current is None:

@@ -40,7 +40,7 @@ from dpdist.mechanism.ledger import Plan, PrivacyTerms
 from dpdist.mechanism.sampling import Assignment
 from dpdist.mechanism.step import accumulate_sample, noisy_update
 from dpdist.program.assignments import make_assigner, shape_of_work
-from dpdist.program.build import TrainingSetup, build_setup
+from dpdist.program.build import OpenModel, TrainingSetup, build_setup, open_model
 from dpdist.run.directory import write_atomically
 from dpdist.run.fingerprints import code_digest, environment, user_code_digest
 from dpdist.run.plan import plan_run
@@ -131,11 +131,12 @@ def measure(config: Config, arm: str, steps: int, world: World) -> dict[str, Any
             dataset = dataclasses.replace(open_dataset(config.data), test=None)  # nothing is evaluated
             # A seed and not a secret: it travels to all processes unencrypted, and nothing that it makes is kept.
             secret = Secret.from_insecure_seed(decide(world, lambda: secrets.randbits(63)))
-            plan = _plan(plain_or_private, dataset, secret, world)
+            opened = open_model(config, dataset)
+            plan = _plan(plain_or_private, dataset, opened, secret, world)
             if arm != DP:
-                plain_or_private = _with_physical_batch(plain_or_private, config, plan, dataset, world)
+                plain_or_private = _with_physical_batch(plain_or_private, config, plan, opened, dataset, world)
             building = time.perf_counter()
-            setup = build_setup(plain_or_private, plan, dataset, world, earlier=None)
+            setup = build_setup(plain_or_private, plan, opened, dataset, world, earlier=None)
             share = Share(setup.step_programs.zero_sums(), world.mesh) if arm == SGD_SYNC else None
             compile_seconds = time.perf_counter() - building
             reduce = all_reduce_program(setup.step_programs.zero_sums(), world.mesh)
@@ -177,16 +178,23 @@ def measure(config: Config, arm: str, steps: int, world: World) -> dict[str, Any
     }
 
 
-def _plan(config: Config, dataset: Dataset, secret: Secret, world: World) -> Plan:
+def _plan(config: Config, dataset: Dataset, opened: OpenModel, secret: Secret, world: World) -> Plan:
     def make() -> dict[str, Any]:
-        here = environment(world.platform)
-        size, nonce = len(dataset.train), fresh_nonce(secret)
-        return plan_run(config, dataset_size=size, nonce=nonce, environment=here).to_record()
+        plan = plan_run(
+            config,
+            dataset_size=len(dataset.train),
+            coordinates=opened.coordinates,
+            nonce=fresh_nonce(secret),
+            environment=environment(world.platform),
+        )
+        return plan.to_record()
 
     return Plan.from_record(decide(world, make, timeout=config.cluster.initialization_timeout))
 
 
-def _with_physical_batch(plain: Config, private: Config, plan: Plan, dataset: Dataset, world: World) -> Config:
+def _with_physical_batch(
+    plain: Config, private: Config, plan: Plan, opened: OpenModel, dataset: Dataset, world: World
+) -> Config:
     """`plain` with the physical batch that the private arm gets here, so that all arms compute the same shapes.
 
     Only memory can make an automatic choice differ between arms, so the private programs are built to ask them;
@@ -202,9 +210,10 @@ def _with_physical_batch(plain: Config, private: Config, plan: Plan, dataset: Da
         epsilon_rdp=math.nan,
         accountant="none",
         renyi_order=0,
+        grid=private.privacy.clip_norm * 2.0**-36,
     )
     noisy = dataclasses.replace(plan, privacy=any_noise)
-    physical = build_setup(private, noisy, dataset, world, earlier=None).physical
+    physical = build_setup(private, noisy, opened, dataset, world, earlier=None).physical
     return dataclasses.replace(plain, training=dataclasses.replace(plain.training, physical_batch_size=physical))
 
 
