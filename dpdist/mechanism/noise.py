@@ -1,4 +1,4 @@
-"""The one draw of Gaussian noise in a step: integers, in units of the grid, drawn by one device in a program of its own.
+"""The one draw of Gaussian noise in a step: integers, in units of the grid, drawn by one device in its own program.
 
 Each coordinate is round(Z1) + round(Z2) + round(Z3) of independent normals: Z1 and Z2 have half of the variance each,
 and Z3 a standard deviation of 2^20 units, which is next to nothing. In law, round(Z1) + round(Z2) added to an integer S
@@ -38,7 +38,12 @@ def integer_noise(keys: UInt32[Array | np.ndarray, "blocks 3 2"], coordinates: i
         keys: the Threefry keys of every block's three draws, see `Keys.noise`.
         coordinates: d.
         units: the standard deviation, in units of the grid.
+
+    Raises:
+        TypeError: 64-bit types are not enabled.
     """
+    if jax.dtypes.canonicalize_dtype(jnp.float64) != jnp.float64:  # JAX would draw float32 in their place
+        raise TypeError("the noise must be drawn in float64")
     block = partial(_block, size=block_size(coordinates), half=units / math.sqrt(2) * (1 + 2.0**-50))
     return jax.lax.map(block, jnp.asarray(keys)).reshape(-1)[:coordinates]
 
@@ -47,7 +52,5 @@ def _block(keys: UInt32[Array, "3 2"], *, size: int, half: float) -> Int64[Array
     total = jnp.zeros(size, jnp.int64)
     for key, deviation in zip(keys, (half, half, _THIRD), strict=True):
         z = jax.random.normal(jax.random.wrap_key_data(key, impl="threefry2x32"), (size,), jnp.float64)
-        if z.dtype != jnp.float64:  # without 64-bit types JAX draws float32 in silence
-            raise TypeError("the noise must be drawn in float64")
         total += jnp.round(z * deviation).astype(jnp.int64)
     return total

@@ -116,26 +116,26 @@ def microbatch_sizes(examples: int, physical: int, tail: int) -> tuple[int, ...]
 
 def assign(
     step: int,
-    sample: Int64[np.ndarray, " n"],
+    drawn: Int64[np.ndarray, " n"],
     *,
-    order: UInt64[np.ndarray, " 2"],
     assignment: Literal["chunks", "balanced", "shard"],
     dataset_size: int,
     host_of_device: Sequence[int],
     physical: int,
     tail: int,
 ) -> Assignment:
-    """Assign the sampled examples, in the order that the key `order` draws, to devices.
+    """Assign the sampled examples to devices, in the order `drawn`, which `in_random_order` made.
 
-    `chunks`: the order is cut into chunks of `physical`, whatever the devices, and whole chunks go to devices in turn:
+    `chunks`: it is cut into chunks of `physical`, whatever the devices, and whole chunks go to devices in turn:
     which examples share a product is then the same on any topology. `balanced`: each device in turn takes an example.
     `shard`: each host takes what was sampled from its own contiguous shard, its devices in turn, for data that is local
-    to a host. All process exactly `sample`, each example once.
+    to a host. All process exactly the sample, each example once.
     """
-    drawn, devices = in_random_order(sample, order), len(host_of_device)
+    devices = len(host_of_device)
     if assignment == "chunks":
         chunk = np.arange(len(drawn)) // physical
-        first = int(order[0] % np.uint64(devices))  # or the first devices would always have the most to do
+        # The devices take turns in being first, who has the most to do: at random, but the same for every sample.
+        first = int(words(np.array([step, 0], np.uint64), 0, 1)[0] % np.uint64(devices))
         by_device = [drawn[chunk % devices == (device - first) % devices] for device in range(devices)]
     elif assignment == "balanced":
         by_device = [drawn[device::devices] for device in range(devices)]
@@ -146,4 +146,4 @@ def assign(
             own = drawn[(drawn >= bounds[host]) & (drawn < bounds[host + 1])]
             before = list(host_of_device[:device]).count(host)
             by_device.append(own[before :: list(host_of_device).count(host)])
-    return Assignment(step, sample, tuple(by_device), physical, tail)
+    return Assignment(step, np.sort(drawn), tuple(by_device), physical, tail)

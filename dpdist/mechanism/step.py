@@ -4,7 +4,7 @@ Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1, with Poisson subsampling: the
 
     (sum_{i in sample} clip_C(g_i) + N(0, sigma^2 C^2 I)) / B,     B = q N constant.
 
-Between clipping and noise all sums are integers, in units of a public grid (see `grid`), so they are exact in any order.
+Between clipping and noise all sums are integers, in units of a public grid (see `grid`): exact, in any order.
 
 `StepPrograms` compiles every shape that can occur before the first step and calls compiled programs, which reject any
 other shape instead of compiling again. All that computes with floating-point numbers, `accumulate` and `update`, is
@@ -244,7 +244,7 @@ class StepPrograms:
         """What each of this process's devices holds of arrays that are spread over, or replicated on, the mesh."""
         leaves, structure = jax.tree.flatten(tree)
         held = [{shard.device: shard.data for shard in leaf.addressable_shards} for leaf in leaves]
-        return {i: structure.unflatten([each[device] for each in held]) for i, device in self.local.items()}
+        return {i: jax.tree.unflatten(structure, [each[to] for each in held]) for i, to in self.local.items()}
 
     def whole(self, slices: Mapping[int, Any], sharding: NamedSharding) -> Any:
         """The inverse of `slices`."""

@@ -9,7 +9,7 @@ from dpdist.cluster.world import World
 from dpdist.config import Config
 from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.ledger import Plan
-from dpdist.mechanism.sampling import Assignment, assign, poisson_sample
+from dpdist.mechanism.sampling import Assignment, assign, in_random_order, poisson_sample
 from dpdist.program.build import TrainingSetup
 
 
@@ -22,8 +22,7 @@ def make_assigner(
         sample = poisson_sample(keys.sampling(step), plan.sampling_probability, 0, plan.dataset_size)
         return assign(
             step,
-            sample,
-            order=keys.order(step),
+            in_random_order(sample, keys.order(step)),
             assignment=config.sampling.assignment,
             dataset_size=plan.dataset_size,
             host_of_device=world.host_of_device,

@@ -103,10 +103,10 @@ class Rig:
         return self.step.place(self.initial), self.step.zero_sums()
 
     def assign(self, sample: Sequence[int], step: int, *, physical: int, assignment: str = "balanced") -> Assignment:
+        """The assignment of a step with this sample, grouped in the order given."""
         return assign(
             step,
             np.asarray(sample, np.int64),
-            order=self.keys.order(step),
             assignment=assignment,
             dataset_size=self.examples,
             host_of_device=[0] * self.devices,
@@ -129,10 +129,18 @@ class Rig:
         return Microbatch({"x": x}, real.astype(np.float32), np.where(real, rows, 0).astype(np.int32))
 
     def accumulate(
-        self, state: TrainState, sums: Any, sample: Sequence[int], step: int, *, padding: float, physical: int
+        self,
+        state: TrainState,
+        sums: Any,
+        sample: Sequence[int],
+        step: int,
+        *,
+        padding: float,
+        physical: int,
+        assignment: str = "balanced",
     ) -> Any:
         """The first half of a step."""
-        rounds = self.rounds(self.assign(sample, step, physical=physical), padding=padding)
+        rounds = self.rounds(self.assign(sample, step, physical=physical, assignment=assignment), padding=padding)
         return accumulate_sample(self.step, state.params, sums, rounds, self.step.loss_key(self.keys, step))
 
     def take(
@@ -144,9 +152,10 @@ class Rig:
         *,
         padding: float = np.nan,
         physical: int = physical,
+        assignment: str = "balanced",
     ) -> tuple[TrainState, Any, np.ndarray, np.ndarray | None]:
         """Take one whole step by the two halves that every loop uses; returns (state, sums, diagnostics, draw)."""
-        sums = self.accumulate(state, sums, sample, step, padding=padding, physical=physical)
+        sums = self.accumulate(state, sums, sample, step, padding=padding, physical=physical, assignment=assignment)
         state, sums, diagnostics, draw = noisy_update(self.step, state, sums, self.keys, step)
         return state, sums, np.asarray(diagnostics), None if draw is None else np.asarray(draw)
 
