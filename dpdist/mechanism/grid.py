@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int64
 
-#: The noise has a standard deviation of at least this many grid units: fine enough that rounding costs nothing.
+#: The noise has a standard deviation of so many grid units, or more; fewer only where 7e7 records and more must fit.
 _UNITS_IN_NOISE = 2.0**36
 _SLACK = 2.0**-12
 _LARGEST_SLACK = 1e-3
