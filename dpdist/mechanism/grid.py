@@ -5,9 +5,9 @@ noise all is integer addition, which is exact in any order, so float32 accumulat
 the same however many devices add it up. Division by B, the optimizer and float32 come after the noise: post-processing.
 
 Sensitivity. Taking one example out changes at most two products (`sampling.in_random_order`), by at most C together.
-Each of their four roundings, two before and two after, is off by at most half a unit, so that the integer sums differ
-by at most C + 2 g sqrt(d) = C (1 + slack) over d coordinates: the noise is sigma times *that*, and sigma is exactly
-what the accountant is given. What this does not cover is float32 rounding within the two products; see docs/rounding.md.
+Each of their four roundings, two before and two after, is off by at most half a unit, so the integer sums differ by at
+most C + 2 g sqrt(d) = C (1 + slack) over d coordinates: the noise is sigma times *that*, and sigma is exactly what the
+accountant is given. What this does not cover is float32 rounding within the two products; see docs/rounding.md.
 """
 
 from __future__ import annotations

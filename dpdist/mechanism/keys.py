@@ -101,7 +101,7 @@ class Keys:
         return np.frombuffer(self._derive("order", step), dtype="<u8").astype(np.uint64)
 
     def noise(self, step: int, blocks: int) -> UInt32[np.ndarray, "{blocks} 3 2"]:
-        """Return the noise keys of step `step`: for each of `blocks` blocks of coordinates, those of its three draws."""
+        """Return the noise keys of step `step`: for each of `blocks` blocks, the keys of its three draws."""
         raw = b"".join(self._derive("noise", step, block=block, size=24) for block in range(blocks))
         return np.frombuffer(raw, dtype="<u4").astype(np.uint32).reshape(blocks, 3, 2)
 

@@ -110,6 +110,8 @@ class StepPrograms:
     """The programs of a run, compiled for one mesh before the first step."""
 
     def __init__(self, spec: StepSpec) -> None:
+        if spec.noise_scale is not None and spec.grid is None:
+            raise ValueError("noise is drawn on a grid, so a step with a noise scale needs one")
         mesh = spec.mesh
         axis = mesh.axis_names[0]
         self._spec, self._axis = spec, axis

@@ -1,4 +1,4 @@
-"""The assignment: every sampled example once, on any layout, in shapes compiled beforehand; neighbours share products."""
+"""The assignment: every sampled example once, on any layout, in shapes compiled beforehand, in products that stay."""
 
 from __future__ import annotations
 
@@ -194,6 +194,5 @@ def test_every_order_of_a_sample_is_equally_likely() -> None:
 
 
 def test_the_order_has_a_key_of_its_own() -> None:
-    """Ordered by the words that decided on inclusion, the order would tell how near an example was to being left out."""
     keys = Keys(Secret.from_insecure_seed(5), b"order")
     assert len({tuple(keys.order(step)) for step in range(9)} | {tuple(keys.sampling(step)) for step in range(9)}) == 18

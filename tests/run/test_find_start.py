@@ -62,6 +62,7 @@ def request(run: RunDirectory, checkpoints: Checkpoints, **training: Any) -> Res
             repeatable=True,
         ),
         dataset_size=1437,
+        coordinates=650,
     )
 
 
