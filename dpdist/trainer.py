@@ -25,7 +25,7 @@ from dpdist.data import fingerprint
 from dpdist.data.feed import Feed
 from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.step import TrainState, accumulate_sample, noisy_update
-from dpdist.program.assignments import make_assigner
+from dpdist.program.assignments import make_assigner, share_of_work
 from dpdist.program.build import TrainingSetup, build_setup, open_labelled_data, open_model
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
@@ -197,7 +197,7 @@ class Trainer:
         assignment = self.feed.next_assignment()
         rounds, loss_key = self.feed.rounds(assignment), programs.loss_key(self.keys, step)
         sums = accumulate_sample(programs, self.state.params, self.sums, rounds, loss_key)
-        self.stragglers.ready(step, sums)
+        self.stragglers.ready(step, sums, share_of_work(assignment, programs.local))
         self.state, self.sums, diagnostics, draw = noisy_update(programs, self.state, sums, self.keys, step)
         self.stragglers.ended(step, self.state)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from dpdist.cluster.world import World
 from dpdist.config import Config
@@ -31,6 +31,12 @@ def make_assigner(
         )
 
     return assign_one
+
+
+def share_of_work(assignment: Assignment, devices: Iterable[int]) -> float:
+    """The most microbatches on one of `devices`, over the most on any device; 1 where there are none at all."""
+    own = max(len(assignment.sizes(device)) for device in devices)
+    return own / assignment.rounds if assignment.rounds else 1.0
 
 
 def shape_of_work(assignments: Sequence[Assignment]) -> dict[str, float]:

@@ -24,11 +24,14 @@ SIDES = {COMPUTE: (FAST, COMPUTE), WAIT: (WAIT,), HOSTS: (HOSTS,)}
 YIELDING = (COMPUTE,)
 
 LANES = {
+    "tests/attacks": WAIT,
+    "tests/attacks/test_accumulation.py": COMPUTE,
     "tests/cluster": WAIT,
     "tests/cluster/test_environment.py": FAST,
     "tests/cluster/test_straggler.py": FAST,
     "tests/cluster/test_straggler.py::test_a_slow_rank_is_reported_by_rank_and_host_and_only_on_process_0": WAIT,
     "tests/cluster/test_straggler.py::test_equally_fast_ranks_are_not_reported": WAIT,
+    "tests/cluster/test_straggler.py::test_a_rank_with_nothing_to_do_is_not_compared": WAIT,
     "tests/cluster/test_straggler.py::test_one_process_is_never_timed": WAIT,
     "tests/cluster/test_straggler.py::test_a_lost_coordination_service_is_no_error": WAIT,
     "tests/config": FAST,
