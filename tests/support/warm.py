@@ -170,25 +170,6 @@ def order_of_events(config: dict[str, Any]) -> list[list[Any]]:
     return events
 
 
-def drawn_before_charged(config: dict[str, Any]) -> dict[str, list[int]]:
-    """The steps whose noise was drawn, and those of them that the ledger's file did not charge by then."""
-    draw, ledger = StepPrograms.draw, Path(config["run"]["dir"]) / "ledger.jsonl"
-    drawn: list[int] = []
-    uncharged: list[int] = []
-
-    def watched(self: StepPrograms, keys: Any, step: int) -> Any:
-        records = [json.loads(line) for line in ledger.read_text().splitlines()]
-        blocks = [record for record in records if record["record"] == "steps"]
-        drawn.append(step)
-        if not any(block["start"] <= step < block["stop"] for block in blocks):
-            uncharged.append(step)
-        return draw(self, keys, step)
-
-    StepPrograms.draw = watched  # type: ignore[method-assign]
-    dpdist.train(dpdist.from_dict(config))
-    return {"drawn": drawn, "uncharged": uncharged}
-
-
 def child(command: dict[str, Any]) -> NoReturn:
     """What a fork does with the rest of its life."""
     os.setpgid(0, 0)
