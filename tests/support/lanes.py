@@ -24,6 +24,7 @@ SIDES = {COMPUTE: (FAST, COMPUTE), WAIT: (WAIT,), HOSTS: (HOSTS,)}
 YIELDING = (COMPUTE,)
 
 LANES = {
+    "tests/attacks": WAIT,
     "tests/cluster": WAIT,
     "tests/cluster/test_environment.py": FAST,
     "tests/cluster/test_straggler.py": FAST,

@@ -7,11 +7,13 @@ environment, names further modules to import once.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +34,7 @@ from dpdist.data import open_dataset, read_rows
 from dpdist.mechanism.ledger import Ledger
 from dpdist.mechanism.step import StepPrograms
 from dpdist.run import integrity
-from dpdist.run.checkpoint import Checkpoints
+from dpdist.run.checkpoint import Checkpoints, SaveFailedError
 from dpdist.run.directory import RunDirectory
 from dpdist.run.metrics import Publisher
 from dpdist.run.recorder import Recorder
@@ -168,6 +170,34 @@ def order_of_events(config: dict[str, Any]) -> list[list[Any]]:
     record(RunDirectory, "write_summary", lambda summary: ["summary", summary["status"]])
     dpdist.train(dpdist.from_dict(config))
     return events
+
+
+def fail_once_evaluated(config: dict[str, Any], step: int) -> dict[str, Any]:
+    """A run whose disk fails while it commits `step`, once that step was evaluated: every accuracy that was measured,
+    and the error's type.
+    """
+    measured: list[list[Any]] = []
+    done = threading.Event()
+    evaluated, synchronise = Recorder.evaluated, Checkpoints.synchronise
+
+    def watched(self: Recorder, at: int, accuracy: float) -> None:
+        measured.append([at, accuracy])
+        evaluated(self, at, accuracy)
+        if at == step:
+            done.set()
+
+    def failing(self: Checkpoints, at: int) -> None:
+        if at != step:
+            return synchronise(self, at)
+        done.wait(100)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    Recorder.evaluated, Checkpoints.synchronise = watched, failing  # type: ignore[method-assign]
+    try:
+        dpdist.train(dpdist.from_dict(config))
+    except SaveFailedError as error:
+        return {"measured": measured, "failed": error.step}
+    return {"measured": measured, "failed": None}
 
 
 def child(command: dict[str, Any]) -> NoReturn:
