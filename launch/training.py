@@ -29,7 +29,9 @@ def train_here(config: Config) -> int:
     try:
         summary = train(config)
     except InputError as error:
-        print(f"dpdist: error: {error}", file=sys.stderr)
+        log = record_exception(traceback.format_exc())
+        more = f" ({log} says more)" if log is not None and error.__cause__ is not None else ""
+        print(f"dpdist: error: {error}{more}", file=sys.stderr)
         abort(EXIT_BAD_INPUT)
     except BaseException as error:
         # The text of an exception may quote data, so only its kind is shown where logs are collected, but for ours.
