@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from dpdist.cluster.core_files import forbid_core_files
 from dpdist.cluster.streams import open_missing_streams
 from dpdist.config.nearest import did_you_mean
 from dpdist.errors import InputError
@@ -23,6 +24,7 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     open_missing_streams()
+    forbid_core_files()
     arguments = list(sys.argv[1:] if argv is None else argv)
     top = parser()
     options, rest = top.parse_known_args(arguments)

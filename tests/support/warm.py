@@ -11,6 +11,7 @@ import errno
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -170,6 +171,14 @@ def order_of_events(config: dict[str, Any]) -> list[list[Any]]:
     record(RunDirectory, "write_summary", lambda summary: ["summary", summary["status"]])
     dpdist.train(dpdist.from_dict(config))
     return events
+
+
+def limit_of_core_files(config: dict[str, Any]) -> dict[str, list[int]]:
+    """The soft and hard limit before and after a run, where the shell has allowed core files of any size."""
+    resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    before = list(resource.getrlimit(resource.RLIMIT_CORE))
+    dpdist.train(dpdist.from_dict(config))
+    return {"before": before, "after": list(resource.getrlimit(resource.RLIMIT_CORE))}
 
 
 def fail_once_evaluated(config: dict[str, Any], step: int) -> dict[str, Any]:
