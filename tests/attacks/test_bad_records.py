@@ -13,7 +13,7 @@ KINDS = ("raises", "text", "column", "dtype", "shape", "ragged", "tuple", "wide"
 #: The fingerprint, before the first step, reads the first of these and not the second.
 AT_THE_START, LATER = 15_872, 15_873
 #: In whole words, as digits stand in hashes too. 5000 is a shape.
-QUOTED = re.compile(rb"Alice|5\.?000000123|(?<![\w.])(5000|%d|%d)(?![\w.])" % (AT_THE_START, LATER))
+QUOTED = re.compile(rb"Alice|5\.?0{5,6}123|(?<![\w.])(5000|%d|%d)(?![\w.])" % (AT_THE_START, LATER))
 
 
 def shown(run: Run, ended: Ended) -> dict[str, bytes]:
@@ -47,6 +47,16 @@ def test_a_bad_record_is_quoted_in_private_alone(ended: dict[str, tuple[int, Run
     assert re.search(rf"(record|example) {index}\b", run.logs)  # its owner is told which one it is
     if index == LATER:
         assert run.summary["status"] == "failed"
+
+
+def test_a_label_out_of_range_is_quoted_in_private_alone(jobs: Jobs) -> None:
+    run = jobs.new("label")
+    end = jobs.train(run, "data.source=userland:bad_label", "privacy.delta=1e-5", BAD_RECORD=str(LATER)).wait()
+    assert end.code == 2
+    assert "some labels lie outside 0 to 3" in end.err
+    for name, content in shown(run, end).items():
+        assert not QUOTED.search(content), (name, content[-2000:])
+    assert f"the first 500000123, of example {LATER}" in run.logs
 
 
 def test_the_search_sees_what_it_looks_for(jobs: Jobs, tmp_path: Path) -> None:

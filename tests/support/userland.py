@@ -114,6 +114,13 @@ def wide(value: float) -> tuple[Source, None]:
     return ArraySource(train), None
 
 
+def bad_label() -> tuple[Source, None]:
+    """As `bad_record`, in arrays: the label is out of range."""
+    train = columns(20_000, seed=1)
+    train["label"][int(os.environ["BAD_RECORD"])] = 500_000_123
+    return ArraySource(train), None
+
+
 def bad_record(kind: str) -> tuple[Source, None]:
     """20,000 examples, of which the one that BAD_RECORD names is wrong and holds 5,000,000,123 or `Alice Example`.
 
