@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from dpdist.data.sources import ArraySource, Source, Subset, read_rows, schema
+from dpdist.data.sources import ArraySource, BadRecordError, Source, Subset, read_rows, schema
 from dpdist.errors import InputError
 
 #: Number of labels checked if each example costs a call of the user's code.
@@ -37,7 +37,7 @@ def check_labels(source: Source, classes: int, field: str = "model.classes") -> 
 
     Raises:
         InputError: the labels are not integers, or one is out of range; the error does not say which, because labels
-            are private.
+            are private; its cause, a `BadRecordError`, does.
     """
     labels = _labels(source)
     if labels is None:
@@ -46,12 +46,13 @@ def check_labels(source: Source, classes: int, field: str = "model.classes") -> 
         row = np.empty(labels.shape[1:], labels.dtype)
         raise InputError("data.source", _described("label", row), f"labels are integers from 0; {_convert(row)}.")
     if labels.min() < 0 or labels.max() >= classes:
+        wrong = np.argwhere((labels < 0) | (labels >= classes))
         raise InputError(
             field,
             classes,
             f"some labels lie outside 0 to {classes - 1}; set model.classes to the number of classes of the task, "
             "and number them from 0.",
-        )
+        ) from BadRecordError(f"{len(wrong)} labels, the first {labels[tuple(wrong[0])]}, of example {wrong[0][0]}")
 
 
 def require_class_labels(example: Mapping[str, Any], part: str) -> None:

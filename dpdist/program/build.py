@@ -17,7 +17,7 @@ from dpdist.cluster.world import World
 from dpdist.config import Config
 from dpdist.data import Dataset, check_labels, open_dataset
 from dpdist.data.checks import require_class_labels, require_values
-from dpdist.data.sources import Source
+from dpdist.data.sources import Source, read_rows
 from dpdist.errors import InputError
 from dpdist.mechanism.clipping import UnsupportedLossError, trainable
 from dpdist.mechanism.ledger import Plan
@@ -100,11 +100,10 @@ def example_spec(source: Source) -> dict[str, jax.ShapeDtypeStruct]:
     Raises:
         InputError: a column is called `key`, the name of a randomised model's random key, or holds no values.
     """
-    if "key" in source[0]:
+    first = read_rows(source, np.zeros(1, np.int64))
+    if "key" in first:
         raise InputError("data.source", "column 'key'", "is the name of the random key of an example; rename it.")
-    example = {
-        name: jax.ShapeDtypeStruct(np.shape(value), np.asarray(value).dtype) for name, value in source[0].items()
-    }
+    example = {name: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype) for name, rows in first.items()}
     require_values(example)
     return example
 

@@ -1,7 +1,7 @@
 """A1: values of a released parameter that noise alone cannot give tell that a record was there.
 
-The attacker knows the initial parameters (zeros), the learning rate and the noise's scale, and everything about the data
-but one record. Once noise was a float32 draw times the scale in float32. That product takes at most 86 of 100 float32
+The attacker knows the initial parameters (zeros), the learning rate and the noise's scale, and all of the data but one
+record. Once noise was a float32 draw times the scale in float32. That product takes at most 86 of 100 float32
 values where the scale's mantissa is 1.5: a value it cannot take is proof that something was added. In a run of epsilon
 0.1 exported as "holds", 94 to 112 of 1,000 coordinates were such proofs with the record, and none without.
 """

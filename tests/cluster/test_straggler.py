@@ -91,8 +91,8 @@ def test_a_sample_of_half_of_the_ranks_is_ignored(sample: list[float | None]) ->
     assert reported(*[sample] * 5) == [[]] * 5
 
 
-#: 60 steps as in the training loop, each with a collective; rank sys.argv[1], if it exists, is slow, where sys.argv[2] is the
-#: share of the microbatches that the others have.
+#: 60 steps as in the training loop, each with a collective; rank sys.argv[1], if it exists, is slow. The others have a
+#: share of sys.argv[2] of its microbatches.
 LOOP = """
 import socket
 import jax, jax.numpy as jnp, numpy as np

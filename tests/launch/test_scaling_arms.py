@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from worlds import alone
 
 import dpdist
-from dpdist.cluster.environment import Membership
-from dpdist.cluster.world import AXIS, World
+from dpdist.cluster.world import World
 from dpdist.config import Config
 from dpdist.data import Dataset, open_dataset
 from dpdist.data.feed import Feed
@@ -40,20 +40,6 @@ from dpdist_launch.measure.scaling.arms import (
 )
 
 STEPS = 5
-
-
-def job_of(devices: int) -> World:
-    alone = Membership(
-        process_id=0,
-        num_processes=1,
-        coordinator_address="127.0.0.1:0",
-        local_device_ids=None,
-        host_index=0,
-        num_hosts=1,
-        launcher="single",
-    )
-    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:devices]), (AXIS,))
-    return World(membership=alone, mesh=mesh, host_of_device=(0,) * devices, timeout=10, distributed=False)
 
 
 def config(run_dir: Path, **changes: dict[str, Any]) -> Config:
@@ -128,7 +114,7 @@ def trained(arm: str, asked: Config, world: World) -> tuple[list[Any], list[tupl
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_reducing_after_every_batch_changes_when_and_not_what(devices: int, tmp_path: Path) -> None:
-    asked, world = config(tmp_path), job_of(devices)
+    asked, world = config(tmp_path), alone(devices)
     late, steps_late, _ = trained(SGD, asked, world)
     soon, steps_soon, texts = trained(SGD_SYNC, asked, world)
     for a, b in zip(late, soon, strict=True):
@@ -157,7 +143,7 @@ def initial_parameters(asked: Config, world: World) -> list[Any]:
 @pytest.mark.parametrize(("arm", "placement"), [(DP, "designated"), (DP, "fused"), (SGD, "designated")])
 def test_the_vectors_that_a_step_reduces_are_those_of_its_program(arm: str, placement: str, tmp_path: Path) -> None:
     asked = config(tmp_path, privacy={"noise_placement": placement})
-    _, _, texts = trained(arm, asked, job_of(2))
+    _, _, texts = trained(arm, asked, alone(2))
     reduced = [line.split(" all-reduce(")[0] for line in texts[-1].splitlines() if " all-reduce(" in line]
     vectors = [int(size) for line in reduced for size in re.findall(r"(?:f32|s64)\[(\d+)\]", line)]
     parameters = 8 * 8 * 8 + 8 + 8 * 10 + 10
@@ -167,7 +153,7 @@ def test_the_vectors_that_a_step_reduces_are_those_of_its_program(arm: str, plac
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_point_says_what_was_measured(arm: str, tmp_path: Path) -> None:
-    measured = point.measure(config(tmp_path), arm, 6, job_of(4))
+    measured = point.measure(config(tmp_path), arm, 6, alone(4))
     assert measured is not None
     assert measured["devices"] == 4
     assert measured["processes"] == 1
@@ -201,7 +187,7 @@ def test_warming_up_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + day * min(len(steps), point.WARM_UP))
     monkeypatch.setattr(point, "time", clock)
     monkeypatch.setattr(point, "noisy_update", slow_at_first)
-    measured = point.measure(config(tmp_path), SGD, 4, job_of(1))
+    measured = point.measure(config(tmp_path), SGD, 4, alone(1))
     assert measured is not None
     assert len(steps) == point.WARM_UP + 4
     assert 96 * 4 / measured["examples_per_second"] < day
@@ -227,7 +213,7 @@ def test_all_arms_compute_the_physical_batch_that_the_private_one_can_hold(tmp_p
         "training": {"physical_batch_size": "auto", "clipping": "per_example"},
         "sampling": {"expected_batch_size": 256},
     }
-    asked, world = config(tmp_path, **changes), job_of(1)
+    asked, world = config(tmp_path, **changes), alone(1)
     found = [point.measure(asked, arm, 1, world) for arm in (DP, SGD)]
     sizes = {measured["physical_batch_size"] for measured in found if measured is not None}
     dataset, plain = open_dataset(asked.data), config_of(SGD, asked)

@@ -26,6 +26,7 @@ YIELDING = (COMPUTE,)
 LANES = {
     "tests/attacks": WAIT,
     "tests/attacks/test_accumulation.py": COMPUTE,
+    "tests/attacks/test_threat_model.py": FAST,
     "tests/cluster": WAIT,
     "tests/cluster/test_environment.py": FAST,
     "tests/cluster/test_straggler.py": FAST,

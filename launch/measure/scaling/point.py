@@ -14,7 +14,6 @@ import signal
 import statistics
 import sys
 import time
-import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -34,7 +33,6 @@ from dpdist.cluster.world import World
 from dpdist.config import Config
 from dpdist.data import Dataset, open_dataset
 from dpdist.data.feed import Feed
-from dpdist.errors import InputError
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
 from dpdist.mechanism.ledger import Plan, PrivacyTerms
 from dpdist.mechanism.sampling import Assignment
@@ -44,11 +42,14 @@ from dpdist.program.build import OpenModel, TrainingSetup, build_setup, open_mod
 from dpdist.run.directory import write_atomically
 from dpdist.run.fingerprints import code_digest, environment, user_code_digest
 from dpdist.run.plan import plan_run
+from dpdist.run.private_log import log_to
+from dpdist_launch.failures import report_failure
 from dpdist_launch.measure.collective import all_reduce_program, all_reduce_seconds
 from dpdist_launch.measure.machine import versions, whole_job
 from dpdist_launch.measure.scaling.arms import DP, SGD_SYNC, Share, accumulate_and_share, all_reduces, config_of
+from dpdist_launch.measure.scaling.directory import Point
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED = 1, 2, 75
+EXIT_PREEMPTED = 75
 #: Steps before the measured ones: the first touch buffers, connections and caches for the first time.
 WARM_UP = 3
 _ALL_REDUCE_CALLS = 20
@@ -85,7 +86,8 @@ def run(config: dict[str, Any], arm: str, nodes: int, repeat: int, steps: int, r
     """Measure one point and leave the job; every process of it calls this, as the last thing it does.
 
     Args:
-        config: nested dicts, as `dpdist.config.from_dict` takes them; stacks of a stuck process go to its `run.dir`.
+        config: nested dicts, as `dpdist.config.from_dict` takes them; what quotes data, such as a traceback, goes to
+            files in its `run.dir` that their owner alone can read.
         arm: a key of `ARMS`.
         nodes: how many nodes the job was given.
         repeat: which of the equal measurements this is, from 1.
@@ -100,19 +102,16 @@ def run(config: dict[str, Any], arm: str, nodes: int, repeat: int, steps: int, r
     try:
         parsed = config_module.from_dict(config)
         world = join(parsed.cluster)
+        name = Point(arm=arm, nodes=nodes, repeat=repeat).name
+        log_to(Path(parsed.run.dir) / f"{name}.rank-{world.process_id}.log")
         point = measure(parsed, arm, steps, world)
         if point is not None and world.is_main:
             whole = {"arm": arm, "nodes": nodes, "repeat": repeat} | point
             write_atomically(Path(result), json.dumps(whole, indent=2) + "\n")
         barrier("end of point", world)  # the first to leave would take the others down
         leave()
-    except InputError as error:
-        print(f"dpdist: error: {error}", file=sys.stderr)
-        abort(EXIT_BAD_INPUT)
     except BaseException as error:
-        traceback.print_exc()
-        print(f"dpdist: failed with {type(error).__name__}", file=sys.stderr)
-        abort(EXIT_FAILED)
+        abort(report_failure(error))
     if point is None:
         abort(EXIT_PREEMPTED)
 
