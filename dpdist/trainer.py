@@ -25,8 +25,8 @@ from dpdist.data import fingerprint
 from dpdist.data.feed import Feed
 from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.step import TrainState, accumulate_sample, noisy_update
-from dpdist.program.assignments import make_assigner
-from dpdist.program.build import TrainingSetup, build_setup, open_labelled_data
+from dpdist.program.assignments import make_assigner, share_of_work
+from dpdist.program.build import TrainingSetup, build_setup, open_labelled_data, open_model
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import params_digest, step_inputs
@@ -59,6 +59,7 @@ def train(config: Config) -> dict[str, Any]:
         writer = open_writer(config, run, world)
         cleanup.callback(writer.release)
         dataset = open_labelled_data(config)
+        opened = open_model(config, dataset)
         secret, secret_lost = open_secret(config, run, world)
         parts = {"training data": dataset.train, "test data": dataset.test}
         tags = agree_on_data(secret, {part: fingerprint(source) for part, source in parts.items()}, world)
@@ -80,11 +81,12 @@ def train(config: Config) -> dict[str, Any]:
                 inputs=step_inputs(config, world, data=tags["training data"]),
                 dataset_size=len(dataset.train),
                 test_data=tags["test data"],
+                coordinates=opened.coordinates,
             )
             start = agree_on_start(request, writer, world)
 
             # Build: compile every shape that can occur; place the state, new or restored, on the devices.
-            setup = build_setup(config, start.plan, dataset, world, start.decisions)
+            setup = build_setup(config, start.plan, opened, dataset, world, start.decisions)
             require_fits(start, setup.decisions()["leaves"])
             require_same({"initial parameters": params_digest(setup.initial.params)}, world)
             if setup.evaluator is not None:
@@ -195,9 +197,9 @@ class Trainer:
         step, programs = self.step, self.setup.step_programs
         self.stragglers.began(step, self.state)
         assignment = self.feed.next_assignment()
-        microbatches, loss_key = self.feed.microbatches(assignment), programs.loss_key(self.keys, step)
-        sums = accumulate_sample(programs, self.state.params, self.sums, microbatches, loss_key)
-        self.stragglers.ready(step, sums)
+        rounds, loss_key = self.feed.rounds(assignment), programs.loss_key(self.keys, step)
+        sums = accumulate_sample(programs, self.state.params, self.sums, rounds, loss_key)
+        self.stragglers.ready(step, sums, share_of_work(assignment, programs.local))
         self.state, self.sums, diagnostics, draw = noisy_update(programs, self.state, sums, self.keys, step)
         self.stragglers.ended(step, self.state)
 

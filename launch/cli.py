@@ -9,7 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from dpdist.cluster.core_files import forbid_core_files
 from dpdist.cluster.streams import open_missing_streams
+from dpdist.config.nearest import did_you_mean
 from dpdist.errors import InputError
 from dpdist_launch.measure.bench import command as bench
 from dpdist_launch.measure.scaling import command as scaling
@@ -22,6 +24,7 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     open_missing_streams()
+    forbid_core_files()
     arguments = list(sys.argv[1:] if argv is None else argv)
     top = parser()
     options, rest = top.parse_known_args(arguments)
@@ -66,9 +69,19 @@ class _PrintVersion(argparse.Action):
         parser.exit(EXIT_DONE)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Answers a misspelled command or choice with the nearest one."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            there = ", ".join(map(str, action.choices))
+            hint = did_you_mean(value, map(str, action.choices))
+            raise argparse.ArgumentError(action, f"no such choice: {value!r}; {hint}there are {there}")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of every command."""
-    top = argparse.ArgumentParser(prog="dpdist", description="Distributed differentially private training in JAX.")
+    top = _Parser(prog="dpdist", description="Distributed differentially private training in JAX.")
     top.add_argument("--version", nargs=0, action=_PrintVersion, help="print the version and exit")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 

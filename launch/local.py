@@ -117,15 +117,13 @@ def _with_fair_share_of_cores(environ: Mapping[str, str], devices: int) -> dict[
 
     XLA and BLAS start a thread for every core in every process, which then fight for them. XLA reads the
     size of its pool from NPROC; the often-copied `intra_op_parallelism_threads=1` is no XLA flag and is
-    ignored. What the user has set stays.
+    ignored, and `xla_cpu_multi_thread_eigen=false` would compute other bits than jobs without it. What the user has set
+    stays.
     """
     environ = dict(environ)
     if devices > (os.cpu_count() or 1):
         environ.setdefault("NPROC", "1")
         environ.setdefault("OMP_NUM_THREADS", "1")
-        flags = environ.get("XLA_FLAGS", "")
-        if "--xla_cpu_multi_thread_eigen" not in flags:
-            environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
     return environ
 
 

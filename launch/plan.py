@@ -16,7 +16,7 @@ from dpdist.errors import InputError
 from dpdist.mechanism.clipping import LeafStrategy
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
 from dpdist.program.assignments import make_assigner, shape_of_work
-from dpdist.program.build import TrainingSetup, build_setup, memory_limit, with_key
+from dpdist.program.build import TrainingSetup, build_setup, memory_limit, open_model, with_key
 from dpdist.program.gradients import ExampleLoss, strategies_for
 from dpdist.run.fingerprints import environment
 from dpdist.run.plan import plan_run
@@ -47,10 +47,15 @@ def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int 
         )
     dataset = open_dataset(config.data)
     secret = Secret.fresh()
+    opened = open_model(config, dataset)
     plan = plan_run(
-        config, dataset_size=len(dataset.train), nonce=fresh_nonce(secret), environment=environment(world.platform)
+        config,
+        dataset_size=len(dataset.train),
+        coordinates=opened.coordinates,
+        nonce=fresh_nonce(secret),
+        environment=environment(world.platform),
     )
-    setup = build_setup(config, plan, dataset, world, earlier=None)
+    setup = build_setup(config, plan, opened, dataset, world, earlier=None)
     assigner = make_assigner(config, plan, setup, Keys(secret, bytes.fromhex(plan.nonce)), world)
     work = shape_of_work(tuple(assigner(step) for step in range(min(_STEPS, plan.steps))))
     leaves: list[LeafStrategy] = []

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-import sys
-import traceback
 
 from dpdist.cluster.join import abort, leave
 from dpdist.cluster.lease import LeaseLostError
 from dpdist.config import Config
-from dpdist.errors import InputError
 from dpdist.mechanism.ledger import LedgerError
 from dpdist.run.checkpoint import SaveFailedError
-from dpdist.run.private_log import record_exception
 from dpdist.trainer import train
+from dpdist_launch.failures import report_failure
 
 #: Errors whose texts are dpdist's own, about files and processes.
 QUOTES_NO_DATA = (LedgerError, SaveFailedError, LeaseLostError)
-EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED = 0, 1, 2, 75
+EXIT_DONE, EXIT_PREEMPTED = 0, 75
 
 
 def train_here(config: Config) -> int:
@@ -28,21 +25,7 @@ def train_here(config: Config) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         summary = train(config)
-    except InputError as error:
-        print(f"dpdist: error: {error}", file=sys.stderr)
-        abort(EXIT_BAD_INPUT)
     except BaseException as error:
-        # The text of an exception may quote data, so only its kind is shown where logs are collected, but for ours.
-        log = record_exception(traceback.format_exc())
-        if log is None:
-            traceback.print_exc()
-        elif isinstance(error, QUOTES_NO_DATA):
-            print(f"dpdist: failed: {error}", file=sys.stderr)
-        else:
-            kind = type(error).__name__
-            if isinstance(error, OSError) and error.strerror:  # the system's words, such as No space left on device
-                kind += f" ({error.strerror})"
-            print(f"dpdist: failed with {kind}; what it says is in {log}", file=sys.stderr)
-        abort(EXIT_FAILED)
+        abort(report_failure(error, ours=QUOTES_NO_DATA))
     leave()
     return EXIT_PREEMPTED if summary["status"] == "preempted" else EXIT_DONE

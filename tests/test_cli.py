@@ -101,6 +101,23 @@ def test_a_command_line_that_cannot_be_read_exits_with_2(capsys: pytest.CaptureF
     assert "usage: dpdist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["trian"], "'trian'; did you mean train? there are train, submit, "),
+        (["privacy", "calibrat"], "'calibrat'; did you mean calibrate? there are epsilon, calibrate"),
+        (["scaling", "x.yaml", "--cluster", "Slrm"], "'Slrm'; did you mean slurm? there are slurm, local"),
+        (["fly"], "'fly'; there are train, "),
+    ],
+)
+def test_a_misspelled_command_is_answered_with_the_nearest_one(
+    capsys: pytest.CaptureFixture[str], argv: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert words in capsys.readouterr().err
+
+
 def test_overrides_may_stand_on_either_side_of_options(capsys: pytest.CaptureFixture[str]) -> None:
     """The error shows that the override after the option was read."""
     assert main(["train", "configs/digits.yaml", "run.log_every=5", "--processes", "2", "training.stepz=3"]) == 2

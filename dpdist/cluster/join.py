@@ -22,6 +22,7 @@ from jax._src import distributed, xla_bridge  # There is no public way to ask wi
 
 from dpdist import config
 from dpdist.cluster import agreement
+from dpdist.cluster.core_files import forbid_core_files
 from dpdist.cluster.environment import Membership, detect
 from dpdist.cluster.streams import open_missing_streams
 from dpdist.cluster.world import AXIS, World
@@ -59,6 +60,7 @@ def join(cluster: config.Cluster, membership: Membership | None = None) -> World
     """
     open_missing_streams()
     _pin()
+    forbid_core_files()
     if membership is None:
         membership = detect(os.environ, use_gpus=cluster.platform != "cpu")
     distributed = True

@@ -1,8 +1,8 @@
 """Find stragglers: ranks that are slower than the others, for which every step must wait.
 
 In a sampled step each rank measures its *own seconds*: from the previous step's state until its own clipped sums are
-ready. No collective lies in between, and all devices process equally many microbatches, so ranks differ only by their
-machine: a slow disk, a hot or shared GPU, a busy host. The times travel through the coordination service's key-value
+ready, divided by its share of the work. No collective lies in between, so ranks differ only by their machine: a slow
+disk, a hot or shared GPU, a busy host. The times travel through the coordination service's key-value
 store, without a device collective, and process 0 evaluates them one sample later, without waiting.
 
 The duration of a step depends on the private sample. Reports therefore belong in `private/stragglers.jsonl` only.
@@ -111,11 +111,15 @@ class Stragglers:
             jax.block_until_ready(state)
             self._started_at = time.perf_counter()
 
-    def ready(self, step: int, sums: Any) -> None:
-        """Take this rank's own seconds; call after the last microbatch, before the first collective, with its sums."""
+    def ready(self, step: int, sums: Any, share: float) -> None:
+        """Take this rank's own seconds; call after the last microbatch, before the first collective, with its sums.
+
+        Args:
+            share: this rank's number of microbatches over that of the rank that has most; at 0 it has nothing to say.
+        """
         if self.due(step):
             jax.block_until_ready(sums)
-            self._own = time.perf_counter() - self._started_at
+            self._own = (time.perf_counter() - self._started_at) / share if share else math.nan
 
     def ended(self, step: int, state: Any) -> None:
         """Send this rank's times and, on process 0, evaluate the previous sample; call after the update."""
@@ -126,7 +130,8 @@ class Stragglers:
         try:
             if self._world.is_main and self._pending is not None:
                 self._evaluate(self._pending)
-            self._send(step, self._own, whole)
+            if math.isfinite(self._own):
+                self._send(step, self._own, whole)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             logger.warning("the times of step %d were not compared: %s", step, error)
         self._pending = step

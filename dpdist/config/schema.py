@@ -137,8 +137,9 @@ class Sampling(Section):
 
     #: B = qN, a public constant, and the normaliser of every step.
     expected_batch_size: Annotated[float, Positive()] = 256
-    #: `balanced` over all devices, or `shard`: a host processes its own shard alone.
-    assignment: Literal["balanced", "shard"] = "balanced"
+    #: `chunks`: of `physical_batch_size` examples whatever the devices, so that parameters have the same bits on any
+    #: topology; `balanced`: as even as can be; `shard`: a host processes its own shard of the data alone.
+    assignment: Literal["chunks", "balanced", "shard"] = "chunks"
 
 
 @dataclass(frozen=True, kw_only=True)

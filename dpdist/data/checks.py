@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from dpdist.data.sources import ArraySource, Source, Subset, read_rows, schema
+from dpdist.data.sources import ArraySource, BadRecordError, Source, Subset, read_rows, schema
 from dpdist.errors import InputError
 
 #: Number of labels checked if each example costs a call of the user's code.
@@ -39,7 +39,7 @@ def check_labels(source: Source, classes: int, field: str = "model.classes") -> 
 
     Raises:
         InputError: the labels are not integers, or one is out of range; the error does not say which, because labels
-            are private.
+            are private; its cause, a `BadRecordError`, does.
     """
     labels = _labels(source)
     if labels is None:
@@ -48,12 +48,13 @@ def check_labels(source: Source, classes: int, field: str = "model.classes") -> 
         row = np.empty(labels.shape[1:], labels.dtype)
         raise InputError("data.source", _described("label", row), f"labels are integers from 0; {_convert(row)}.")
     if labels.min() < 0 or labels.max() >= classes:
+        wrong = np.argwhere((labels < 0) | (labels >= classes))
         raise InputError(
             field,
             classes,
             f"some labels lie outside 0 to {classes - 1}; set model.classes to the number of classes of the task, "
             "and number them from 0.",
-        )
+        ) from BadRecordError(f"{len(wrong)} labels, the first {labels[tuple(wrong[0])]}, of example {wrong[0][0]}")
 
 
 def require_class_labels(example: Mapping[str, Any], part: str) -> None:
@@ -111,17 +112,18 @@ def require_repeatable(source: Source, indices: Int64[np.ndarray, " n"]) -> None
     A record that is another one at every reading has no fixed contribution for resumes and processes to agree on.
 
     Raises:
-        InputError: an example differs from its first reading.
+        InputError: an example differs from its first reading; the cause, a `BadRecordError`, says which.
     """
     first, again = read_rows(source, indices), read_rows(source, indices)
     for position, index in enumerate(indices.tolist()):
-        if any(first[name][position].tobytes() != again[name][position].tobytes() for name in first):
+        before, after = ({name: rows[name][position].tobytes() for name in rows} for rows in (first, again))
+        if before != after:
             raise InputError(
                 "data.source",
-                f"example {index}",
+                "an example",
                 "is another one when it is read again; return the record itself, and randomise it in a model with "
                 "randomised=True, by the example's `key`.",
-            )
+            ) from BadRecordError(f"example {index} of those that were read twice")
 
 
 def fingerprint(source: Source | None) -> bytes:

@@ -143,7 +143,7 @@ def _archive_reader(path: Path, kind: Format, checksum: str | None) -> Callable[
         raise InputError(
             "data.path",
             str(path),
-            f"has the MD5 {md5}, but {checksum} is expected: the download is damaged or another file; "
+            f"does not have the MD5 {checksum}: the download is damaged or another file; "
             "fetch it again (data.options.checksum: null takes it as it is).",
         )
     try:
@@ -153,7 +153,7 @@ def _archive_reader(path: Path, kind: Format, checksum: str | None) -> Callable[
                 if member.name in wanted and (file := archive.extractfile(member)) is not None:
                     found[wanted[member.name]] = file.read()
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError("data.path", str(path), f"is no complete .tar.gz archive ({error}); fetch it again.") from None
+        raise InputError("data.path", str(path), "is no complete .tar.gz archive; fetch it again.") from error
 
     def read(name: str) -> bytes:
         if name not in found:
@@ -165,20 +165,26 @@ def _archive_reader(path: Path, kind: Format, checksum: str | None) -> Callable[
     return read
 
 
+class _ForbiddenNameError(pickle.UnpicklingError):
+    """The pickle names something that would run."""
+
+
 class _Unpickler(pickle.Unpickler):
     """Rejects every global name that is not in `ALLOWED`."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no file of CIFAR does")
+            raise _ForbiddenNameError(f"it names {module}.{name}, which no file of CIFAR does")
         return ALLOWED[module, name]
 
 
 def _unpickle(content: bytes, path: Path, name: str) -> dict[str, Any]:
     try:
         loaded = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-    except Exception as error:  # a damaged pickle may raise anything
+    except _ForbiddenNameError as error:
         raise _wrong(path, name, f"no complete pickle ({error})") from None
+    except Exception as error:  # a damaged pickle may raise anything, and quote what it holds
+        raise _wrong(path, name, f"no complete pickle ({type(error).__name__})") from error
     if not isinstance(loaded, dict):
         raise _wrong(path, name, f"a {type(loaded).__name__}, not a dict")
     return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in loaded.items()}

@@ -19,7 +19,7 @@ from dpdist.mechanism.step import Microbatch
 
 
 class Feed:
-    """The microbatches of steps [start, stop), in order, on this process's devices.
+    """The microbatches of steps [start, stop), in order and round by round, on this process's devices.
 
     A thread works ahead across steps, so that sampling, assigning and reading of step t+1 overlap with step t.
 
@@ -36,7 +36,7 @@ class Feed:
         self, source: Source, assigner: Callable[[int], Assignment], mesh: Mesh, *, data: Data, start: int, stop: int
     ) -> None:
         self._assigner, self._placement = assigner, Placement(source, mesh, workers=data.workers)
-        #: For every step its assignment, then its microbatches; or the exception that ended the thread.
+        #: For every step its assignment, then its rounds of microbatches; or the exception that ended the thread.
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=data.prefetch)
         self._closed = threading.Event()
         #: Seconds that the thread spent on sampling and assigning.
@@ -47,12 +47,15 @@ class Feed:
         self._thread.start()
 
     def next_assignment(self) -> Assignment:
-        """Return the next step's assignment; call it once a step, then consume all of its `microbatches`."""
+        """Return the next step's assignment; call it once a step, then consume all of its `rounds`."""
         return self._get()
 
-    def microbatches(self, assignment: Assignment) -> Iterator[Microbatch]:
-        """Yield the microbatches of the step whose assignment was returned last, placed on the devices."""
-        for _ in assignment.microbatches:
+    def rounds(self, assignment: Assignment) -> Iterator[dict[int, Microbatch]]:
+        """Yield the microbatches of the step whose assignment was returned last: one a device, by its position.
+
+        Devices that have none left are missing in the last rounds.
+        """
+        for _ in range(assignment.rounds):
             yield self._get()
 
     def _get(self) -> Any:
@@ -85,18 +88,24 @@ class Feed:
                 assignment = self._assigner(step)
                 self.assign_seconds += time.perf_counter() - began
                 self._put(assignment)
-                for microbatch in range(len(assignment.microbatches)):
+                for number in range(assignment.rounds):
                     if self._closed.is_set():
                         return
-                    self._put(self.assemble(assignment, microbatch))
+                    self._put(self.assemble(assignment, number))
         except BaseException as error:  # raised again by `_get` in the consumer
             self._put(error)
 
-    def assemble(self, assignment: Assignment, microbatch: int) -> Microbatch:
-        """Read this process's rows of microbatch number `microbatch`, pad them with zeros and place them on devices."""
+    def assemble(self, assignment: Assignment, number: int) -> dict[int, Microbatch]:
+        """Read this process's rows of round `number`, pad them with zeros and place them on its devices."""
         placement = self._placement
-        rows = np.concatenate([assignment.rows(device, microbatch) for device in placement.local])
-        data, real = placement.examples(rows)
-        return Microbatch(
-            data, placement.send(real.astype(np.float32)), placement.send(np.where(real, rows, 0).astype(np.int32))
-        )
+        own = {device: rows for device in placement.local if len(rows := assignment.rows(device, number))}
+        if not own:
+            return {}
+        data, real = placement.read(np.concatenate(list(own.values())))
+        parts, start = {}, 0
+        for device, rows in own.items():
+            stop = start + len(rows)
+            mask, index = real[start:stop].astype(np.float32), np.where(rows >= 0, rows, 0).astype(np.int32)
+            columns = {name: values[start:stop] for name, values in data.items()}
+            parts[device], start = placement.put(Microbatch(columns, mask, index), device), stop
+        return parts

@@ -54,7 +54,7 @@ def _map(file: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(file, mode="r")
     except (ValueError, OSError) as error:
-        raise InputError("data.path", str(file), _remedy(error)) from None
+        raise InputError("data.path", str(file), _remedy(error)) from error
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -64,8 +64,12 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError("data.path", str(path), _remedy(error)) from None
+        raise InputError("data.path", str(path), _remedy(error)) from error
 
 
 def _remedy(error: Exception) -> str:
-    return f"cannot be read ({error}); save complete arrays of numbers or bools with np.save or np.savez."
+    # In our own words: what NumPy says may quote the file's first bytes.
+    reason = error.strerror if isinstance(error, OSError) else "damaged"
+    if isinstance(error, ValueError):
+        reason = "not whole, or Python objects"
+    return f"cannot be read ({reason}); save complete arrays of numbers or bools with np.save or np.savez."

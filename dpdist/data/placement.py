@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -10,6 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int64, Shaped
 
 from dpdist.data.sources import Source, read_rows
+
+T = TypeVar("T")
 
 
 class Placement:
@@ -27,6 +30,7 @@ class Placement:
         #: Positions of this process's devices in the mesh.
         self.local = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
         self.devices = len(devices)
+        self._mesh_devices = devices
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="dpdist-gather")
 
@@ -37,13 +41,23 @@ class Placement:
             Columns [devices * n / local devices, ...] sharded over the mesh, and this process's mask bool[n], True
             for real rows.
         """
+        data, real = self.read(rows)
+        return {name: self.send(values) for name, values in data.items()}, real
+
+    def read(
+        self, rows: Int64[np.ndarray, " n"]
+    ) -> tuple[dict[str, Shaped[np.ndarray, "n ..."]], Shaped[np.ndarray, " n"]]:
+        """Read the examples at `rows`, on the host: columns [n, ...] and the mask bool[n]; -1 gives a row of zeros."""
         real = rows >= 0
         data = {}
         for name, values in read_rows(self.source, rows[real], self._pool).items():
-            padded = np.zeros((len(rows), *values.shape[1:]), values.dtype)
-            padded[real] = values
-            data[name] = self.send(padded)
+            data[name] = np.zeros((len(rows), *values.shape[1:]), values.dtype)
+            data[name][real] = values
         return data, real
+
+    def put(self, tree: T, position: int) -> T:
+        """Place a pytree of arrays on one of this process's devices, by its position in the mesh."""
+        return jax.device_put(tree, self._mesh_devices[position])
 
     def send(self, local: Shaped[np.ndarray, "n ..."]) -> Array:
         """Make an array sharded over the mesh by its first axis, from this process's slice `local`."""

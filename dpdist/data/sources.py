@@ -17,6 +17,17 @@ from dpdist.errors import InputError
 
 #: Examples by column, stacked along a first axis.
 Rows = dict[str, Shaped[np.ndarray, "n ..."]]
+#: The widest dtype of each kind that goes to a device. JAX would convert wider ones without a word, and wrap integers.
+WIDEST = {"i": np.dtype(np.int32), "u": np.dtype(np.uint32), "f": np.dtype(np.float32), "c": np.dtype(np.complex64)}
+#: Values of a wide column that are looked at in one go.
+_BLOCK = 1 << 20
+
+
+class BadRecordError(ValueError):
+    """Which record is wrong, and how.
+
+    It is the cause of an `InputError` whose own text says neither, since that text is shown where everyone may read it.
+    """
 
 
 @runtime_checkable
@@ -26,6 +37,8 @@ class Source(Protocol):
     An example is a dict of arrays and numbers, such as `{"image": uint8[28, 28, 1], "label": int32}`, with the same
     columns, dtypes and shapes at every index. `__getitem__` must be thread-safe, and must return the same example for
     the same index at every call and in every process (checked on some): to augment examples, randomise the model.
+    Numbers of 64 bits go to the devices in 32: integers that do not fit, and floats that would become infinite, are
+    refused.
     """
 
     def __len__(self) -> int: ...
@@ -68,7 +81,8 @@ class ArraySource:
         name: the name of these columns in errors, such as `train columns of /data/mnist`.
 
     Raises:
-        InputError: there are no columns, they differ in length, or one does not hold numbers or bools.
+        InputError: there are no columns, they differ in length, or one does not hold numbers or bools, or holds some
+            that do not fit into 32 bits.
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], name: str = "arrays") -> None:
@@ -81,6 +95,12 @@ class ArraySource:
         if len(lengths) > 1:
             raise InputError(name, shapes, "the columns differ in length; each needs one row an example.")
         self._length = lengths.pop()
+        for column, values in self.arrays.items():
+            if _is_wide(values.dtype):
+                rows = max(1, _BLOCK * self._length // max(1, values.size))
+                for start in range(0, self._length, rows):
+                    block = np.arange(start, min(start + rows, self._length))
+                    for_devices(f"{column!r} of {name}", values[start : start + rows], block)
 
     def __len__(self) -> int:
         return self._length
@@ -138,14 +158,21 @@ def read_rows(source: Source, indices: Int64[np.ndarray, " n"], pool: Executor |
         pool: threads that call `__getitem__`; None calls it on this thread.
 
     Raises:
-        InputError: an example is not a dict of arrays, or two differ in columns, dtypes or shapes.
+        InputError: an example is not a dict of arrays, two differ in columns, dtypes or shapes, or a value does not
+            fit into 32 bits. The error does not say which; its cause, a `BadRecordError`, does.
     """
     if isinstance(source, Subset):  # not by its `take`, which would not use the pool
         return read_rows(source.source, source.indices[indices], pool)
     if isinstance(source, TakeSource):
-        return source.take(indices)
-    if len(indices) == 0:  # an empty Poisson sample: only example 0's shapes are used
+        rows = source.take(indices)
+    elif len(indices) == 0:  # an empty Poisson sample: only example 0's shapes are used
         return {name: rows[:0] for name, rows in read_rows(source, np.array([0], np.int64)).items()}
+    else:
+        rows = _stack(source, indices, pool)
+    return {name: for_devices(repr(name), values, indices) for name, values in rows.items()}
+
+
+def _stack(source: Source, indices: Int64[np.ndarray, " n"], pool: Executor | None) -> Rows:
     read = pool.map if pool else map
     examples = [
         _columns(example, index)
@@ -155,25 +182,64 @@ def read_rows(source: Source, indices: Int64[np.ndarray, " n"], pool: Executor |
     for index, example in zip(indices.tolist(), examples, strict=True):
         if (found := schema(example)) != expected:
             raise InputError(
-                f"example {index}",
-                found,
-                f"differs from example {indices[0]}, {expected}; "
+                "data.source",
+                "examples that differ",
                 "return the same columns, dtypes and shapes for every index.",
-            )
+            ) from BadRecordError(f"example {index} is {found}, and example {indices[0]} is {expected}")
     return {name: np.stack([_native(example[name]) for example in examples]) for name in examples[0]}
 
 
 def _columns(example: Any, index: int) -> dict[str, np.ndarray]:
     if not isinstance(example, Mapping):
         raise InputError(
-            f"example {index}",
-            type(example).__name__,
+            "data.source",
+            "an example that is no dict",
             "return a dict of arrays from __getitem__, such as {'image': ..., 'label': ...}.",
-        )
+        ) from BadRecordError(f"example {index} is a {type(example).__name__}")
     try:
-        return {name: np.asarray(value) for name, value in example.items()}
+        columns = {name: np.asarray(value) for name, value in example.items()}
+        schema(columns)
     except ValueError as error:
-        raise InputError(f"example {index}", sorted(example), f"a column is not an array: {error}") from None
+        raise InputError(
+            "data.source",
+            "an example with something else than numbers and bools",
+            "return arrays of them; encode text and objects as integers first.",
+        ) from BadRecordError(f"example {index}, of {sorted(map(str, example))}: {error}")
+    return columns
+
+
+def for_devices(
+    column: str, values: Shaped[np.ndarray, "n ..."], indices: Int64[np.ndarray, " n"] | None = None
+) -> Shaped[np.ndarray, "n ..."]:
+    """`values` in a dtype that devices have: those of 64 bits in 32, floats rounded.
+
+    Args:
+        column: what the error calls them.
+        indices: of the examples, for the error's cause.
+
+    Raises:
+        InputError: an integer does not fit, or a finite float would become infinite.
+    """
+    values = np.asarray(values)
+    if not _is_wide(values.dtype):
+        return values
+    with np.errstate(over="ignore"):
+        narrow = values.astype(WIDEST[values.dtype.kind])
+    lost = narrow != values if values.dtype.kind in "iu" else np.isinf(narrow) & ~np.isinf(values)
+    if lost.any():
+        place = int(np.argwhere(lost)[0][0])
+        index = place if indices is None else int(indices[place])
+        raise InputError(
+            f"column {column}",
+            values.dtype.name,
+            f"some values do not fit into {narrow.dtype.name}, the widest that devices compute with; scale them down, "
+            "or number them from 0.",
+        ) from BadRecordError(f"of example {index}: {values[lost][0]}")
+    return narrow
+
+
+def _is_wide(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind in WIDEST and dtype.itemsize > WIDEST[dtype.kind].itemsize
 
 
 def _native(array: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """What several incarnations of a run cost together.
 
+"Seen" is what was released here. A choice that rests on `private/`, which shows what the noise hides, nothing covers.
+
 While every step charged has the sampling probability and noise multiplier of the first plan and no more steps are
 charged than it held, the epsilon stated for that plan covers them all, whatever else was changed on seeing results and
 whichever steps were abandoned: each step is dominated by the same pair of distributions however it is chosen, such
@@ -37,7 +39,7 @@ from dpdist.mechanism.accounting import (
 )
 from dpdist.mechanism.ledger import Ledger, Plan
 
-#: The accountant's name where what is stated holds at every moment, whatever was changed on seeing results.
+#: The accountant's name where what is stated holds at every moment, whatever was changed on seeing what was released.
 ADAPTIVE = "renyi filter"
 
 

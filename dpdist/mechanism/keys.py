@@ -49,8 +49,8 @@ class Secret:
         """Return the bytes, for the one file that stores them."""
         return self._key
 
-    def derive(self, purpose: str, *, nonce: bytes = b"", step: int = 0, leaf: int = 0, size: int = 16) -> bytes:
-        """Return `size` pseudorandom bytes (at most 64) for one purpose, incarnation, step and parameter leaf."""
+    def derive(self, purpose: str, *, nonce: bytes = b"", step: int = 0, block: int = 0, size: int = 16) -> bytes:
+        """Return `size` pseudorandom bytes (at most 64) for one purpose, incarnation, step and block of coordinates."""
         label = purpose.encode()
         message = b"".join(
             (
@@ -59,7 +59,7 @@ class Secret:
                 len(nonce).to_bytes(2, "little"),
                 nonce,
                 step.to_bytes(8, "little"),
-                leaf.to_bytes(4, "little"),
+                block.to_bytes(4, "little"),
             )
         )
         return hashlib.blake2b(message, digest_size=size, key=self._key, person=_PERSON).digest()
@@ -96,14 +96,18 @@ class Keys:
         """Return the Philox key that decides which examples are in step `step`."""
         return np.frombuffer(self._derive("sampling", step), dtype="<u8").astype(np.uint64)
 
-    def noise(self, step: int, leaves: int) -> UInt32[np.ndarray, "{leaves} 4 2"]:
-        """Return the noise keys of step `step`: for each of `leaves` parameter leaves, the keys of its four draws."""
-        raw = b"".join(self._derive("noise", step, leaf=leaf, size=32) for leaf in range(leaves))
-        return np.frombuffer(raw, dtype="<u4").astype(np.uint32).reshape(leaves, 4, 2)
+    def order(self, step: int) -> UInt64[np.ndarray, " 2"]:
+        """Return the Philox key of the order in which the examples of step `step` are grouped."""
+        return np.frombuffer(self._derive("order", step), dtype="<u8").astype(np.uint64)
+
+    def noise(self, step: int, blocks: int) -> UInt32[np.ndarray, "{blocks} 3 2"]:
+        """Return the noise keys of step `step`: for each of `blocks` blocks, the keys of its three draws."""
+        raw = b"".join(self._derive("noise", step, block=block, size=24) for block in range(blocks))
+        return np.frombuffer(raw, dtype="<u4").astype(np.uint32).reshape(blocks, 3, 2)
 
     def loss(self, step: int) -> UInt32[np.ndarray, " 2"]:
         """Return the key of step `step` for randomised losses; each example folds its index into it."""
         return np.frombuffer(self._derive("loss", step, size=8), dtype="<u4").astype(np.uint32)
 
-    def _derive(self, purpose: str, step: int, *, leaf: int = 0, size: int = 16) -> bytes:
-        return self.secret.derive(purpose, nonce=self.nonce, step=step, leaf=leaf, size=size)
+    def _derive(self, purpose: str, step: int, *, block: int = 0, size: int = 16) -> bytes:
+        return self.secret.derive(purpose, nonce=self.nonce, step=step, block=block, size=size)

@@ -45,6 +45,14 @@ class PrivacyTerms:
     accountant: str
     #: The Renyi order at which changes of the plan are charged: chosen with the first plan, and kept.
     renyi_order: int
+    #: g and rho of `dpdist.mechanism.grid`. None in ledgers from before there was a grid: then sums were float32.
+    grid: float | None = None
+    grid_slack: float = 0.0
+
+    @property
+    def noise_scale(self) -> float:
+        """The standard deviation of the noise on the sum: sigma times the sensitivity C (1 + rho), rounded up."""
+        return self.noise_multiplier * self.clip_norm * (1 + self.grid_slack) * (1 + 2.0**-50)
 
 
 _TERMS = tuple(term.name for term in fields(PrivacyTerms))
@@ -61,6 +69,8 @@ class Plan:
     environment: str
     adjacency: str
     dataset_size: int
+    #: d, the number of single parameters that train; 0 in ledgers from before it was noted.
+    coordinates: int = 0
     sampling_probability: float
     expected_batch_size: float
     #: The last step this incarnation will take; before `steps_asked` where the budget ends first.

@@ -1,37 +1,56 @@
-"""The one draw of Gaussian noise in a step, compiled as a program of its own that one device runs."""
+"""The one draw of Gaussian noise in a step: integers, in units of the grid, drawn by one device in its own program.
+
+Each coordinate is round(Z1) + round(Z2) + round(Z3) of independent normals: Z1 and Z2 have half of the variance each,
+and Z3 a standard deviation of 2^20 units, which is next to nothing. In law, round(Z1) + round(Z2) added to an integer S
+is round(S + Z + U) with Z normal and U uniform in [-1/2, 1/2], up to e^(-2 pi^2 s^2) for a standard deviation of s
+units: post-processing of the exact Gaussian mechanism. So every integer in range can come out, with the right
+probability, whatever S is. That is not so where (each was tried, and can be told from a Gaussian)
+- a float32 draw is multiplied by its scale: up to 14% of the float32 numbers can then not come out at all;
+- one float64 draw is rounded: beyond 4.5 standard deviations it leaves grid points out;
+- a float64 sum of two is rounded once: it ties to even.
+
+A float64 normal takes fewer than 2^53 values. That two of them, rounded, fill the grid evenly is a heuristic (to a
+relative error of about 2^-33), and one that the third, of which no point shares the period, makes safer still.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, UInt32
+from jaxtyping import Array, Int64, UInt32
+
+_THIRD = 2.0**20  # standard deviation, in units
 
 
-def gaussian_draw(
-    keys: UInt32[Array | np.ndarray, "leaves 4 2"], sizes: Sequence[int], scale: float
-) -> Float32[Array, " d"]:
-    """Draw noise of standard deviation `scale` (= sigma * C) for leaves of the given sizes, concatenated.
+def block_size(coordinates: int) -> int:
+    """How many coordinates share a block, which has keys of its own; a power of two that depends on nothing else."""
+    return 1 << min(20, max(12, (coordinates // 64).bit_length()))
 
-    JAX's float32 normal takes only 2^23 values and stops at 5.42 standard deviations, so an observer could exclude
-    some sums. Each coordinate is therefore (z1 + z2 + z3 + z4) / 2 of four independent draws: exactly N(0, 1) if the
-    draws were ideal, and on a far finer grid with these (Holohan and Braghin, "Secure Random Sampling in Differential
-    Privacy", ESORICS 2021). The result is still float32 and so takes finitely many values; the privacy statement
-    names that as an assumption.
+
+def integer_noise(keys: UInt32[Array | np.ndarray, "blocks 3 2"], coordinates: int, units: float) -> Int64[Array, " d"]:
+    """Draw noise for `coordinates` coordinates. Trace it where 64-bit types are enabled.
 
     Args:
-        keys: the four draws' threefry keys of every leaf, see `Keys.noise`.
-        sizes: the number of coordinates of every leaf; they add up to d.
-        scale: sigma * C.
+        keys: the Threefry keys of every block's three draws, see `Keys.noise`.
+        coordinates: d.
+        units: the standard deviation, in units of the grid.
+
+    Raises:
+        TypeError: 64-bit types are not enabled.
     """
+    if jax.dtypes.canonicalize_dtype(jnp.float64) != jnp.float64:  # JAX would draw float32 in their place
+        raise TypeError("the noise must be drawn in float64")
+    block = partial(_block, size=block_size(coordinates), half=units / math.sqrt(2) * (1 + 2.0**-50))
+    return jax.lax.map(block, jnp.asarray(keys)).reshape(-1)[:coordinates]
 
-    def leaf_draw(leaf_keys: UInt32[Array | np.ndarray, "4 2"], size: int) -> Float32[Array, " n"]:
-        z = [
-            jax.random.normal(jax.random.wrap_key_data(key, impl="threefry2x32"), (size,), jnp.float32)
-            for key in leaf_keys
-        ]
-        return (z[0] + z[1] + z[2] + z[3]) * 0.5
 
-    return jnp.concatenate([leaf_draw(keys[i], size) for i, size in enumerate(sizes)]) * jnp.float32(scale)
+def _block(keys: UInt32[Array, "3 2"], *, size: int, half: float) -> Int64[Array, " n"]:
+    total = jnp.zeros(size, jnp.int64)
+    for key, deviation in zip(keys, (half, half, _THIRD), strict=True):
+        z = jax.random.normal(jax.random.wrap_key_data(key, impl="threefry2x32"), (size,), jnp.float64)
+        total += jnp.round(z * deviation).astype(jnp.int64)
+    return total

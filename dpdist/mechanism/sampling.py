@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -58,6 +57,17 @@ def poisson_sample(
     return np.concatenate(parts).astype(np.int64)
 
 
+def in_random_order(sample: Int64[np.ndarray, " n"], key: UInt64[np.ndarray, " 2"]) -> Int64[np.ndarray, " n"]:
+    """The sample in an order that `key` draws, each of the n! equally likely, whatever the sample holds.
+
+    Which examples share a product decides how its float32 sum is rounded. In sorted order, one example more would move
+    every later one to another product. In random order it need not: whoever takes an example out and puts the last one
+    into its place has an order that is as likely as any of the smaller sample, and at most two products differ. So the
+    two laws of the step are mixtures, with equal weights, of pairs that differ in at most two products.
+    """
+    return sample[np.argsort(words(key, 0, len(sample)), kind="stable")]
+
+
 def shard_bounds(dataset_size: int, hosts: int) -> list[int]:
     """The hosts + 1 boundaries of equal contiguous shards of the data, one a host."""
     return [dataset_size * host // hosts for host in range(hosts + 1)]
@@ -65,69 +75,75 @@ def shard_bounds(dataset_size: int, hosts: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Who processes which example of one step.
+    """Who processes which example of one step, and in which products.
 
-    `sample` is the whole Poisson sample, sorted. Device d processes `sample[slices[d][0]:slices[d][1]]` in
-    microbatches of the sizes `microbatches`, the same on all devices: the shortfall is padding.
+    Device d processes the examples `by_device[d]` in microbatches of `physical`. What is left in the end is one more,
+    of `tail` rows where they suffice and of `physical` otherwise, filled up with padding. So the sizes depend on the
+    number of examples alone, and taking the last example away changes its own microbatch alone.
     """
 
     step: int
+    #: The whole Poisson sample, sorted.
     sample: np.ndarray
-    slices: tuple[tuple[int, int], ...]
-    microbatches: tuple[int, ...]
+    by_device: tuple[np.ndarray, ...]
+    physical: int
+    tail: int
 
-    def rows(self, device: int, microbatch: int) -> Int64[np.ndarray, " p"]:
-        """Example indices of one microbatch on one device; -1 marks padding."""
-        begin, end = self.slices[device]
-        first = begin + sum(self.microbatches[:microbatch])
-        size = self.microbatches[microbatch]
-        rows = np.full(size, -1, np.int64)
-        taken = self.sample[first : max(first, min(first + size, end))]
-        rows[: len(taken)] = taken
-        return rows
+    @property
+    def rounds(self) -> int:
+        """The largest number of microbatches on a device."""
+        return max(-(-len(own) // self.physical) for own in self.by_device)
+
+    def sizes(self, device: int) -> tuple[int, ...]:
+        """The sizes of one device's microbatches."""
+        return microbatch_sizes(len(self.by_device[device]), self.physical, self.tail)
+
+    def rows(self, device: int, number: int) -> Int64[np.ndarray, " p"]:
+        """Example indices of one microbatch on one device, in index order, which is faster to read; -1 is padding.
+
+        Empty where the device has fewer microbatches than that.
+        """
+        own = np.sort(self.by_device[device][number * self.physical : (number + 1) * self.physical])
+        size = sum(microbatch_sizes(len(own), self.physical, self.tail))
+        return np.concatenate([own, np.full(size - len(own), -1, np.int64)])
 
 
-def microbatch_sizes(largest: int, physical: int, tail: int) -> tuple[int, ...]:
-    """Microbatches that hold `largest` examples: full ones of `physical`, then small ones of `tail`.
-
-    Small ones are used while they need fewer rows than another full one, which saves padding; both
-    shapes are compiled before the first step.
-    """
-    full, rest = divmod(largest, physical)
-    small = -(-rest // tail)
-    if small * tail >= physical:
-        return (physical,) * (full + 1)
-    return (physical,) * full + (tail,) * small
+def microbatch_sizes(examples: int, physical: int, tail: int) -> tuple[int, ...]:
+    """The sizes of the microbatches that hold `examples`: full ones, and the smaller of both shapes for the rest."""
+    full, rest = divmod(examples, physical)
+    return (physical,) * full + ((tail if rest <= tail else physical,) if rest else ())
 
 
 def assign(
     step: int,
-    sample: Int64[np.ndarray, " n"],
+    drawn: Int64[np.ndarray, " n"],
     *,
-    assignment: Literal["balanced", "shard"],
+    assignment: Literal["chunks", "balanced", "shard"],
     dataset_size: int,
     host_of_device: Sequence[int],
     physical: int,
     tail: int,
 ) -> Assignment:
-    """Assign the sampled examples to devices.
+    """Assign the sampled examples to devices, in the order `drawn`, which `in_random_order` made.
 
-    `balanced`: device d takes the d-th equal slice of the sorted sample. `shard`: each host takes what
-    was sampled from its own contiguous shard, split evenly over its devices, for data that is
-    local to a host. Both process exactly `sample`, each example once.
+    `chunks`: it is cut into chunks of `physical`, whatever the devices, and whole chunks go to devices in turn:
+    which examples share a product is then the same on any topology. `balanced`: each device in turn takes an example.
+    `shard`: each host takes what was sampled from its own contiguous shard, its devices in turn, for data that is local
+    to a host. All process exactly the sample, each example once.
     """
     devices = len(host_of_device)
-    if assignment == "balanced":
-        slices = _split(0, len(sample), devices)
+    if assignment == "chunks":
+        chunk = np.arange(len(drawn)) // physical
+        # The devices take turns in being first, who has the most to do: at random, but the same for every sample.
+        first = int(words(np.array([step, 0], np.uint64), 0, 1)[0] % np.uint64(devices))
+        by_device = [drawn[chunk % devices == (device - first) % devices] for device in range(devices)]
+    elif assignment == "balanced":
+        by_device = [drawn[device::devices] for device in range(devices)]
     else:
-        hosts = max(host_of_device) + 1
-        cuts = np.searchsorted(sample, shard_bounds(dataset_size, hosts))
-        by_host = [iter(_split(int(cuts[h]), int(cuts[h + 1]), list(host_of_device).count(h))) for h in range(hosts)]
-        slices = [next(by_host[host]) for host in host_of_device]
-    largest = max(end - begin for begin, end in slices)
-    return Assignment(step, sample, tuple(slices), microbatch_sizes(largest, physical, tail))
-
-
-def _split(begin: int, end: int, parts: int) -> list[tuple[int, int]]:
-    edges = [begin + (end - begin) * part // parts for part in range(parts + 1)]
-    return list(pairwise(edges))
+        bounds = shard_bounds(dataset_size, max(host_of_device) + 1)
+        by_device = []
+        for device, host in enumerate(host_of_device):
+            own = drawn[(drawn >= bounds[host]) & (drawn < bounds[host + 1])]
+            before = list(host_of_device[:device]).count(host)
+            by_device.append(own[before :: list(host_of_device).count(host)])
+    return Assignment(step, np.sort(drawn), tuple(by_device), physical, tail)

@@ -4,15 +4,20 @@ Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1, with Poisson subsampling: the
 
     (sum_{i in sample} clip_C(g_i) + N(0, sigma^2 C^2 I)) / B,     B = q N constant.
 
-`StepPrograms` compiles every shape that can occur before the first step and calls compiled programs, which
-reject any other shape instead of compiling again. `accumulate` holds no collective; `apply` all-reduces one
-vector of parameter size for the sums, and one more where the noise is shared as `designated`.
+Between clipping and noise all sums are integers, in units of a public grid (see `grid`): exact, in any order.
+
+`StepPrograms` compiles every shape that can occur before the first step and calls compiled programs, which reject any
+other shape instead of compiling again. All that computes with floating-point numbers, `accumulate` and `update`, is
+compiled for a single device and launched on each: as a program of several devices XLA would compute other bits than as
+one of one. Only `reduce` is a program of all devices. It holds integers and the collectives: one vector of parameter
+size for the sums, and one more where the noise is shared as `designated`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -21,16 +26,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
+from jax import dtypes, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Float32
 
 from dpdist.mechanism.clipping import GradSum, trainable, with_frozen
+from dpdist.mechanism.grid import to_grid
 from dpdist.mechanism.keys import Keys
-from dpdist.mechanism.noise import gaussian_draw
+from dpdist.mechanism.noise import block_size, integer_noise
 
 #: What the all-reduce carries behind the gradient sum: counts and norms that go to private/ only.
 DIAGNOSTICS = ("examples", "clipped", "not_finite", "norm_sum")
+#: Norms are summed as integers too, in these units of C.
+_NORM_UNIT, _LARGEST_NORM = 2.0**-20, 2.0**20
 
 
 class TrainState(NamedTuple):
@@ -49,7 +57,7 @@ class TrainState(NamedTuple):
 
 
 class Microbatch(NamedTuple):
-    """`devices * p` examples: a pytree of arrays, a mask (0 is padding) and the example indices."""
+    """p examples on one device: a pytree of arrays, a mask (0 is padding) and the example indices."""
 
     data: Any
     mask: Any
@@ -85,8 +93,10 @@ class StepSpec:
     normaliser: float
     #: C, for the count of clipped examples; infinite when nothing is clipped.
     clip_norm: float
-    #: sigma * C, or None for no noise.
+    #: The standard deviation of the noise on the sum, and the spacing of the sum's grid; both None in a plain run,
+    #: whose sums are float32.
     noise_scale: float | None
+    grid: float | None
     placement: Literal["designated", "fused"]
     #: Decay of the parameter average; 0 keeps none.
     average_decay: float
@@ -100,6 +110,8 @@ class StepPrograms:
     """The programs of a run, compiled for one mesh before the first step."""
 
     def __init__(self, spec: StepSpec) -> None:
+        if spec.noise_scale is not None and spec.grid is None:
+            raise ValueError("noise is drawn on a grid, so a step with a noise scale needs one")
         mesh = spec.mesh
         axis = mesh.axis_names[0]
         self._spec, self._axis = spec, axis
@@ -107,88 +119,99 @@ class StepPrograms:
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.sharded = NamedSharding(mesh, PartitionSpec(axis))
         self.designated = mesh.devices.flat[0]
+        #: This process's devices by their position in the mesh.
+        self.local = {i: d for i, d in enumerate(mesh.devices.flat) if d.process_index == jax.process_index()}
         moving = trainable(spec.state.params, spec.frozen)
-        self.sizes: list[int] = [math.prod(leaf.shape) for leaf in jax.tree.leaves(moving)]
-        self.parameters = sum(self.sizes)
+        self.parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(moving))
+        self.blocks = -(-self.parameters // block_size(self.parameters))
+        width, kind = self.parameters + len(DIAGNOSTICS), jnp.float32 if spec.grid is None else jnp.int64
 
-        # check_vma=False: with it on, the gradient of a replicated parameter gets an all-reduce of its own.
-        accumulate = jax.shard_map(
-            self._accumulate_on_device,
-            mesh=mesh,
-            check_vma=False,
-            out_specs=PartitionSpec(axis),
-            in_specs=(PartitionSpec(), PartitionSpec(axis), PartitionSpec(axis), PartitionSpec()),
-        )
-        apply = jax.shard_map(
-            self._apply_on_device,
-            mesh=mesh,
-            check_vma=False,
-            out_specs=(PartitionSpec(), PartitionSpec(axis), PartitionSpec()),
-            in_specs=(PartitionSpec(), PartitionSpec(axis), PartitionSpec(axis)),
-        )
-        abstract_state = self._abstract(spec.state, self.replicated)
-        abstract_acc = self._shape((self.devices * (self.parameters + len(DIAGNOSTICS)),), jnp.float32, self.sharded)
-        abstract_key = self._shape((2,), jnp.uint32, self.replicated)
+        state, total, key = _as_on_devices(spec.state), _shape((width,), kind), _shape((2,), jnp.uint32)
         self._accumulate = {
-            size: jax.jit(accumulate, donate_argnums=1)
-            .lower(abstract_state.params, abstract_acc, self._abstract_microbatch(size), abstract_key)
-            .compile()
+            size: self._on_each_device(
+                self._accumulate_on_device, state.params, total, self._microbatch(size), key, consumed=1
+            )
             for size in sorted(set(spec.batch_sizes))
         }
-        self._zeros = jax.jit(lambda: jnp.zeros(abstract_acc.shape, jnp.float32), out_shardings=self.sharded)
-        self._draw, self._noise_shape, noise = None, None, None
-        if spec.noise_scale is not None:
-            self._noise_shape = (self.devices * self.parameters,)
-            noise = self._shape(self._noise_shape, jnp.float32, self.sharded)
-            leaf_keys = self._shape((len(self.sizes), 4, 2), jnp.uint32, SingleDeviceSharding(self.designated))
-            if self.draws:
-                draw = partial(gaussian_draw, sizes=self.sizes, scale=spec.noise_scale)
-                self._draw = jax.jit(draw).lower(leaf_keys).compile()
-            self._silence = [
-                jax.device_put(np.zeros(self.parameters, np.float32), device)
-                for device in mesh.local_devices
-                if device != self.designated
-            ]
-        self._apply = jax.jit(apply, donate_argnums=(0, 1)).lower(abstract_state, abstract_acc, noise).compile()
-
-    def _accumulate_on_device(
-        self, params: Any, acc: Float32[Array, " w"], batch: Microbatch, key: Array
-    ) -> Float32[Array, " w"]:
-        """One device's part of `accumulate`: its own slice of the accumulator and of the microbatch."""
-        data = batch.data
-        if self._spec.randomised:
-            root = jax.random.wrap_key_data(key, impl="threefry2x32")
-            data = data | {"key": jax.vmap(partial(jax.random.fold_in, root))(batch.index)}
-        sums, norms = self._spec.grad_sum(params, data, batch.mask)
-        used = batch.mask > 0
-        finite = used & jnp.isfinite(norms)
-        diagnostics = jnp.stack(
-            [
-                jnp.sum(used),
-                jnp.sum(finite & (norms > self._spec.clip_norm)),
-                jnp.sum(used & ~finite),
-                jnp.sum(jnp.where(finite, norms, 0.0)),
-            ]
+        self._update = self._on_each_device(self._update_on_device, state, total, consumed=0)
+        self._width, self._kind = width, kind
+        whole = [_shape((self.devices * width,), kind, self.sharded)]
+        self._noise_shape, self._draw = (self.devices * self.parameters,), None
+        if spec.grid is not None and spec.noise_scale is not None:
+            draw = partial(integer_noise, coordinates=self.parameters, units=spec.noise_scale / spec.grid)
+            keys = _shape((self.blocks, 3, 2), jnp.uint32, SingleDeviceSharding(self.designated))
+            self._draw = _lower(jax.jit(draw), keys).compile() if self.draws else None
+            others = [device for device in self.local.values() if device != self.designated]
+            self._silence = [_zeros(self.parameters, kind, device) for device in others]
+            whole.append(_shape(self._noise_shape, kind, self.sharded))
+        reduce = jax.shard_map(
+            self._reduce_on_device,
+            mesh=mesh,
+            check_vma=False,
+            in_specs=PartitionSpec(axis),
+            out_specs=(PartitionSpec(), PartitionSpec(axis)),
         )
-        return acc + jnp.concatenate([flatten(sums), diagnostics.astype(jnp.float32)])
+        self._reduce = _lower(jax.jit(reduce, donate_argnums=0), *whole).compile()
 
-    def _apply_on_device(
-        self, state: TrainState, acc: Float32[Array, " w"], noise: Float32[Array, " d"] | None
-    ) -> tuple[TrainState, Array, Array]:
-        """One device's part of `apply`: all-reduce with the noise, divide by B, update."""
-        spec = self._spec
-        if noise is not None and spec.placement == "fused":
+    def _on_each_device(self, function: Callable[..., Any], *shapes: Any, consumed: int) -> dict[int, Any]:
+        """Compile one program for each of this process's devices, by position; the same code on all of them."""
+
+        jitted = jax.jit(function, donate_argnums=consumed)
+        lowered = [
+            _lower(jitted, *jax.tree.map(partial(_placed, SingleDeviceSharding(device)), shapes))
+            for device in self.local.values()
+        ]
+        with ThreadPoolExecutor(len(lowered)) as pool:
+            return dict(zip(self.local, pool.map(lambda each: each.compile(), lowered), strict=True))
+
+    def _accumulate_on_device(self, params: Any, acc: Array, batch: Microbatch, key: Array) -> Array:
+        """Add the (clipped) gradient sum and the diagnostics of one microbatch to the device's accumulator."""
+        spec, data = self._spec, batch.data
+        with jax.enable_x64(False):  # the user's loss computes as it would outside
+            if spec.randomised:
+                root = jax.random.wrap_key_data(key, impl="threefry2x32")
+                data = data | {"key": jax.vmap(partial(jax.random.fold_in, root))(batch.index)}
+            sums, norms = spec.grad_sum(params, data, batch.mask)
+            flat, used = flatten(sums), batch.mask > 0
+            finite = used & jnp.isfinite(norms)
+            counts = [used, finite & (norms > spec.clip_norm), used & ~finite]
+            if spec.grid is None:
+                values = [*map(jnp.sum, counts), jnp.sum(jnp.where(finite, norms, 0.0))]
+                return acc + jnp.concatenate([flat, jnp.stack(values).astype(jnp.float32)])
+            norms = jnp.where(finite, jnp.minimum(norms / spec.clip_norm, _LARGEST_NORM), 0.0)
+        values = [*map(partial(jnp.sum, dtype=jnp.int64), counts), jnp.sum(to_grid(norms, _NORM_UNIT))]
+        return acc + jnp.concatenate([to_grid(flat, spec.grid), jnp.stack(values)])
+
+    def _reduce_on_device(self, acc: Array, noise: Array | None = None) -> tuple[Array, Array]:
+        """One device's part of `reduce`: add all devices' sums, and the noise; and zeros for the next step."""
+        if noise is not None and self._spec.placement == "fused":
             acc = acc.at[: self.parameters].add(noise)
         total = lax.psum(acc, self._axis)
-        summed, diagnostics = total[: self.parameters], total[self.parameters :]
-        if noise is not None and spec.placement == "designated":
+        if noise is not None and self._spec.placement == "designated":
             # The barrier keeps XLA from adding before it reduces, which is `fused`. It may still carry both
             # vectors in one operation.
-            summed, noise = lax.optimization_barrier((summed, noise))
-            summed = summed + lax.psum(noise, self._axis)  # every device but the designated holds zeros
+            total, noise = lax.optimization_barrier((total, noise))
+            # Every device but the designated one holds zeros.
+            total = total.at[: self.parameters].add(lax.psum(noise, self._axis))
+        return total, jnp.zeros_like(acc)
+
+    def _update_on_device(self, state: TrainState, total: Array) -> tuple[TrainState, Array]:
+        """Divide the noisy sum by B and update; all of it post-processes `total`, which every device holds."""
+        spec = self._spec
+        summed, diagnostics = total[: self.parameters], total[self.parameters :]
+        if spec.grid is None:
+            mean = summed / jnp.float32(spec.normaliser)
+        else:
+            mean = (summed.astype(jnp.float64) * (spec.grid / spec.normaliser)).astype(jnp.float32)
+            unit = np.array([1.0, 1.0, 1.0, _NORM_UNIT * spec.clip_norm])
+            diagnostics = (diagnostics.astype(jnp.float64) * unit).astype(jnp.float32)
+        with jax.enable_x64(False):
+            return self._updated(state, mean), diagnostics
+
+    def _updated(self, state: TrainState, mean: Float32[Array, " d"]) -> TrainState:
+        spec = self._spec
         before = trainable(state.params, spec.frozen)
-        mean = unflatten(summed / jnp.float32(spec.normaliser), before)
-        updates, opt_state = spec.optimizer.update(mean, state.opt_state, before)
+        updates, opt_state = spec.optimizer.update(unflatten(mean, before), state.opt_state, before)
         after = optax.apply_updates(before, updates)
         # The gradient is float32 whatever the parameters are; what the optimizer keeps must not change type.
         opt_state = jax.tree.map(lambda new, old: new.astype(old.dtype), opt_state, state.opt_state)
@@ -199,14 +222,12 @@ class StepPrograms:
             if spec.average_decay
             else None
         )
-        params = with_frozen(after, state.params)
-        return TrainState(state.step + 1, params, opt_state, average), jnp.zeros_like(acc), diagnostics
+        return TrainState(state.step + 1, with_frozen(after, state.params), opt_state, average)
 
-    def _abstract_microbatch(self, size: int) -> Microbatch:
-        rows = self.devices * size
-        data = {name: self._shape((rows, *x.shape), x.dtype, self.sharded) for name, x in self._spec.example.items()}
-        mask, index = (self._shape((rows,), dtype, self.sharded) for dtype in (jnp.float32, jnp.int32))
-        return Microbatch(data, mask, index)
+    def _microbatch(self, size: int) -> Microbatch:
+        example = _as_on_devices(self._spec.example)
+        data = {name: _shape((size, *x.shape), x.dtype) for name, x in example.items()}
+        return Microbatch(data, _shape((size,), jnp.float32), _shape((size,), jnp.int32))
 
     @property
     def draws(self) -> bool:
@@ -214,36 +235,53 @@ class StepPrograms:
         return self.designated.process_index == jax.process_index()
 
     def zero_sums(self) -> Array:
-        """The accumulator before a step: float32[devices * (d + diagnostics)], one slice a device."""
-        return self._zeros()
+        """The accumulator before a step: [devices * (d + diagnostics)], one slice a device, int64 or float32."""
+        return self.whole({i: _zeros(self._width, self._kind, to) for i, to in self.local.items()}, self.sharded)
 
-    def loss_key(self, keys: Keys, step: int) -> Array:
-        """The step's key for randomised losses, on every device."""
-        # Not device_put: on several processes it compares the value over all of them, a blocking collective.
-        key = keys.loss(step)
-        return jax.make_array_from_process_local_data(self.replicated, key, key.shape)
+    def loss_key(self, keys: Keys, step: int) -> dict[int, Array]:
+        """The step's key for randomised losses, on every device of this process."""
+        return {position: jax.device_put(keys.loss(step), device) for position, device in self.local.items()}
 
-    def accumulate(self, params: Any, acc: Array, batch: Microbatch, loss_key: Array) -> Array:
-        """Add the (clipped) gradient sum of one microbatch to each device's own slice; `acc` is consumed."""
-        size = batch.mask.shape[0] // self.devices
-        return self._accumulate[size](params, acc, batch, loss_key)
+    def slices(self, tree: Any) -> dict[int, Any]:
+        """What each of this process's devices holds of arrays that are spread over, or replicated on, the mesh."""
+        leaves, structure = jax.tree.flatten(tree)
+        held = [{shard.device: shard.data for shard in leaf.addressable_shards} for leaf in leaves]
+        return {i: jax.tree.unflatten(structure, [each[to] for each in held]) for i, to in self.local.items()}
+
+    def whole(self, slices: Mapping[int, Any], sharding: NamedSharding) -> Any:
+        """The inverse of `slices`."""
+        copies = 1 if sharding.is_fully_replicated else self.devices
+
+        def join(*parts: Array) -> Array:
+            shape = (copies * parts[0].shape[0], *parts[0].shape[1:]) if parts[0].shape else ()
+            return jax.make_array_from_single_device_arrays(shape, sharding, list(parts))
+
+        return jax.tree.map(join, *(slices[position] for position in self.local))
+
+    def accumulate(self, position: int, params: Any, acc: Array, batch: Microbatch, loss_key: Array) -> Array:
+        """Add the (clipped) gradient sum of one microbatch on one device to its slice `acc`, which is consumed."""
+        return self._accumulate[batch.mask.shape[0]][position](params, acc, batch, loss_key)
 
     def draw(self, keys: Keys, step: int) -> tuple[Array | None, Array | None]:
         """The noise of a step as an array with one slice a device, and the draw itself where it was made.
 
-        Only the designated device draws; all other slices are zero. Both are None in a plain run.
+        In units of the grid. Only the designated device draws; all other slices are zero. Both None in a plain run.
         """
-        if self._noise_shape is None:
+        if self._spec.noise_scale is None:
             return None, None
         own = []
         if self._draw is not None:
-            own = [self._draw(jax.device_put(keys.noise(step, len(self.sizes)), self.designated))]
+            own = [self._draw(jax.device_put(keys.noise(step, self.blocks), self.designated))]
         noise = jax.make_array_from_single_device_arrays(self._noise_shape, self.sharded, own + self._silence)
         return noise, own[0] if own else None
 
     def apply(self, state: TrainState, acc: Array, noise: Array | None) -> tuple[TrainState, Array, Array]:
         """All-reduce, add the noise, update. Consumes state and acc; returns (state, zeroed acc, diagnostics)."""
-        return self._apply(state, acc, noise)
+        total, acc = self._reduce(acc) if noise is None else self._reduce(acc, noise)
+        before, totals = self.slices(state), self.slices(total)
+        after = {position: update(before[position], totals[position]) for position, update in self._update.items()}
+        state, diagnostics = self.whole(after, self.replicated)
+        return state, acc, diagnostics
 
     def place(self, state: TrainState) -> TrainState:
         """A host copy of the state, the same on every process, replicated onto the mesh."""
@@ -253,39 +291,63 @@ class StepPrograms:
 
     def program_texts(self) -> dict[str, str]:
         """The compiled HLO by program name, for tests that count collectives."""
-        accumulates = {f"accumulate_{size}": str(program.as_text()) for size, program in self._accumulate.items()}
-        return accumulates | {"apply": str(self._apply.as_text())}
+        first = next(iter(self.local))
+        accumulates = {f"accumulate_{size}": str(each[first].as_text()) for size, each in self._accumulate.items()}
+        return accumulates | {"update": str(self._update[first].as_text()), "reduce": str(self._reduce.as_text())}
 
     def peak_bytes(self) -> int:
         """Temporary memory per device of the largest accumulate program, as XLA's analysis states it."""
-        analyses = [program.memory_analysis() for program in self._accumulate.values()]
+        programs = [program for each in self._accumulate.values() for program in each.values()]
+        analyses = [program.memory_analysis() for program in programs]
         return max((int(analysis.temp_size_in_bytes) for analysis in analyses if analysis is not None), default=0)
 
-    @staticmethod
-    def _shape(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def _abstract(self, tree: Any, sharding: NamedSharding) -> Any:
-        return jax.tree.map(lambda x: self._shape(x.shape, x.dtype, sharding), tree)
+def _shape(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _placed(sharding: SingleDeviceSharding, x: Any) -> jax.ShapeDtypeStruct:
+    return _shape(x.shape, x.dtype, sharding)
+
+
+def _as_on_devices(tree: Any) -> Any:
+    """The shapes with the types that JAX gives them without 64-bit types: those of 64 bits arrive as 32."""
+    return jax.tree.map(lambda x: _shape(x.shape, dtypes.canonicalize_dtype(x.dtype)), tree)
+
+
+def _zeros(size: int, kind: Any, device: Any) -> Array:
+    with jax.enable_x64(True):
+        return jax.device_put(np.zeros(size, kind), device)
+
+
+def _lower(jitted: Any, *shapes: Any) -> Any:
+    with jax.enable_x64(True):
+        return jitted.lower(*shapes)
 
 
 def accumulate_sample(
-    programs: StepPrograms, params: Any, sums: Array, microbatches: Iterable[Microbatch], loss_key: Array
+    programs: StepPrograms,
+    params: Any,
+    sums: Array,
+    rounds: Iterable[Mapping[int, Microbatch]],
+    loss_key: Mapping[int, Array],
 ) -> Array:
     """Clip and sum: the first half of a step, without a collective.
 
     Args:
         params: those of the state.
-        sums: float32[devices * (d + diagnostics)], zeros before a step; consumed.
-        microbatches: all of the step's sample, on the devices.
+        sums: [devices * (d + diagnostics)], zeros before a step; consumed.
+        rounds: all of the step's sample: by position of the device, one microbatch after the other.
         loss_key: of the step, as `StepPrograms.loss_key` gives it.
 
     Returns:
         Each device's own clipped sum and diagnostics, laid out as `sums`.
     """
-    for batch in microbatches:
-        sums = programs.accumulate(params, sums, batch, loss_key)
-    return sums
+    own, accs = programs.slices(params), programs.slices(sums)
+    for batches in rounds:
+        for position, batch in batches.items():
+            accs[position] = programs.accumulate(position, own[position], accs[position], batch, loss_key[position])
+    return programs.whole(accs, programs.sharded)
 
 
 def noisy_update(
@@ -295,7 +357,7 @@ def noisy_update(
 
     Returns:
         The state after the step; `sums` set to zero for the next one; the diagnostics by the names of `DIAGNOSTICS`,
-        float32[4], summed over all devices; and the draw, float32[d], on the process that made it.
+        float32[4], summed over all devices; and the draw, int64[d] in units of the grid, on the process that made it.
     """
     noise, draw = programs.draw(keys, step)
     state, sums, diagnostics = programs.apply(state, sums, noise)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from dpdist.cluster.world import World
 from dpdist.config import Config
 from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.ledger import Plan
-from dpdist.mechanism.sampling import Assignment, assign, poisson_sample
+from dpdist.mechanism.sampling import Assignment, assign, in_random_order, poisson_sample
 from dpdist.program.build import TrainingSetup
 
 
@@ -22,7 +22,7 @@ def make_assigner(
         sample = poisson_sample(keys.sampling(step), plan.sampling_probability, 0, plan.dataset_size)
         return assign(
             step,
-            sample,
+            in_random_order(sample, keys.order(step)),
             assignment=config.sampling.assignment,
             dataset_size=plan.dataset_size,
             host_of_device=world.host_of_device,
@@ -33,21 +33,31 @@ def make_assigner(
     return assign_one
 
 
+def share_of_work(assignment: Assignment, devices: Iterable[int]) -> float:
+    """The most microbatches on one of `devices`, over the most on any device; 1 where there are none at all."""
+    own = max(len(assignment.sizes(device)) for device in devices)
+    return own / assignment.rounds if assignment.rounds else 1.0
+
+
 def shape_of_work(assignments: Sequence[Assignment]) -> dict[str, float]:
     """How evenly the sampled examples filled the devices, over all of `assignments`.
 
-    `padding`: the fraction of computed slots that held no example. `imbalance`: mean over steps of the most
-    examples on a device over the mean of all devices; 1 is even. `microbatches_per_step`: mean.
+    `padding`: the fraction of slots that held no example, of those that all devices had time for while the busiest
+    one computed. `imbalance`: mean over steps of the most examples on a device over the mean of all devices; 1 is
+    even. `microbatches_per_step`: mean, of the device that has most.
     """
-    slots = sum(len(each.slices) * sum(each.microbatches) for each in assignments)
+    slots = sum(
+        len(each.by_device) * max(sum(each.sizes(device)) for device in range(len(each.by_device)))
+        for each in assignments
+    )
     sampled = sum(len(each.sample) for each in assignments)
     uneven = [
-        max(stop - start for start, stop in each.slices) * len(each.slices) / len(each.sample)
+        max(map(len, each.by_device)) * len(each.by_device) / len(each.sample)
         for each in assignments
         if len(each.sample)
     ]
     return {
         "padding": 1 - sampled / slots if slots else 0.0,
         "imbalance": statistics.mean(uneven) if uneven else 1.0,
-        "microbatches_per_step": statistics.mean(len(each.microbatches) for each in assignments),
+        "microbatches_per_step": statistics.mean(each.rounds for each in assignments),
     }

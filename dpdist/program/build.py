@@ -17,15 +17,33 @@ from dpdist.cluster.world import World
 from dpdist.config import Config
 from dpdist.data import Dataset, check_labels, open_dataset
 from dpdist.data.checks import require_class_labels, require_values
-from dpdist.data.sources import Source
+from dpdist.data.sources import Source, read_rows
 from dpdist.errors import InputError
-from dpdist.mechanism.clipping import UnsupportedLossError
+from dpdist.mechanism.clipping import UnsupportedLossError, trainable
 from dpdist.mechanism.ledger import Plan
 from dpdist.mechanism.step import StepPrograms, StepSpec, TrainState, initial_state
 from dpdist.program import optimizer as optimizers
 from dpdist.program.evaluate import Evaluator
-from dpdist.program.gradients import ExampleLoss, build_gradients
+from dpdist.program.gradients import ExampleLoss, build_gradients, frozen_paths
 from dpdist.program.microbatches import LARGEST, choose_physical_batch, largest_that_fits, tail_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenModel:
+    """The model that a config names, as made for a dataset, with its initial parameters."""
+
+    model: models.Model
+    params: Any
+    #: Shapes and dtypes of one training example, by column.
+    example: dict[str, jax.ShapeDtypeStruct]
+    classes: int | None
+    #: Paths of the parameters that do not train.
+    frozen: frozenset[str]
+
+    @property
+    def coordinates(self) -> int:
+        """d, the number of single parameters that train; public."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable(self.params, self.frozen)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +100,10 @@ def example_spec(source: Source) -> dict[str, jax.ShapeDtypeStruct]:
     Raises:
         InputError: a column is called `key`, the name of a randomised model's random key, or holds no values.
     """
-    if "key" in source[0]:
+    first = read_rows(source, np.zeros(1, np.int64))
+    if "key" in first:
         raise InputError("data.source", "column 'key'", "is the name of the random key of an example; rename it.")
-    example = {
-        name: jax.ShapeDtypeStruct(np.shape(value), np.asarray(value).dtype) for name, value in source[0].items()
-    }
+    example = {name: jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype) for name, rows in first.items()}
     require_values(example)
     return example
 
@@ -96,8 +113,26 @@ def with_key(example: dict[str, jax.ShapeDtypeStruct], model: models.Model) -> d
     return example | {"key": jax.eval_shape(lambda: jax.random.key(0))} if model.randomised else example
 
 
+def open_model(config: Config, dataset: Dataset) -> OpenModel:
+    """Build the model that `config` names for the examples of `dataset`, and initialise it.
+
+    Raises:
+        InputError: the model cannot be used with these examples, or `model.trainable` matches nothing.
+    """
+    example = example_spec(dataset.train)
+    classes = config.model.classes or dataset.classes
+    model = models.build(config.model, example=example, classes=classes)
+    if model.loss is models.cross_entropy:
+        require_class_labels(example, "train")
+    if dataset.test is not None:
+        require_class_labels(example_spec(dataset.test), "test")
+    params = model.init(jax.random.key(config.training.seed))
+    frozen = frozen_paths(config.model, params)
+    return OpenModel(model=model, params=params, example=example, classes=classes, frozen=frozen)
+
+
 def build_setup(
-    config: Config, plan: Plan, dataset: Dataset, world: World, earlier: dict[str, Any] | None
+    config: Config, plan: Plan, opened: OpenModel, dataset: Dataset, world: World, earlier: dict[str, Any] | None
 ) -> TrainingSetup:
     """Compile everything a run needs, before its first step.
 
@@ -107,15 +142,8 @@ def build_setup(
     Raises:
         InputError: the model or the physical batch size cannot be used.
     """
-    example = example_spec(dataset.train)
-    classes = config.model.classes or dataset.classes
-    model = models.build(config.model, example=example, classes=classes)
-    if model.loss is models.cross_entropy:
-        require_class_labels(example, "train")
-    if dataset.test is not None:
-        require_class_labels(example_spec(dataset.test), "test")
+    model, params, example = opened.model, opened.params, opened.example
     optimizer = optimizers.build(config.optimizer, plan.steps_asked)
-    params = model.init(jax.random.key(config.training.seed))
     loss = ExampleLoss(loss_fn=models.example_loss(model), params=params, example=with_key(example, model))
     gradients = build_gradients(config, plan, loss, world, earlier)
     initial = initial_state(params, optimizer, averaged=config.optimizer.average_decay > 0, frozen=gradients.frozen)
@@ -134,7 +162,8 @@ def build_setup(
                     batch_sizes=(physical, tail_of(physical)),
                     normaliser=plan.expected_batch_size,
                     clip_norm=math.inf if terms is None else terms.clip_norm,
-                    noise_scale=None if terms is None else terms.noise_multiplier * terms.clip_norm,
+                    noise_scale=None if terms is None else terms.noise_scale,
+                    grid=None if terms is None else terms.grid,
                     placement=config.privacy.noise_placement,
                     randomised=model.randomised,
                     average_decay=config.optimizer.average_decay,
@@ -167,7 +196,7 @@ def build_setup(
         evaluator=evaluator,
         physical=physical,
         tail=tail_of(physical),
-        classes=classes,
+        classes=opened.classes,
         strategies=gradients.strategies,
     )
 
@@ -186,8 +215,8 @@ def _physical_batch(
     limit, asked = memory_limit(config, world), config.training.physical_batch_size
     if asked != "auto":
         physical = asked
-    elif earlier is not None and earlier["devices"] == world.device_count:
-        physical = int(earlier["physical_batch_size"])  # kept while the devices are as many, so that resuming is exact
+    elif earlier is not None and (config.sampling.assignment == "chunks" or earlier["devices"] == world.device_count):
+        physical = int(earlier["physical_batch_size"])  # kept while it decides bits, so that resuming is exact
     else:
 
         def choose(largest: int) -> int:
@@ -195,7 +224,7 @@ def _physical_batch(
                 dataset_size=plan.dataset_size,
                 sampling_probability=plan.sampling_probability,
                 host_of_device=world.host_of_device,
-                balanced=config.sampling.assignment == "balanced",
+                assignment=config.sampling.assignment,
                 largest=largest,
             )
 

@@ -17,45 +17,54 @@ _QUANTILES = [(i + 0.5) / 64 for i in range(64)]
 
 
 def tail_of(physical: int) -> int:
-    """Return the size of the smaller tail microbatch compiled beside `physical`: a quarter of it."""
-    return max(1, physical // 4)
+    """Return the size of the smaller tail microbatch compiled beside `physical`: half of it, which pads least."""
+    return max(1, physical // 2)
 
 
 def expected_rows(
-    physical: int, *, dataset_size: int, sampling_probability: float, hosts: int, devices: int, balanced: bool
+    physical: int, *, dataset_size: int, sampling_probability: float, hosts: int, devices: int, assignment: str
 ) -> float:
-    """Return the expected number of rows that a device processes in a step, padding and launch cost included.
+    """Return the expected number of rows that a step waits for, padding and launch cost included.
 
-    All devices run as many microbatches as the one with the most examples. Sample sizes are binomial, approximated here
-    by normal quantiles. With the `shard` assignment (`balanced` False) every host has its own sample size, independent
-    of the others, and the largest counts.
+    It waits for the device with the most examples. Sample sizes are binomial, approximated here by normal quantiles.
+    With the `shard` assignment every host has its own sample size, independent of the others, and the largest counts.
 
     Args:
         physical: physical batch size.
         hosts: number of hosts.
         devices: number of devices of all hosts together.
-        balanced: True for the `balanced` assignment, False for `shard`.
+        assignment: as in `dpdist.mechanism.sampling.assign`.
     """
-    groups = 1 if balanced else hosts
+    groups = hosts if assignment == "shard" else 1
     mean = dataset_size * sampling_probability / groups
     spread = math.sqrt(mean * (1 - sampling_probability))
     share = devices / groups
     total = 0.0
     for u in _QUANTILES:
-        local = max(0, math.ceil((mean + spread * NormalDist().inv_cdf(u ** (1 / groups))) / share))
+        drawn = max(0, mean + spread * NormalDist().inv_cdf(u ** (1 / groups)))
+        local = (
+            _most_chunked(math.ceil(drawn), physical, devices) if assignment == "chunks" else math.ceil(drawn / share)
+        )
         sizes = microbatch_sizes(local, physical, tail_of(physical))
         total += sum(sizes) + _LAUNCH_EXAMPLES * len(sizes)
     return total / len(_QUANTILES)
 
 
+def _most_chunked(drawn: int, physical: int, devices: int) -> int:
+    """The most examples on a device where whole chunks of `physical` go to devices in turn."""
+    full, rest = divmod(drawn, physical)
+    each, more = divmod(full, devices)
+    return (each + 1) * physical if more else each * physical + rest
+
+
 def choose_physical_batch(
-    *, dataset_size: int, sampling_probability: float, host_of_device: Sequence[int], balanced: bool, largest: int
+    *, dataset_size: int, sampling_probability: float, host_of_device: Sequence[int], assignment: str, largest: int
 ) -> int:
     """Return the physical batch size from 1 to `largest` with the smallest `expected_rows`; of equals, the larger.
 
     Args:
         host_of_device: host index of every device.
-        balanced: True for the `balanced` assignment, False for `shard`.
+        assignment: as in `dpdist.mechanism.sampling.assign`.
     """
     hosts, devices = max(host_of_device) + 1, len(host_of_device)
 
@@ -66,7 +75,7 @@ def choose_physical_batch(
             sampling_probability=sampling_probability,
             hosts=hosts,
             devices=devices,
-            balanced=balanced,
+            assignment=assignment,
         )
 
     return min(range(1, largest + 1), key=lambda p: (cost(p), -p))

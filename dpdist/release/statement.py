@@ -26,10 +26,17 @@ COVERED = (
     "and whatever is computed from these without the training data"
 )
 UNIT = "one training record, not one person: somebody with k records has about k times the epsilon"
-PUBLIC = ("N", "q", "B", "T", "sigma", "C", "delta", "the split into training and test records by index", "the config")
+PUBLIC = (
+    "N", "q", "B", "T", "sigma", "C", "delta", "the split into training and test records by index",
+    "the names, types and shapes of the records' columns", "the config",
+)  # fmt: skip
 NOT_COVERED = (
-    "whatever is under private/ of the run directory",
-    "how long steps take",
+    "whatever is under private/ of the run directory, and choices that rest on it, such as a stop or a setting that "
+    "somebody changed after reading it",
+    "how long steps take, and which records are read from storage, for those who can watch either",
+    "that a run ends because of a record that cannot be read, has other columns or values out of range, and at which "
+    "step; what the record holds, and which it is, is written under private/ alone",
+    "what a user's own code prints or writes",
     "test records, and so the test accuracy with respect to them; a record that is trained on in one run and tested on "
     "in another is one of these",
     "what was released from a state of the run that is lost: where its directory was restored from a backup, whatever "
@@ -150,8 +157,8 @@ def _by_accountants(facts: dict[str, Any]) -> str:
     if facts["accountant"] == ADAPTIVE:
         return (
             f"{facts['epsilon']:.6g} by a Renyi filter of fixed order, as the plan was changed while the run went on: "
-            "a bound on the privacy loss at every moment, but for a probability of delta, whatever the changes rested "
-            "on."
+            "a bound on the privacy loss at every moment, but for a probability of delta, whatever "
+            "released result the changes rested on."
         )
     rdp = f"{facts['epsilon_rdp']:.6g} by Renyi differential privacy"
     if facts["epsilon_pld"] is None:

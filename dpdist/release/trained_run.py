@@ -16,6 +16,7 @@ from dpdist import config as config_module
 from dpdist import models
 from dpdist.config import Config
 from dpdist.config.constraints import expand_home
+from dpdist.data.sources import for_devices
 from dpdist.errors import InputError
 from dpdist.mechanism.ledger import Ledger, LedgerError
 from dpdist.mechanism.step import initial_state
@@ -44,8 +45,13 @@ class TrainedRun:
     _model: models.Model
 
     def predict(self, examples: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Logits [n, classes] of examples given by column, e.g. `{"image": uint8[n, 8, 8, 1]}`."""
-        return np.asarray(self._logits(self.params, dict(examples)))
+        """Logits [n, classes] of examples given by column, e.g. `{"image": uint8[n, 8, 8, 1]}`.
+
+        Raises:
+            InputError: a value does not fit into 32 bits.
+        """
+        columns = {name: for_devices(repr(name), values) for name, values in examples.items()}
+        return np.asarray(self._logits(self.params, columns))
 
     @cached_property
     def _logits(self) -> Callable[[Any, dict[str, np.ndarray]], Any]:

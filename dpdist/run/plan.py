@@ -13,16 +13,20 @@ from dpdist.config import Config
 from dpdist.errors import InputError
 from dpdist.mechanism import accounting, composition
 from dpdist.mechanism.composition import ADAPTIVE, Phase, charged_phases, phase_of, total_cost
+from dpdist.mechanism.grid import choose_grid
 from dpdist.mechanism.ledger import Ledger, Plan, PrivacyTerms
 
 
-def plan_run(config: Config, *, dataset_size: int, nonce: bytes, environment: str) -> Plan:
+def plan_run(config: Config, *, dataset_size: int, coordinates: int, nonce: bytes, environment: str) -> Plan:
     """Work out q, T, sigma and what they cost; seconds of CPU time, so process 0 does it for all.
+
+    Args:
+        coordinates: d, the number of single parameters that train.
 
     Raises:
         InputError: q > 1, delta >= 1/N, or a budget that no noise (or not even one step) can meet.
     """
-    plan = _plain_plan(config, dataset_size=dataset_size, nonce=nonce, environment=environment)
+    plan = _plain_plan(config, dataset_size=dataset_size, coordinates=coordinates, nonce=nonce, environment=environment)
     return _with_privacy(plan, config) if config.privacy.enabled else plan
 
 
@@ -33,6 +37,7 @@ def plan_incarnation(
     start: int,
     reasons: Sequence[str],
     dataset_size: int,
+    coordinates: int,
     nonce: bytes,
     environment: str,
 ) -> Plan:
@@ -42,7 +47,7 @@ def plan_incarnation(
         InputError: nothing is left to do or to spend, or what `plan_run` raises.
     """
     plan = dataclasses.replace(
-        _plain_plan(config, dataset_size=dataset_size, nonce=nonce, environment=environment),
+        _plain_plan(config, dataset_size=dataset_size, coordinates=coordinates, nonce=nonce, environment=environment),
         incarnation=len(ledger.plans),
         start=start,
         reasons=list(reasons),
@@ -79,7 +84,7 @@ def spending(ledger: Ledger) -> Callable[[int], float] | None:
     return lambda steps: curve.at(sum(phase.steps for phase in before) + steps)
 
 
-def _plain_plan(config: Config, *, dataset_size: int, nonce: bytes, environment: str) -> Plan:
+def _plain_plan(config: Config, *, dataset_size: int, coordinates: int, nonce: bytes, environment: str) -> Plan:
     batch = config.sampling.expected_batch_size
     if batch > dataset_size:
         raise InputError(
@@ -107,6 +112,7 @@ def _plain_plan(config: Config, *, dataset_size: int, nonce: bytes, environment:
         environment=environment,
         adjacency=accounting.ADJACENCY,
         dataset_size=dataset_size,
+        coordinates=coordinates,
         sampling_probability=q,
         expected_batch_size=batch,
         steps=steps,
@@ -137,7 +143,7 @@ def _with_privacy(plan: Plan, config: Config) -> Plan:
             )
     spent = accounting.epsilon(sampling_probability=q, noise_multiplier=sigma, steps=steps, delta=delta)
     order = composition.best_order(Phase(q, sigma, steps), delta)
-    return dataclasses.replace(plan, steps=steps, privacy=_terms(config, sigma, spent, order))
+    return dataclasses.replace(plan, steps=steps, privacy=_terms(plan, config, sigma, spent, order))
 
 
 def _paying_for_the_past(plan: Plan, config: Config, ledger: Ledger) -> Plan:
@@ -163,7 +169,9 @@ def _paying_for_the_past(plan: Plan, config: Config, ledger: Ledger) -> Plan:
             )
         wanted = min(wanted, affordable)
     spent = total_cost(first, before, dataclasses.replace(further, steps=wanted))
-    return dataclasses.replace(plan, steps=plan.start + wanted, privacy=_terms(config, sigma, spent, terms.renyi_order))
+    return dataclasses.replace(
+        plan, steps=plan.start + wanted, privacy=_terms(plan, config, sigma, spent, terms.renyi_order)
+    )
 
 
 def _further_noise(plan: Plan, config: Config, ledger: Ledger, before: Sequence[Phase]) -> float:
@@ -192,7 +200,18 @@ def _further_noise(plan: Plan, config: Config, ledger: Ledger, before: Sequence[
         raise _unreachable(target, error) from None
 
 
-def _terms(config: Config, noise_multiplier: float, spent: accounting.Spent, renyi_order: int) -> PrivacyTerms:
+def _terms(
+    plan: Plan, config: Config, noise_multiplier: float, spent: accounting.Spent, renyi_order: int
+) -> PrivacyTerms:
+    try:
+        grid = choose_grid(
+            clip_norm=config.privacy.clip_norm,
+            noise_multiplier=noise_multiplier,
+            coordinates=plan.coordinates,
+            dataset_size=plan.dataset_size,
+        )
+    except ValueError as error:
+        raise InputError("privacy.noise_multiplier", noise_multiplier, f"{error}; give a larger one.") from None
     return PrivacyTerms(
         clip_norm=config.privacy.clip_norm,
         noise_multiplier=noise_multiplier,
@@ -202,6 +221,8 @@ def _terms(config: Config, noise_multiplier: float, spent: accounting.Spent, ren
         epsilon_rdp=spent.epsilon_rdp,
         accountant=spent.accountant,
         renyi_order=renyi_order,
+        grid=grid.spacing,
+        grid_slack=grid.slack,
     )
 
 

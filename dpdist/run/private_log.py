@@ -26,12 +26,32 @@ class PrivateLog(logging.StreamHandler):
         self.setFormatter(_FORMAT)
 
 
+class WithoutTraceback(logging.Formatter):
+    """Formats as another formatter does, but of an exception shows the type alone: the rest may quote data."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        kind = record.exc_info[0] if record.exc_info else None
+        bare = logging.makeLogRecord(vars(record) | {"exc_info": None, "exc_text": None, "stack_info": None})
+        return self.inner.format(bare) + (f" ({kind.__name__}; private/logs has the rest)" if kind else "")
+
+
 def log_to(path: Path) -> None:
-    """Send all log records of this process to `path` too, in place of an earlier run's file."""
+    """Send all log records of this process to `path` too, in place of an earlier run's file.
+
+    Tracebacks go there alone.
+    """
     root = logging.getLogger()
     for old in current():
         root.removeHandler(old)
         old.stream.close()
+    for handler in root.handlers:
+        inner = handler.formatter.inner if isinstance(handler.formatter, WithoutSecret) else handler.formatter
+        if not isinstance(inner, WithoutTraceback):
+            handler.setFormatter(WithoutTraceback(inner or logging.Formatter()))
     root.addHandler(PrivateLog(path))
 
 

@@ -39,6 +39,7 @@ class Recorder:
         self._latest: tuple[int, Assignment, Array, Array | None] | None = None
         self._started = self._logged = time.perf_counter()
         self._logged_step = self._done = self._start
+        #: The last that was shown: of a committed checkpoint, so that no failed run can take it back.
         self.accuracy: float | None = None
         self._metrics = run.metrics
         self._public = Publisher(Stream(run.metrics))
@@ -74,7 +75,6 @@ class Recorder:
 
     def evaluated(self, step: int, accuracy: float) -> None:
         """Hold the test accuracy of the parameters after `step` steps until their checkpoint is committed."""
-        self.accuracy = accuracy
         self._public.hold({"step": step, "accuracy": accuracy, "epsilon": self.epsilon(step)})
 
     def has_accuracy(self, step: int) -> bool:
@@ -88,7 +88,8 @@ class Recorder:
     def committed(self, step: int) -> None:
         """Show what was measured up to `step`, whose checkpoint is committed."""
         for record in self._public.release(step):
-            self._progress.show_accuracy(record["accuracy"])
+            self.accuracy = record["accuracy"]
+            self._progress.show_accuracy(self.accuracy)
 
     def epsilon(self, step: int) -> float | None:
         """Upper bound on epsilon once the run is at `step`; None without privacy."""
@@ -113,11 +114,11 @@ class Recorder:
         self._done = step + 1
         values = dict(zip(DIAGNOSTICS, np.asarray(diagnostics).tolist(), strict=True))
         record: dict[str, Any] = {"step": step, "incarnation": self._plan.incarnation}
-        record |= {"microbatches": len(assignment.microbatches)} | values
+        record |= {"microbatches": assignment.rounds} | values
         if self._config.training.record_digests:
             record["sample_sha256"] = hashlib.sha256(assignment.sample.astype("<i8").tobytes()).hexdigest()
             if draw is not None:
-                record["noise_sha256"] = hashlib.sha256(np.asarray(draw).astype("<f4").tobytes()).hexdigest()
+                record["noise_sha256"] = hashlib.sha256(np.asarray(draw).astype("<i8").tobytes()).hexdigest()
         self._private.write(record)
         if self._done % self._config.run.log_every == 0 or self._done == self._plan.steps:
             self._log()

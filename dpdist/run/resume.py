@@ -43,6 +43,8 @@ class ResumeRequest:
     dataset_size: int
     #: The keyed tag of the test data.
     test_data: str
+    #: d, the number of single parameters that train.
+    coordinates: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,8 @@ def find_start(request: ResumeRequest, ledger: Ledger) -> Start:
     from dpdist.run.plan import plan_incarnation, plan_run
 
     config, inputs = request.config, request.inputs
-    common: dict[str, Any] = {"dataset_size": request.dataset_size, "environment": inputs.environment}
+    common: dict[str, Any] = {"dataset_size": request.dataset_size, "coordinates": request.coordinates}
+    common |= {"environment": inputs.environment}
     identity: dict[str, Any] = {"settings": inputs.settings, "code": inputs.code, "data": inputs.data}
     identity["test_data"] = request.test_data
     current = ledger.plan

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 
 def all_reduce_program(sums: Array, mesh: Mesh) -> Any:
-    """Compile `sums -> total`: only the all-reduce of the vector that `StepPrograms.apply` reduces."""
+    """Compile `sums -> total`: only the all-reduce of the vector of a step's sums."""
     axis = mesh.axis_names[0]
     reduce = jax.shard_map(
         lambda x: lax.psum(x, axis),
@@ -22,7 +22,8 @@ def all_reduce_program(sums: Array, mesh: Mesh) -> Any:
         in_specs=PartitionSpec(axis),
         out_specs=PartitionSpec(),
     )
-    return jax.jit(reduce).lower(sums).compile()
+    with jax.enable_x64(True):  # private sums are 64-bit integers
+        return jax.jit(reduce).lower(sums).compile()
 
 
 def all_reduce_seconds(program: Any, sums: Array, *, calls: int) -> float:

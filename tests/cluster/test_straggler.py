@@ -91,7 +91,8 @@ def test_a_sample_of_half_of_the_ranks_is_ignored(sample: list[float | None]) ->
     assert reported(*[sample] * 5) == [[]] * 5
 
 
-#: 60 steps as in the training loop, each with a collective; rank sys.argv[1], if it exists, is slow.
+#: 60 steps as in the training loop, each with a collective; rank sys.argv[1], if it exists, is slow. The others have a
+#: share of sys.argv[2] of its microbatches.
 LOOP = """
 import socket
 import jax, jax.numpy as jnp, numpy as np
@@ -109,7 +110,7 @@ for step in range(60):
     stragglers.began(step, state)
     time.sleep(0.1 if str(rank) == sys.argv[1] else 0.02)
     sums = jax.make_array_from_callback((world.num_processes,), sharding, lambda _: np.ones(1))
-    stragglers.ready(step, sums)
+    stragglers.ready(step, sums, float(sys.argv[2]) if str(rank) != sys.argv[1] else 1.0)
     state = total(sums)
     stragglers.ended(step, state)
     found += stragglers.reports()
@@ -123,7 +124,7 @@ leave()
 
 
 def test_a_slow_rank_is_reported_by_rank_and_host_and_only_on_process_0() -> None:
-    first, *others = run_processes(LOOP, 3, "1")
+    first, *others = run_processes(LOOP, 3, "1", "1")
     assert first["due"] == [5, 15, 25, 35, 45, 55]
     found: list[dict[str, Any]] = first["found"]
     # A sample is evaluated at the next one, so that of step 55 is still pending.
@@ -136,12 +137,17 @@ def test_a_slow_rank_is_reported_by_rank_and_host_and_only_on_process_0() -> Non
     assert first["left"] == [f"dpdist/straggler/0/55/{rank}" for rank in range(3)]
 
 
-def test_equally_fast_ranks_are_not_reported() -> None:
-    assert [facts["found"] for facts in run_processes(LOOP, 3, "none")] == [[], [], []]
+@pytest.mark.parametrize(("slow", "share"), [("none", "1"), ("1", "0.2")], ids=["equal", "five times the work"])
+def test_equally_fast_ranks_are_not_reported(slow: str, share: str) -> None:
+    assert [facts["found"] for facts in run_processes(LOOP, 3, slow, share)] == [[], [], []]
+
+
+def test_a_rank_with_nothing_to_do_is_not_compared() -> None:
+    assert [facts["found"] for facts in run_processes(LOOP, 3, "1", "0")] == [[], [], []]
 
 
 def test_one_process_is_never_timed() -> None:
-    (facts,) = run_processes(LOOP, 1, "0")
+    (facts,) = run_processes(LOOP, 1, "0", "1")
     assert (facts["due"], facts["found"]) == ([], [])
 
 
@@ -160,7 +166,7 @@ class Lost:
 client, agreement.client = agreement.client, lambda: Lost()
 for step in range(8):
     stragglers.began(step, None)
-    stragglers.ready(step, None)
+    stragglers.ready(step, None, 1.0)
     stragglers.ended(step, None)
 report(found=stragglers.reports())
 agreement.client = client

@@ -50,10 +50,12 @@ def test_a_source_without_labels_passes() -> None:
     check_labels([{"image": IMAGES[0]}], 2)
 
 
-@pytest.mark.parametrize("labels", [changed(LABELS, 699), LABELS - 1, LABELS + 1, LABELS.astype(np.int64) + 2**32])
+@pytest.mark.parametrize("labels", [changed(LABELS, 699), LABELS - 1, LABELS + 1])
 def test_labels_out_of_range_are_refused_without_showing_them(labels: np.ndarray) -> None:
-    with pytest.raises(InputError, match=r"model\.classes = 5: some labels lie outside 0 to 4; set"):
+    with pytest.raises(InputError, match=r"model\.classes = 5: some labels lie outside 0 to 4; set") as caught:
         check_labels(of(labels=labels), 5, "model.classes")
+    first = np.flatnonzero((labels < 0) | (labels > 4))[0]
+    assert f"the first {labels[first]}, of example {first}" in str(caught.value.__cause__)
 
 
 def test_only_the_labels_of_the_subset_count() -> None:
@@ -116,7 +118,7 @@ def test_user_code_is_asked_for_the_first_sixteen_labels_only() -> None:
         of(images=changed(IMAGES, 255)),
         of(IMAGES[:699], LABELS[:699]),
         of(images=IMAGES.reshape(700, 4)),
-        of(labels=LABELS.astype(np.int64)),
+        of(labels=LABELS.astype(np.int16)),
         ArraySource({"picture": IMAGES, "label": LABELS}),
         ArraySource({"image": IMAGES}),
         of(images=np.roll(IMAGES, 1, axis=0)),
@@ -185,7 +187,7 @@ class Augmented(Items):
 
 
 def test_a_source_that_answers_differently_is_refused_with_where_to_randomise_instead() -> None:
-    with pytest.raises(InputError, match=r"data\.source = 'example \d+': is another one .*randomised=True.*`key`"):
+    with pytest.raises(InputError, match=r"data\.source = 'an example': is another one .*randomised=True.*`key`"):
         fingerprint(Augmented())
 
 

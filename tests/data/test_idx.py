@@ -95,7 +95,7 @@ def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
 )
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(InputError, match="is not an IDX file: it starts with"):
+    with pytest.raises(InputError, match="is not an IDX file: it does not start with"):
         read_idx(tmp_path / "x")
 
 
@@ -130,7 +130,7 @@ def test_a_truncated_gzip_file_says_how_far_it_got(tmp_path: Path) -> None:
     (tmp_path / "x.gz").write_bytes(packed[:-100])
     with pytest.raises(InputError, match=r"expected 416 bytes, found 3[0-9][0-9]") as error:
         read_idx(tmp_path / "x.gz")
-    assert "end-of-stream" in str(error.value)
+    assert "gzip says EOFError" in str(error.value)
 
 
 @pytest.mark.parametrize("place", [-6, 10, 40], ids=["checksum", "block header", "values"])
@@ -138,8 +138,9 @@ def test_a_corrupt_gzip_file_is_refused(tmp_path: Path, place: int) -> None:
     packed = bytearray(gzip.compress(idx(IMAGES)))
     packed[place] ^= 0xFF
     (tmp_path / "x.gz").write_bytes(packed)
-    with pytest.raises(InputError, match=r"is damaged: gzip says .* expected .* found"):
+    with pytest.raises(InputError, match=r"is damaged: gzip says .* expected .* found") as caught:
         read_idx(tmp_path / "x.gz")
+    assert "0x" not in str(caught.value)  # no checksum of the content, which would let anyone confirm a guess of it
 
 
 def test_swapped_files_are_noticed(tmp_path: Path) -> None:

@@ -80,15 +80,16 @@ def test_a_missing_path_is_reported(tmp_path: Path) -> None:
 
 def test_python_objects_are_refused_unopened(tmp_path: Path, archive: bool) -> None:
     path = write(tmp_path, {"label": np.array([{}, {}], object)}, {}, archive=archive)
-    with pytest.raises(InputError, match=r"cannot be read \(.*(Python objects|[Oo]bject arrays)"):
+    with pytest.raises(InputError, match=r"cannot be read \(.*Python objects"):
         open_npy(path)
 
 
 def test_a_pickle_named_npy_is_refused_unopened(tmp_path: Path) -> None:
     write(tmp_path, TRAIN, {}, archive=False)
     (tmp_path / "train_label.npy").write_bytes(b"cos\nabort\n(tR.")  # would end the process if unpickled
-    with pytest.raises(InputError, match=r"train_label\.npy'.*cannot be read"):
+    with pytest.raises(InputError, match=r"train_label\.npy'.*cannot be read") as caught:
         open_npy(tmp_path)
+    assert "abo" not in str(caught.value)  # nor is a file that is no array quoted
 
 
 @pytest.mark.parametrize("size", [0, 40, 200], ids=["empty", "header cut", "values cut"])
@@ -108,7 +109,7 @@ def test_a_damaged_npz_file_is_reported(tmp_path: Path) -> None:
         open_npy(path)
     content[content.index(TRAIN["tokens"].tobytes())] ^= 0xFF
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"cannot be read .*CRC"):
+    with pytest.raises(InputError, match=r"cannot be read \(damaged\)"):
         open_npy(path)
 
 
@@ -118,7 +119,7 @@ def test_a_damaged_compressed_npz_file_is_reported(tmp_path: Path) -> None:
     name_end = content.index(b"train_label.npy") + len("train_label.npy")
     content[name_end + 20 : name_end + 60] = b"\xff" * 40
     (tmp_path / "data.npz").write_bytes(content)
-    with pytest.raises(InputError, match=r"cannot be read .*decompressing"):
+    with pytest.raises(InputError, match=r"cannot be read \(damaged\)"):
         open_npy(tmp_path / "data.npz")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpdist.data import ArraySource, Subset, read_rows
+from dpdist.data import ArraySource, Subset, read_rows, sources
+from dpdist.data.sources import BadRecordError
 from dpdist.errors import InputError
 
 IMAGES = np.arange(10 * 6, dtype=np.uint8).reshape(10, 2, 3, 1)
@@ -138,24 +140,89 @@ def test_numbers_in_examples_become_columns() -> None:
     ],
     ids=["column missing", "column more", "other shape", "other dtype"],
 )
-def test_examples_that_differ_are_refused_by_index(odd: dict[str, Any], pool: ThreadPoolExecutor) -> None:
-    with pytest.raises(InputError, match=r"example 6 .* differs from example 2"):
+def test_examples_that_differ_are_refused_and_the_cause_alone_says_which(
+    odd: dict[str, Any], pool: ThreadPoolExecutor
+) -> None:
+    with pytest.raises(InputError, match=r"data\.source = 'examples that differ': return the same") as caught:
         read_rows(Items({6: odd}), index_array(2, 6, 7), pool)
+    assert re.match(r"example 6 is .*, and example 2 is", str(caught.value.__cause__))
 
 
 @pytest.mark.parametrize(
     ("odd", "message"),
     [
-        ((IMAGES[0], LABELS[0]), "example 6 = 'tuple': return a dict of arrays"),
-        ({"image": [[1], [2, 3]]}, "example 6 = .* not an array"),
-        ({"image": "cat.png"}, "column 'image' = .* numbers or bools"),
-        ({"image": None}, "column 'image' = 'dtype object'.* numbers or bools"),
+        ((IMAGES[0], LABELS[0]), "an example that is no dict"),
+        ({"image": [[1], [2, 3]]}, "something else than numbers and bools"),
+        ({"image": "cat.png"}, "something else than numbers and bools"),
+        ({"image": None}, "something else than numbers and bools"),
     ],
     ids=["tuple", "ragged", "text", "None"],
 )
 def test_an_example_that_is_not_a_dict_of_arrays_is_refused(odd: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         read_rows(Items({6: odd}), index_array(6))
+    assert isinstance(caught.value.__cause__, BadRecordError)
+    assert "example 6" in str(caught.value.__cause__)
+    assert "6" not in str(caught.value)
+
+
+INTEGERS = [
+    (np.int64, 2**31, np.int32),
+    (np.int64, -(2**31) - 1, np.int32),
+    (np.uint64, 2**32, np.uint32),
+    (np.uint64, 2**64 - 1, np.uint32),
+]
+FLOATS = [(np.float64, 3.5e38, np.float32), (np.float64, -3.5e38, np.float32), (np.complex128, 1e39j, np.complex64)]
+
+
+@pytest.mark.parametrize(("dtype", "value", "narrow"), INTEGERS + FLOATS)
+def test_values_that_32_bits_cannot_hold_are_refused_when_arrays_are_opened_and_when_rows_are_read(
+    dtype: Any, value: Any, narrow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    column = np.zeros(10, dtype)
+    column[7] = value
+    monkeypatch.setattr(sources, "_BLOCK", 4)  # several blocks
+    with pytest.raises(
+        InputError, match=rf"column 'x' of mine = '{dtype.__name__}': some values do not fit into"
+    ) as at:
+        ArraySource({"x": column}, name="mine")
+    assert "example 7" in str(at.value.__cause__)
+    assert "7" not in str(at.value)
+    changed = ArraySource({"x": np.zeros(10, dtype)})
+    changed.arrays["x"][7] = value  # a file may change once it is mapped
+    for source in (changed, [{"x": one} for one in column], Subset(changed, np.arange(10))):
+        with pytest.raises(InputError, match=f"column 'x' = '{dtype.__name__}': .*{narrow.__name__}") as caught:
+            read_rows(source, index_array(3, 7))
+        assert "example 7" in str(caught.value.__cause__)
+        assert read_rows(source, index_array(3))["x"].dtype == narrow
+
+
+def test_values_that_fit_are_read_in_32_bits_and_unchanged_or_rounded() -> None:
+    edges = {
+        "i": np.array([-(2**31), 2**31 - 1]),
+        "u": np.array([0, 2**32 - 1], np.uint64),
+        "f": np.array([-3.4028234e38, 1 / 3]),
+        "not finite": np.array([np.inf, np.nan]),
+        "narrow": np.array([2**32 - 1, 7], np.uint32),
+        "half": np.array([1, 2], np.float16),
+    }
+    rows = read_rows(ArraySource(edges), index_array(0, 1))
+    assert {name: values.dtype.name for name, values in rows.items()} == {
+        "i": "int32",
+        "u": "uint32",
+        "f": "float32",
+        "not finite": "float32",
+        "narrow": "uint32",
+        "half": "float16",
+    }
+    for name in ("i", "u", "not finite", "narrow", "half"):
+        np.testing.assert_array_equal(rows[name], edges[name])
+    np.testing.assert_array_equal(rows["f"], edges["f"].astype(np.float32))
+
+
+def test_columns_without_values_have_nothing_that_does_not_fit() -> None:
+    empty = ArraySource({"x": np.zeros((3, 0)), "y": np.zeros((3, 0, 2), np.int64)})
+    assert read_rows(empty, index_array(0, 2))["y"].shape == (2, 0, 2)
 
 
 @pytest.mark.parametrize(

@@ -257,9 +257,8 @@ THREADS = "import os; print(*[os.environ.get(n) for n in ('NPROC', 'OMP_NUM_THRE
     ("devices", "flags", "expected"),
     [
         (1, "", "None|None|"),
-        (10_000, "", "1|1|--xla_cpu_multi_thread_eigen=false"),
-        (10_000, "--xla_a=1", "1|1|--xla_a=1 --xla_cpu_multi_thread_eigen=false"),
-        (10_000, "--xla_cpu_multi_thread_eigen=true", "1|1|--xla_cpu_multi_thread_eigen=true"),
+        (10_000, "", "1|1|"),
+        (10_000, "--xla_a=1", "1|1|--xla_a=1"),
     ],
 )
 def test_one_thread_a_process_where_devices_outnumber_the_cores(

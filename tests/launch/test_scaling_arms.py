@@ -11,19 +11,20 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from worlds import alone
 
 import dpdist
-from dpdist.cluster.environment import Membership
-from dpdist.cluster.world import AXIS, World
+from dpdist.cluster.world import World
 from dpdist.config import Config
-from dpdist.data import open_dataset
+from dpdist.data import Dataset, open_dataset
 from dpdist.data.feed import Feed
 from dpdist.errors import InputError
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
+from dpdist.mechanism.ledger import Plan
 from dpdist.mechanism.sampling import Assignment, assign
 from dpdist.mechanism.step import DIAGNOSTICS, accumulate_sample, noisy_update
 from dpdist.program.assignments import make_assigner, shape_of_work
-from dpdist.program.build import build_setup
+from dpdist.program.build import OpenModel, build_setup, open_model
 from dpdist.run.fingerprints import environment
 from dpdist.run.plan import plan_run
 from dpdist_launch.measure.scaling import point
@@ -39,20 +40,6 @@ from dpdist_launch.measure.scaling.arms import (
 )
 
 STEPS = 5
-
-
-def job_of(devices: int) -> World:
-    alone = Membership(
-        process_id=0,
-        num_processes=1,
-        coordinator_address="127.0.0.1:0",
-        local_device_ids=None,
-        host_index=0,
-        num_hosts=1,
-        launcher="single",
-    )
-    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:devices]), (AXIS,))
-    return World(membership=alone, mesh=mesh, host_of_device=(0,) * devices, timeout=10, distributed=False)
 
 
 def config(run_dir: Path, **changes: dict[str, Any]) -> Config:
@@ -77,11 +64,17 @@ class Counting(Share):
         return super().__call__(sums)
 
 
+def plan_of(config: Config, dataset: Dataset, opened: OpenModel, nonce: bytes) -> Plan:
+    size, coordinates = len(dataset.train), opened.coordinates
+    return plan_run(config, dataset_size=size, coordinates=coordinates, nonce=nonce, environment=environment("cpu"))
+
+
 def trained(arm: str, asked: Config, world: World) -> tuple[list[Any], list[tuple[int, int, list[float]]], list[str]]:
     """Parameters after `STEPS` steps, the third an empty one; (microbatches, reductions, diagnostics); programs."""
     plain, dataset, secret = config_of(arm, asked), open_dataset(asked.data), Secret.from_insecure_seed(3)
-    plan = plan_run(plain, dataset_size=len(dataset.train), nonce=fresh_nonce(secret), environment=environment("cpu"))
-    setup = build_setup(plain, plan, dataset, world, earlier=None)
+    opened = open_model(plain, dataset)
+    plan = plan_of(plain, dataset, opened, fresh_nonce(secret))
+    setup = build_setup(plain, plan, opened, dataset, world, earlier=None)
     programs, keys = setup.step_programs, Keys(secret, bytes.fromhex(plan.nonce))
     state, sums = programs.place(setup.initial), programs.zero_sums()
     share = Counting(sums, world.mesh) if arm == SGD_SYNC else None
@@ -105,8 +98,8 @@ def trained(arm: str, asked: Config, world: World) -> tuple[list[Any], list[tupl
     steps = []
     for number in range(STEPS):
         assignment, before = feed.next_assignment(), 0 if share is None else share.calls
-        count, key = len(assignment.microbatches), programs.loss_key(keys, number)
-        batches = feed.microbatches(assignment)
+        count, key = assignment.rounds, programs.loss_key(keys, number)
+        batches = feed.rounds(assignment)
         if share is None:
             sums = accumulate_sample(programs, state.params, sums, batches, key)
         else:
@@ -121,7 +114,7 @@ def trained(arm: str, asked: Config, world: World) -> tuple[list[Any], list[tupl
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_reducing_after_every_batch_changes_when_and_not_what(devices: int, tmp_path: Path) -> None:
-    asked, world = config(tmp_path), job_of(devices)
+    asked, world = config(tmp_path), alone(devices)
     late, steps_late, _ = trained(SGD, asked, world)
     soon, steps_soon, texts = trained(SGD_SYNC, asked, world)
     for a, b in zip(late, soon, strict=True):
@@ -142,16 +135,17 @@ def test_reducing_after_every_batch_changes_when_and_not_what(devices: int, tmp_
 
 def initial_parameters(asked: Config, world: World) -> list[Any]:
     plain, dataset, secret = config_of(SGD, asked), open_dataset(asked.data), Secret.from_insecure_seed(3)
-    plan = plan_run(plain, dataset_size=len(dataset.train), nonce=fresh_nonce(secret), environment=environment("cpu"))
-    return jax.tree.leaves(build_setup(plain, plan, dataset, world, earlier=None).initial.params)
+    opened = open_model(plain, dataset)
+    plan = plan_of(plain, dataset, opened, fresh_nonce(secret))
+    return jax.tree.leaves(build_setup(plain, plan, opened, dataset, world, earlier=None).initial.params)
 
 
 @pytest.mark.parametrize(("arm", "placement"), [(DP, "designated"), (DP, "fused"), (SGD, "designated")])
 def test_the_vectors_that_a_step_reduces_are_those_of_its_program(arm: str, placement: str, tmp_path: Path) -> None:
     asked = config(tmp_path, privacy={"noise_placement": placement})
-    _, _, texts = trained(arm, asked, job_of(2))
+    _, _, texts = trained(arm, asked, alone(2))
     reduced = [line.split(" all-reduce(")[0] for line in texts[-1].splitlines() if " all-reduce(" in line]
-    vectors = [int(size) for line in reduced for size in re.findall(r"f32\[(\d+)\]", line)]
+    vectors = [int(size) for line in reduced for size in re.findall(r"(?:f32|s64)\[(\d+)\]", line)]
     parameters = 8 * 8 * 8 + 8 + 8 * 10 + 10
     assert set(vectors) <= {parameters, parameters + len(DIAGNOSTICS)}
     assert len(vectors) == all_reduces(arm, asked, 7)
@@ -159,7 +153,7 @@ def test_the_vectors_that_a_step_reduces_are_those_of_its_program(arm: str, plac
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_point_says_what_was_measured(arm: str, tmp_path: Path) -> None:
-    measured = point.measure(config(tmp_path), arm, 6, job_of(4))
+    measured = point.measure(config(tmp_path), arm, 6, alone(4))
     assert measured is not None
     assert measured["devices"] == 4
     assert measured["processes"] == 1
@@ -193,18 +187,19 @@ def test_warming_up_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + day * min(len(steps), point.WARM_UP))
     monkeypatch.setattr(point, "time", clock)
     monkeypatch.setattr(point, "noisy_update", slow_at_first)
-    measured = point.measure(config(tmp_path), SGD, 4, job_of(1))
+    measured = point.measure(config(tmp_path), SGD, 4, alone(1))
     assert measured is not None
     assert len(steps) == point.WARM_UP + 4
     assert 96 * 4 / measured["examples_per_second"] < day
 
 
 def test_padding_and_imbalance_by_hand() -> None:
-    first = Assignment(0, np.arange(10), ((0, 6), (6, 10)), (4, 4))  # 16 slots for 10; 6 on one of two, 5 on average
-    second = Assignment(1, np.arange(8), ((0, 4), (4, 8)), (4,))
-    nobody = Assignment(2, np.arange(0), ((0, 0), (0, 0)), ())
+    ten, none = np.arange(10), np.arange(0)
+    first = Assignment(0, ten, (ten[:6], ten[6:]), 4, 2)  # 2 x 6 slots for 10; 6 on one of two, 5 on average
+    second = Assignment(1, ten[:8], (ten[:4], ten[4:8]), 4, 2)
+    nobody = Assignment(2, none, (none, none), 4, 2)
     found = shape_of_work((first, second, nobody))
-    assert found["padding"] == pytest.approx(1 - 18 / 24)
+    assert found["padding"] == pytest.approx(1 - 18 / 20)
     assert found["imbalance"] == pytest.approx((6 / 5 + 1) / 2)
     assert found["microbatches_per_step"] == pytest.approx(1)
     assert shape_of_work((nobody,)) == {"padding": 0.0, "imbalance": 1.0, "microbatches_per_step": 0}
@@ -218,12 +213,13 @@ def test_all_arms_compute_the_physical_batch_that_the_private_one_can_hold(tmp_p
         "training": {"physical_batch_size": "auto", "clipping": "per_example"},
         "sampling": {"expected_batch_size": 256},
     }
-    asked, world = config(tmp_path, **changes), job_of(1)
+    asked, world = config(tmp_path, **changes), alone(1)
     found = [point.measure(asked, arm, 1, world) for arm in (DP, SGD)]
     sizes = {measured["physical_batch_size"] for measured in found if measured is not None}
     dataset, plain = open_dataset(asked.data), config_of(SGD, asked)
-    plan = plan_run(plain, dataset_size=len(dataset.train), nonce=b"", environment="")
-    assert build_setup(plain, plan, dataset, world, earlier=None).physical > sizes.pop()
+    opened = open_model(plain, dataset)
+    plan = plan_of(plain, dataset, opened, b"")
+    assert build_setup(plain, plan, opened, dataset, world, earlier=None).physical > sizes.pop()
     assert not sizes
 
 

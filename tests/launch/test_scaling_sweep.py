@@ -372,3 +372,9 @@ def test_a_real_point_that_fails_is_shown_with_its_reason(tmp_path: Path) -> Non
     assert "[1/1] sgd n=1 r=1: failed" in said
     assert "dpdist: error: data.path = " in said
     assert "Traceback" not in said
+
+
+def test_a_directory_of_jobs_that_others_can_read_is_closed_to_them(made_up: MadeUp, tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir(mode=0o755)
+    assert sweep(request(tmp_path)) == 0
+    assert (tmp_path / "jobs").stat().st_mode & 0o077 == 0

@@ -118,7 +118,7 @@ def test_what_is_refused_is_what_no_one_statement_could_cover() -> None:
         "privacy": {"noise_multiplier": 4.0, "delta": 1e-5},
     }
     before = config.from_dict(base)
-    plan = plan_run(before, dataset_size=1000, nonce=bytes(32), environment="here")
+    plan = plan_run(before, dataset_size=1000, coordinates=650, nonce=bytes(32), environment="here")
     refused = set()
     for key, value in OTHER.items():
         after = config.from_dict(base | {"privacy": base["privacy"] | {key: value}})

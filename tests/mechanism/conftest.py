@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from dpdist.mechanism.clipping import clipped_grad_sum, plain_grad_sum
 from dpdist.mechanism.keys import Keys, Secret
-from dpdist.mechanism.sampling import assign
+from dpdist.mechanism.sampling import Assignment, assign
 from dpdist.mechanism.step import (
     Microbatch,
     StepPrograms,
@@ -39,6 +39,7 @@ class Rig:
     #: A power of two, so that a learning rate of 1 gives the noisy sum back without rounding.
     expected_batch_size = 4.0
     physical, tail = 4, 2
+    grid = 2.0**-40
     examples = 64
 
     def __init__(
@@ -78,6 +79,7 @@ class Rig:
                 normaliser=self.expected_batch_size,
                 clip_norm=self.clip_norm if private else float("inf"),
                 noise_scale=self.noise_multiplier * self.clip_norm if private else None,
+                grid=self.grid if private else None,
                 placement=placement,
                 average_decay=average_decay,
                 randomised=False,
@@ -100,30 +102,46 @@ class Rig:
         """Return the state before step 0 and an empty accumulator."""
         return self.step.place(self.initial), self.step.zero_sums()
 
-    def microbatches(self, sample: Sequence[int], step: int, *, padding: float, physical: int) -> Iterator[Microbatch]:
-        """Yield the microbatches of a sample's assignment; padding rows hold `padding`."""
-        assignment = assign(
+    def assign(self, sample: Sequence[int], step: int, *, physical: int, assignment: str = "balanced") -> Assignment:
+        """The assignment of a step with this sample, grouped in the order given."""
+        return assign(
             step,
             np.asarray(sample, np.int64),
-            assignment="balanced",
+            assignment=assignment,
             dataset_size=self.examples,
             host_of_device=[0] * self.devices,
             physical=physical,
             tail=self.tail,
         )
-        for microbatch in range(len(assignment.microbatches)):
-            rows = np.concatenate([assignment.rows(device, microbatch) for device in range(self.devices)])
-            real = rows >= 0
-            x = np.where(real[:, None], self.data[rows], np.float32(padding))
-            batch = Microbatch({"x": x}, real.astype(np.float32), np.where(real, rows, 0).astype(np.int32))
-            yield jax.tree.map(lambda values: jax.device_put(values, self.step.sharded), batch)
+
+    def rounds(self, assigned: Assignment, *, padding: float) -> Iterator[dict[int, Microbatch]]:
+        """Yield the microbatches of an assignment, round by round; padding rows hold `padding`."""
+        for number in range(assigned.rounds):
+            yield {
+                position: jax.device_put(self.microbatch(rows, padding), device)
+                for position, device in self.step.local.items()
+                if len(rows := assigned.rows(position, number))
+            }
+
+    def microbatch(self, rows: np.ndarray, padding: float) -> Microbatch:
+        real = rows >= 0
+        x = np.where(real[:, None], self.data[rows], np.float32(padding))
+        return Microbatch({"x": x}, real.astype(np.float32), np.where(real, rows, 0).astype(np.int32))
 
     def accumulate(
-        self, state: TrainState, sums: Any, sample: Sequence[int], step: int, *, padding: float, physical: int
+        self,
+        state: TrainState,
+        sums: Any,
+        sample: Sequence[int],
+        step: int,
+        *,
+        padding: float,
+        physical: int,
+        assignment: str = "balanced",
     ) -> Any:
         """The first half of a step."""
-        batches = self.microbatches(sample, step, padding=padding, physical=physical)
-        return accumulate_sample(self.step, state.params, sums, batches, self.step.loss_key(self.keys, step))
+        rounds = self.rounds(self.assign(sample, step, physical=physical, assignment=assignment), padding=padding)
+        return accumulate_sample(self.step, state.params, sums, rounds, self.step.loss_key(self.keys, step))
 
     def take(
         self,
@@ -134,9 +152,10 @@ class Rig:
         *,
         padding: float = np.nan,
         physical: int = physical,
+        assignment: str = "balanced",
     ) -> tuple[TrainState, Any, np.ndarray, np.ndarray | None]:
         """Take one whole step by the two halves that every loop uses; returns (state, sums, diagnostics, draw)."""
-        sums = self.accumulate(state, sums, sample, step, padding=padding, physical=physical)
+        sums = self.accumulate(state, sums, sample, step, padding=padding, physical=physical, assignment=assignment)
         state, sums, diagnostics, draw = noisy_update(self.step, state, sums, self.keys, step)
         return state, sums, np.asarray(diagnostics), None if draw is None else np.asarray(draw)
 

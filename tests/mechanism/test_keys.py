@@ -1,4 +1,4 @@
-"""Keys: distinct for every purpose, step and leaf, and the same wherever derived; the secret stays hidden."""
+"""Keys: distinct for every purpose, step and block, and the same wherever derived; the secret stays hidden."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ KEY = bytes(range(100, 132))
 NONCE = bytes(range(32))
 
 PINNED_SAMPLING = [14367974757019557451, 2784659444243886795]
-PINNED_NOISE = [[4169130506, 1507370595], [3379790577, 2549960867], [148033928, 3816469642], [2746591002, 2452496945]]
+PINNED_NOISE = [[3250386388, 712929397], [2313836453, 1095175068], [3012448259, 2522313145]]
+PINNED_ORDER = [236656590517664643, 11952823569030090637]
 PINNED_LOSS = [1256475856, 2406330747]
 PINNED_TAG = "2ce7046546ae788a11e8af6abe2ba90052a150ca600033d7b6b50d8f6cc5fa07"
 PINNED_SEED_0 = "376c40152a31b32728a0d78e160701f166a3f5ae3bcec2faa431f5a44cafefd3"
@@ -31,13 +32,14 @@ def keys(key: bytes = KEY, nonce: bytes = NONCE) -> Keys:
 
 
 def streams(k: Keys, step: int) -> dict[str, bytes]:
-    """Return all 64-bit halves of the keys that a step derives for three leaves, by name."""
-    sampling, noise = k.sampling(step), k.noise(step, 3)
+    """Return all 64-bit halves of the keys that a step derives for three blocks, by name."""
+    sampling, order, noise = k.sampling(step), k.order(step), k.noise(step, 3)
     named = {f"sampling {i}": sampling[i].tobytes() for i in range(2)} | {"loss": k.loss(step).tobytes()}
-    return named | {f"noise {leaf} {z}": noise[leaf, z].tobytes() for leaf in range(3) for z in range(4)}
+    named |= {f"order {i}": order[i].tobytes() for i in range(2)}
+    return named | {f"noise {block} {z}": noise[block, z].tobytes() for block in range(3) for z in range(3)}
 
 
-def test_no_two_purposes_steps_leaves_or_nonces_share_a_key() -> None:
+def test_no_two_purposes_steps_blocks_or_nonces_share_a_key() -> None:
     other_secret, other_nonce = keys(key=bytes(32)), keys(nonce=bytes(32))
     seen = [
         value
@@ -45,7 +47,7 @@ def test_no_two_purposes_steps_leaves_or_nonces_share_a_key() -> None:
         for step in (0, 1, 2, 256, 2**32, 2**40)
         for value in streams(k, step).values()
     ]
-    assert len(set(seen)) == len(seen) == 3 * 6 * 15
+    assert len(set(seen)) == len(seen) == 3 * 6 * 14
 
 
 def test_every_field_of_a_derivation_matters() -> None:
@@ -56,7 +58,7 @@ def test_every_field_of_a_derivation_matters() -> None:
         {"purpose": "a", "nonce": b"n"},
         {"purpose": "an"},
         {"purpose": "a", "step": 1},
-        {"purpose": "a", "leaf": 1},
+        {"purpose": "a", "block": 1},
         {"purpose": "a", "step": 1 << 32},
         {"purpose": "a", "nonce": b"\0"},
         {"purpose": "a\0"},
@@ -68,13 +70,14 @@ def test_every_field_of_a_derivation_matters() -> None:
 
 def test_derivation_is_deterministic() -> None:
     assert streams(keys(), 5) == streams(keys(), 5)
-    assert np.array_equal(keys().noise(5, 3), keys().noise(5, 4)[:3])  # a leaf's key depends only on its position
+    assert np.array_equal(keys().noise(5, 3), keys().noise(5, 4)[:3])  # a block's key depends only on its position
 
 
 def test_derivation_gives_the_pinned_bits() -> None:
     """An accidental change would silently give every resumed run different samples and noise."""
     assert keys().sampling(7).tolist() == PINNED_SAMPLING
     assert keys().noise(7, 2)[1].tolist() == PINNED_NOISE
+    assert keys().order(7).tolist() == PINNED_ORDER
     assert keys().loss(7).tolist() == PINNED_LOSS
     assert Secret(KEY).tag(b"message") == PINNED_TAG
     assert Secret.from_insecure_seed(0).reveal().hex() == PINNED_SEED_0
@@ -82,14 +85,14 @@ def test_derivation_gives_the_pinned_bits() -> None:
 
 def test_key_shapes_and_types_are_what_the_generators_take() -> None:
     assert (keys().sampling(0).dtype, keys().sampling(0).shape) == (np.uint64, (2,))
-    assert (keys().noise(0, 5).dtype, keys().noise(0, 5).shape) == (np.uint32, (5, 4, 2))
+    assert (keys().noise(0, 5).dtype, keys().noise(0, 5).shape) == (np.uint32, (5, 3, 2))
     assert (keys().loss(0).dtype, keys().loss(0).shape) == (np.uint32, (2,))
 
 
 def traces(secret: Secret) -> str:
     """Return the traceback, with local variables, of a failing derivation."""
     text = ""
-    for broken in ({"step": -1}, {"leaf": 1 << 40}, {"size": 65}, {"nonce": "text"}):
+    for broken in ({"step": -1}, {"block": 1 << 40}, {"size": 65}, {"nonce": "text"}):
         with pytest.raises(Exception) as caught:  # noqa: PT011
             Keys(secret, NONCE).secret.derive("noise", **broken)  # type: ignore[arg-type]
         text += "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())

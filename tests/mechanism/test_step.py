@@ -15,6 +15,7 @@ from scipy import stats
 
 from dpdist.mechanism.clipping import clipped_grad_sum
 from dpdist.mechanism.keys import Keys, Secret
+from dpdist.mechanism.noise import block_size
 from dpdist.mechanism.sampling import poisson_sample
 from dpdist.mechanism.step import DIAGNOSTICS, Microbatch, StepPrograms, StepSpec, accumulate_sample, initial_state
 
@@ -23,6 +24,7 @@ PLACED = pytest.mark.parametrize("placement", ["designated", "fused"])
 DEVICES = pytest.mark.parametrize("devices", [1, 2, 8])
 SAMPLE = list(range(3, 40, 2))
 ALPHA = 1e-5
+MOMENTUM = optax.sgd(1.0, momentum=0.9)
 
 
 # Noise
@@ -51,9 +53,10 @@ def test_the_noise_has_the_same_bits_on_any_number_of_devices(rig: RigOf) -> Non
             state, sums = r.start()
             state, _, _, draw = r.take(state, sums, [], 5)
             draws.add(draw.tobytes())
-            added.add(np.float32(r.flat(state.params) * -r.expected_batch_size).tobytes())
+            added.add(r.flat(state.params).tobytes())
     assert len(draws) == 1
-    assert added == draws  # with an empty sample the noisy sum is the draw itself, bit for bit
+    # With an empty sample the noisy sum is the draw itself: what the update is made of, to the last bit.
+    assert added == {(np.frombuffer(*draws, np.int64) * (-r.grid / r.expected_batch_size)).astype(np.float32).tobytes()}
 
 
 @PLACED
@@ -71,34 +74,51 @@ def test_only_the_designated_device_holds_noise(rig: RigOf, devices: int, placem
         r.step.apply(*r.start(), noise)
 
 
-@DEVICES
-def test_the_placements_agree_to_summation_order(rig: RigOf, devices: int) -> None:
-    a, b = (rig(devices, placement).noisy_sum(SAMPLE, 1) for placement in ("designated", "fused"))
-    assert np.abs(a - b).max() < 1e-6 * np.abs(a).max()
+@pytest.mark.parametrize("assignment", ["chunks", "balanced"])
+def test_the_placements_give_the_same_bits(rig: RigOf, assignment: str) -> None:
+    for devices in (1, 2, 8):
+        one, other = (
+            rig(devices, placement).noisy_sum(SAMPLE, 1, assignment=assignment) for placement in ("designated", "fused")
+        )
+        assert one.tobytes() == other.tobytes()
 
 
-def test_results_agree_across_devices_to_summation_order(rig: RigOf) -> None:
+def test_chunks_give_the_same_bits_on_any_number_of_devices(rig: RigOf) -> None:
+    """Momentum and all: integer sums of the same products, and one program of a single device for the rest."""
+    results = set()
+    for devices in (1, 2, 3, 5, 8):
+        r = rig(devices, optimizer=MOMENTUM)
+        state, sums = r.start()
+        for step in range(3):
+            state, sums, *_ = r.take(state, sums, SAMPLE, step, assignment="chunks")
+        results.add(r.flat(state.params).tobytes())
+    assert len(results) == 1
+
+
+def test_balanced_agrees_across_devices_to_rounding_within_products(rig: RigOf) -> None:
     a, b, c = (rig(devices).noisy_sum(SAMPLE, 1) for devices in (1, 2, 8))
     assert max(np.abs(a - b).max(), np.abs(a - c).max()) < 1e-6 * np.abs(a).max()
 
 
 def test_the_draw_is_that_of_the_steps_own_keys(rig: RigOf) -> None:
-    """Change the keys of one leaf and its noise changes, all of it and no other."""
+    """Change the keys of one block and its noise changes, all of it and no other."""
 
     class OtherKeys(Keys):
-        def noise(self, step: int, leaves: int) -> np.ndarray:
-            asked.append((step, leaves))
-            keys = super().noise(step, leaves)
+        def noise(self, step: int, blocks: int) -> np.ndarray:
+            asked.append((step, blocks))
+            keys = super().noise(step, blocks)
             keys[1] ^= 1
             return keys
 
     asked: list[tuple[int, int]] = []
     r = rig(1)
     own, other = (np.asarray(r.step.draw(keys, 3)[1]) for keys in (r.keys, OtherKeys(r.keys.secret, r.keys.nonce)))
-    assert asked == [(3, 2)]
-    edge = r.directions[0].size
-    assert np.array_equal(own[:edge], other[:edge])
-    assert (own[edge:] != other[edge:]).mean() > 0.99
+    size = block_size(r.step.parameters)
+    assert asked == [(3, -(-r.step.parameters // size))]
+    changed = own != other
+    assert changed[size : 2 * size].mean() > 0.99
+    assert not changed[:size].any()
+    assert not changed[2 * size :].any()
 
 
 # Sums
@@ -111,7 +131,7 @@ def test_the_sum_is_divided_by_b_not_by_the_realised_size(rig: RigOf, devices: i
     state, sums = r.start()
     state, _, _, draw = r.take(state, sums, sample, 2)
     update = -r.flat(state.params).astype(np.float64)
-    expected = (r.gradient_sum(sample) + draw) / r.expected_batch_size
+    expected = (r.gradient_sum(sample) + draw * r.grid) / r.expected_batch_size
     assert np.abs(update - expected).max() < 1e-5 * np.abs(expected).max()
 
 
@@ -126,7 +146,7 @@ def test_padding_adds_exactly_nothing(rig: RigOf, devices: int, padding: float) 
         return np.asarray(r.accumulate(state, r.step.zero_sums(), sample, 0, padding=fill, physical=4))
 
     assert np.array_equal(accumulated(padding), accumulated(0.0))
-    own = accumulated(padding).reshape(devices, -1)[:, : r.step.parameters].astype(np.float64).sum(axis=0)
+    own = accumulated(padding).reshape(devices, -1)[:, : r.step.parameters].sum(axis=0) * r.grid
     assert np.linalg.norm(own - r.gradient_sum(sample)) < 1e-5 * np.linalg.norm(own)
 
 
@@ -143,9 +163,10 @@ def test_one_example_moves_the_sum_by_at_most_the_clipping_norm(rig: RigOf, devi
     state, _ = r.start()
     largest = SAMPLE[int(np.argmax(np.linalg.norm(r.data[SAMPLE], axis=1)))]
     sums = [
-        np.asarray(r.accumulate(state, r.step.zero_sums(), sample, 0, padding=np.nan, physical=4), np.float64)
+        np.asarray(r.accumulate(state, r.step.zero_sums(), sample, 0, padding=np.nan, physical=4))
         .reshape(devices, -1)[:, : r.step.parameters]
         .sum(axis=0)
+        * r.grid
         for sample in (SAMPLE, [i for i in SAMPLE if i != largest])
     ]
     assert np.linalg.norm(r.data[largest]) > 4 * r.clip_norm
@@ -176,7 +197,7 @@ def test_many_steps_add_up(rig: RigOf) -> None:
         sample = poisson_sample(r.keys.sampling(step), 0.15, 0, r.examples)
         state, sums, diagnostics, draw = r.take(state, sums, sample, step)
         assert diagnostics[0] == len(sample)
-        expected -= (r.gradient_sum(sample) + draw) / r.expected_batch_size
+        expected -= (r.gradient_sum(sample) + draw * r.grid) / r.expected_batch_size
     assert int(state.step) == 20
     assert np.abs(r.flat(state.params) - expected).max() < 1e-5 * np.abs(expected).max()
 
@@ -221,15 +242,15 @@ def test_collectives_a_step_are_few_and_outside_any_loop(
 ) -> None:
     r = rig(devices, **how)
     texts = r.step.program_texts()
-    assert texts.keys() == {"accumulate_2", "accumulate_4", "apply"}
+    assert texts.keys() == {"accumulate_2", "accumulate_4", "update", "reduce"}
     for name, text in texts.items():
-        assert len(operands(text)) == (expected if name == "apply" else 0), name
+        assert len(operands(text)) == (expected if name == "reduce" else 0), name
     # Each is in the entry computation itself, so none is in the body of a while loop.
-    entry = texts["apply"][texts["apply"].index("\nENTRY") :]
+    entry = texts["reduce"][texts["reduce"].index("\nENTRY") :]
     assert len(operands(entry)) == expected
     width = r.step.parameters + len(DIAGNOSTICS)
     reduced = [line for line in entry.splitlines() if " all-reduce(" in line]
-    sizes = [int(n) for line in reduced for n in re.findall(r"f32\[(\d+)\]", line.split(" all-reduce(")[0])]
+    sizes = [int(n) for line in reduced for n in re.findall(r"(?:f32|s64)\[(\d+)\]", line.split(" all-reduce(")[0])]
     assert sorted(sizes) == [r.step.parameters, width][2 - expected :]  # one vector each, not a tree of leaves
 
 
@@ -271,7 +292,7 @@ def test_another_shape_is_refused_instead_of_compiled(rig: RigOf) -> None:
     state, sums = r.start()
     three = Microbatch({"x": np.zeros((3, 2), np.float32)}, np.ones(3, np.float32), np.zeros(3, np.int32))
     with pytest.raises((KeyError, TypeError, ValueError)):
-        r.step.accumulate(state.params, sums, three, r.step.loss_key(r.keys, 0))
+        accumulate_sample(r.step, state.params, sums, [{0: three}], r.step.loss_key(r.keys, 0))
 
 
 def test_buffers_are_donated(rig: RigOf) -> None:
@@ -312,21 +333,22 @@ def randomised_sums(devices: int, size: int, indices: list[int], keys: Keys, at:
         normaliser=1.0,
         clip_norm=1e3,
         noise_scale=None,
+        grid=2.0**-30,
         placement="designated",
         average_decay=0.0,
         randomised=True,
     )
     step = StepPrograms(spec)
     state, sums = step.place(initial_state(params, optax.sgd(1.0), False)), step.zero_sums()
-    rows = devices * size
-    for begin in range(0, len(indices), rows):
-        part = np.array(indices[begin : begin + rows], np.int32)
-        index = np.zeros(rows, np.int32)
+    for number, begin in enumerate(range(0, len(indices), size)):
+        position = number % devices
+        part = np.array(indices[begin : begin + size], np.int32)
+        index = np.zeros(size, np.int32)
         index[: len(part)] = part
-        batch = Microbatch({"x": np.zeros(rows, np.float32)}, (np.arange(rows) < len(part)).astype(np.float32), index)
-        batch = jax.tree.map(lambda x: jax.device_put(x, step.sharded), batch)
-        sums = accumulate_sample(step, state.params, sums, [batch], step.loss_key(keys, at))
-    return np.asarray(sums, np.float64).reshape(devices, -1)[:, :16].sum(axis=0)
+        batch = Microbatch({"x": np.zeros(size, np.float32)}, (np.arange(size) < len(part)).astype(np.float32), index)
+        batch = jax.device_put(batch, step.local[position])
+        sums = accumulate_sample(step, state.params, sums, [{position: batch}], step.loss_key(keys, at))
+    return np.asarray(sums).reshape(devices, -1)[:, :16].sum(axis=0) * 2.0**-30
 
 
 def test_an_examples_randomness_depends_on_its_index_and_step_alone() -> None:

@@ -77,6 +77,9 @@ def test_the_statement_has_every_number_and_states_what_it_rests_on(secretive: R
     text = (exported / "PRIVACY.md").read_text()
     for part in (f"({cost.epsilon:.4g}, 0.0001)", "zero-out", "T = 16", "N = 1000", "test records", "float32"):
         assert part in text, part
+    not_covered = text[text.index("## Not covered") : text.index("## Assumed")]
+    for part in ("choices that rest on it", "read from storage", "a record that cannot be read", "how long steps take"):
+        assert part in not_covered, part
     assert "WITHOUT" not in text
 
 

@@ -6,33 +6,16 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import pytest
+from worlds import alone
 
 import dpdist
-from dpdist.cluster.environment import Membership
 from dpdist.cluster.lease import Lease
-from dpdist.cluster.world import AXIS, World
 from dpdist.config import Config
 from dpdist.errors import InputError
 from dpdist.run.directory import RunDirectory
 from dpdist.run.opening import open_writer
 from dpdist.run.writer import RunWriter, SilentWriter
-
-
-def alone() -> World:
-    membership = Membership(
-        process_id=0,
-        num_processes=1,
-        coordinator_address="127.0.0.1:0",
-        local_device_ids=None,
-        host_index=0,
-        num_hosts=1,
-        launcher="single",
-    )
-    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), (AXIS,))
-    return World(membership=membership, mesh=mesh, host_of_device=(0,), timeout=10, distributed=False)
 
 
 @pytest.fixture

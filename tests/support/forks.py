@@ -156,9 +156,7 @@ def end_with(main: Callable[[], int]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         code = 1
-    for thread in threading.enumerate():
-        if not thread.daemon and thread is not threading.current_thread():
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]  # tells executors to end their threads, and joins all threads
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -34,7 +34,8 @@ CONFIG: dict[str, dict[str, Any]] = {
     "optimizer": {"learning_rate": 0.5, "momentum": 0.9, "average_decay": 0.5},
     "privacy": {"noise_multiplier": 4.0, "delta": 1e-4, "insecure_seed": 1},
     "sampling": {"expected_batch_size": 64},
-    "training": {"steps": STEPS, "evaluation_batch_size": 16, "record_digests": True},
+    # The physical batch is given, or it would be chosen for the devices of each job, and decide bits.
+    "training": {"steps": STEPS, "physical_batch_size": 8, "evaluation_batch_size": 16, "record_digests": True},
     "checkpoint": {"every_steps": EVERY, "keep": 100},
     "cluster": {
         "platform": "cpu",

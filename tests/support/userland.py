@@ -107,6 +107,49 @@ def malformed(index: int) -> tuple[Source, None]:
     return Items(train_columns(), {index: lambda: {"image": np.zeros(3), "label": np.int32(0)}}), None
 
 
+def wide(value: float) -> tuple[Source, None]:
+    """Arrays of 64 bits, with one such value in a column."""
+    train = train_columns() | {"number": np.zeros(1000, np.asarray(value).dtype)}
+    train["number"][999] = value
+    return ArraySource(train), None
+
+
+def bad_label() -> tuple[Source, None]:
+    """As `bad_record`, in arrays: the label is out of range."""
+    train = columns(20_000, seed=1)
+    train["label"][int(os.environ["BAD_RECORD"])] = 500_000_123
+    return ArraySource(train), None
+
+
+def bad_record(kind: str) -> tuple[Source, None]:
+    """20,000 examples, of which the one that BAD_RECORD names is wrong and holds 5,000,000,123 or `Alice Example`.
+
+    In the environment, as the config is public.
+    """
+    train, index = columns(20_000, seed=1), int(os.environ["BAD_RECORD"])
+    good, large = {name: values[index] for name, values in train.items()}, 5_000_000_123
+
+    def fail() -> None:
+        raise ValueError(f"record {index} of Alice Example has {large}")
+
+    if kind == "wide":  # all are of 64 bits, and one does not fit into 32
+        train["number"] = np.arange(20_000)
+        return Items(train, {index: lambda: good | {"number": np.int64(large)}}), None
+    if kind == "infinite":
+        train["number"] = np.zeros(20_000)
+        return Items(train, {index: lambda: good | {"number": np.float64(5.000000123e300)}}), None
+    odd: dict[str, Callable[[], Any]] = {
+        "raises": fail,
+        "text": lambda: good | {"image": "Alice Example"},
+        "column": lambda: good | {"Alice Example": large},
+        "dtype": lambda: good | {"label": np.int64(large)},
+        "shape": lambda: good | {"image": np.zeros(large // 10**6, np.float32)},
+        "ragged": lambda: good | {"image": [[large], [1, 2]]},
+        "tuple": lambda: ("Alice Example", large),
+    }
+    return Items(train, {index: odd[kind]}), None
+
+
 def with_nans(rows: list[int]) -> tuple[Source, Source]:
     """The features of the examples `rows` are NaN."""
     train = train_columns()

@@ -7,11 +7,14 @@ environment, names further modules to import once.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +35,7 @@ from dpdist.data import open_dataset, read_rows
 from dpdist.mechanism.ledger import Ledger
 from dpdist.mechanism.step import StepPrograms
 from dpdist.run import integrity
-from dpdist.run.checkpoint import Checkpoints
+from dpdist.run.checkpoint import Checkpoints, SaveFailedError
 from dpdist.run.directory import RunDirectory
 from dpdist.run.metrics import Publisher
 from dpdist.run.recorder import Recorder
@@ -170,23 +173,40 @@ def order_of_events(config: dict[str, Any]) -> list[list[Any]]:
     return events
 
 
-def drawn_before_charged(config: dict[str, Any]) -> dict[str, list[int]]:
-    """The steps whose noise was drawn, and those of them that the ledger's file did not charge by then."""
-    draw, ledger = StepPrograms.draw, Path(config["run"]["dir"]) / "ledger.jsonl"
-    drawn: list[int] = []
-    uncharged: list[int] = []
-
-    def watched(self: StepPrograms, keys: Any, step: int) -> Any:
-        records = [json.loads(line) for line in ledger.read_text().splitlines()]
-        blocks = [record for record in records if record["record"] == "steps"]
-        drawn.append(step)
-        if not any(block["start"] <= step < block["stop"] for block in blocks):
-            uncharged.append(step)
-        return draw(self, keys, step)
-
-    StepPrograms.draw = watched  # type: ignore[method-assign]
+def limit_of_core_files(config: dict[str, Any]) -> dict[str, list[int]]:
+    """The soft and hard limit before and after a run, where the shell has allowed core files of any size."""
+    resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    before = list(resource.getrlimit(resource.RLIMIT_CORE))
     dpdist.train(dpdist.from_dict(config))
-    return {"drawn": drawn, "uncharged": uncharged}
+    return {"before": before, "after": list(resource.getrlimit(resource.RLIMIT_CORE))}
+
+
+def fail_once_evaluated(config: dict[str, Any], step: int) -> dict[str, Any]:
+    """A run whose disk fails while it commits `step`, once that step was evaluated: every accuracy that was measured,
+    and the error's type.
+    """
+    measured: list[list[Any]] = []
+    done = threading.Event()
+    evaluated, synchronise = Recorder.evaluated, Checkpoints.synchronise
+
+    def watched(self: Recorder, at: int, accuracy: float) -> None:
+        measured.append([at, accuracy])
+        evaluated(self, at, accuracy)
+        if at == step:
+            done.set()
+
+    def failing(self: Checkpoints, at: int) -> None:
+        if at != step:
+            return synchronise(self, at)
+        done.wait(100)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    Recorder.evaluated, Checkpoints.synchronise = watched, failing  # type: ignore[method-assign]
+    try:
+        dpdist.train(dpdist.from_dict(config))
+    except SaveFailedError as error:
+        return {"measured": measured, "failed": error.step}
+    return {"measured": measured, "failed": None}
 
 
 def child(command: dict[str, Any]) -> NoReturn:

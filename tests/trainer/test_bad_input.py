@@ -42,6 +42,16 @@ CASES: dict[str, tuple[Changes, str, str]] = {
     "not a model": ({"model": {"name": "userland:no_model"}}, "model.name", "dpdist.models.Model"),
     "unknown model option": ({"model": {"options": {"depth": 3}}}, "model.options.depth", "takes"),
     "label out of range": ({"model": {"classes": 3}}, "model.classes", "outside 0 to 2"),
+    "an integer that would wrap": (
+        {"data": {"source": "userland:wide", "options": {"value": 5_000_000_000}}},
+        "column 'number' of arrays",
+        "do not fit into int32",
+    ),
+    "a float that would be infinite": (
+        {"data": {"source": "userland:wide", "options": {"value": 1e39}}},
+        "column 'number' of arrays",
+        "do not fit into float32",
+    ),
     "no derivative": ({"model": {"name": "userland:searching"}}, "training.clipping", "lax.scan"),
     "missing data path": ({"data": {"source": "idx"}}, "data.path", "path"),
     "no such directory": ({"data": {"source": "idx", "path": "/nowhere"}}, "data.path", "train-images"),

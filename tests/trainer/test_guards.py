@@ -132,11 +132,6 @@ def test_no_step_is_taken_that_would_pass_the_budget(jobs: Jobs) -> None:
     assert summary["epsilon"] == cost(9) <= target
 
 
-def test_every_step_is_charged_before_its_noise_is_drawn(jobs: Jobs) -> None:
-    told = jobs.call("drawn_before_charged", config=config_with(jobs.new("charged").root))
-    assert told == {"drawn": list(range(STEPS)), "uncharged": []}
-
-
 def spellings(key: bytes) -> list[bytes]:
     text = key.hex()
     numbers = str(list(key))[1:-1]

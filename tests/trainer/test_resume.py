@@ -9,10 +9,8 @@ import re
 import signal
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from jobs import COMPILED_ANEW, EVERY, STEPS, Ended, Jobs, Run
 
@@ -115,26 +113,15 @@ def elsewhere(jobs: Jobs, four_processes: Run) -> dict[str, tuple[Run, Ended]]:
 
 
 @pytest.mark.parametrize("name", ["4 to 2", "4 to 1"])
-def test_a_run_goes_on_with_fewer_processes_and_the_same_samples_and_noise(
+def test_a_run_goes_on_with_fewer_processes_and_the_same_bits(
     elsewhere: dict[str, tuple[Run, Ended]], four_processes: Run, name: str
 ) -> None:
     run, ended = elsewhere[name]
     assert ended.code == 0, ended.err
     assert run.digests == four_processes.digests
     assert run.charged == list(range(STEPS))
-    for key in ("status", "step", "epsilon", "epsilon_spent", "incarnation"):
+    for key in ("status", "step", "epsilon", "epsilon_spent", "incarnation", "params_sha256"):
         assert run.summary[key] == four_processes.summary[key], key
-
-
-def test_what_fewer_processes_made_agrees_up_to_summation_order(
-    jobs: Jobs, elsewhere: dict[str, tuple[Run, Ended]], four_processes: Run, tmp_path: Path
-) -> None:
-    runs = {"expected": four_processes} | {name: run for name, (run, _) in elsewhere.items()}
-    jobs.call("load", runs={name: str(run.root) for name, run in runs.items()}, to=str(tmp_path))
-    loaded = {name: dict(np.load(tmp_path / f"{name}.npz")) for name in runs}
-    for name in elsewhere:
-        for key, values in loaded["expected"].items():
-            np.testing.assert_allclose(loaded[name][key], values, rtol=1e-5, atol=1e-6, err_msg=f"{name} {key}")
 
 
 def test_a_crash_between_the_last_checkpoint_and_the_summary_loses_nothing(jobs: Jobs, single: Run) -> None:

@@ -23,7 +23,7 @@ from dpdist.errors import InputError
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
 from dpdist.mechanism.step import accumulate_sample, noisy_update
 from dpdist.program.assignments import make_assigner
-from dpdist.program.build import build_setup
+from dpdist.program.build import build_setup, open_model
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.fingerprints import code_digest, environment
 from dpdist.run.plan import plan_run
@@ -48,8 +48,15 @@ def bench_step(config: Config, *, steps: int) -> dict[str, Any]:
     dataset = open_dataset(config.data)
     secret = Secret.fresh()
     nonce = fresh_nonce(secret)
-    plan = plan_run(config, dataset_size=len(dataset.train), nonce=nonce, environment=environment(world.platform))
-    setup = build_setup(config, plan, dataset, world, earlier=None)
+    opened = open_model(config, dataset)
+    plan = plan_run(
+        config,
+        dataset_size=len(dataset.train),
+        coordinates=opened.coordinates,
+        nonce=nonce,
+        environment=environment(world.platform),
+    )
+    setup = build_setup(config, plan, opened, dataset, world, earlier=None)
     programs, keys = setup.step_programs, Keys(secret, nonce)
     state, sums = programs.place(setup.initial), programs.zero_sums()
     all_reduce = all_reduce_program(sums, world.mesh)
@@ -63,8 +70,8 @@ def bench_step(config: Config, *, steps: int) -> dict[str, Any]:
         began, waited = time.perf_counter(), feed.wait_seconds
         assignment = feed.next_assignment()
         loss_key = programs.loss_key(keys, number)
-        for batch in feed.microbatches(assignment):
-            sums = jax.block_until_ready(accumulate_sample(programs, state.params, sums, [batch], loss_key))
+        for batches in feed.rounds(assignment):
+            sums = jax.block_until_ready(accumulate_sample(programs, state.params, sums, [batches], loss_key))
         accumulated = time.perf_counter()
         jax.block_until_ready(all_reduce(sums))
         reduced = time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -67,13 +67,18 @@ class Share:
 
 
 def accumulate_and_share(
-    programs: StepPrograms, share: Share, params: Any, sums: Array, microbatches: Iterable[Microbatch], loss_key: Array
+    programs: StepPrograms,
+    share: Share,
+    params: Any,
+    sums: Array,
+    rounds: Iterable[Mapping[int, Microbatch]],
+    loss_key: Mapping[int, Array],
 ) -> Array:
-    """`accumulate_sample` with an all-reduce between every two microbatches; `noisy_update` reduces the last itself."""
-    for number, batch in enumerate(microbatches):
+    """`accumulate_sample` with an all-reduce between every two rounds; `noisy_update` reduces the last itself."""
+    for number, batches in enumerate(rounds):
         if number > 0:
             sums = share(sums)
-        sums = accumulate_sample(programs, params, sums, [batch], loss_key)
+        sums = accumulate_sample(programs, params, sums, [batches], loss_key)
     return sums
 
 

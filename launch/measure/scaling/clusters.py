@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,8 @@ class Local:
         request, log = directory.jobs / f"{point.name}.request", directory.jobs / f"{point.name}.log"
         request.write_text(json.dumps(arguments))
         # The launcher copies the ranks' output to sys.stdout and sys.stderr, which are the user's.
-        with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             code = run_local(
                 [str(request)],
                 point.nodes,

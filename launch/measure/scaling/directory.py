@@ -88,6 +88,7 @@ class SweepDirectory:
         """
         (self.root / "points").mkdir(parents=True, exist_ok=True)
         self.jobs.mkdir(mode=0o700, exist_ok=True)
+        self.jobs.chmod(0o700)
         names = [point.name for point in points]
         begun = any(self.jobs.glob("*.json")) or any((self.root / "points").iterdir())
         if begun and self.description.exists():  # else no job was ever started, so nothing needs to fit

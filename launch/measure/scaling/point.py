@@ -14,7 +14,6 @@ import signal
 import statistics
 import sys
 import time
-import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -34,21 +33,23 @@ from dpdist.cluster.world import World
 from dpdist.config import Config
 from dpdist.data import Dataset, open_dataset
 from dpdist.data.feed import Feed
-from dpdist.errors import InputError
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
 from dpdist.mechanism.ledger import Plan, PrivacyTerms
 from dpdist.mechanism.sampling import Assignment
 from dpdist.mechanism.step import accumulate_sample, noisy_update
 from dpdist.program.assignments import make_assigner, shape_of_work
-from dpdist.program.build import TrainingSetup, build_setup
+from dpdist.program.build import OpenModel, TrainingSetup, build_setup, open_model
 from dpdist.run.directory import write_atomically
 from dpdist.run.fingerprints import code_digest, environment, user_code_digest
 from dpdist.run.plan import plan_run
+from dpdist.run.private_log import log_to
+from dpdist_launch.failures import report_failure
 from dpdist_launch.measure.collective import all_reduce_program, all_reduce_seconds
 from dpdist_launch.measure.machine import versions, whole_job
 from dpdist_launch.measure.scaling.arms import DP, SGD_SYNC, Share, accumulate_and_share, all_reduces, config_of
+from dpdist_launch.measure.scaling.directory import Point
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED = 1, 2, 75
+EXIT_PREEMPTED = 75
 #: Steps before the measured ones: the first touch buffers, connections and caches for the first time.
 WARM_UP = 3
 _ALL_REDUCE_CALLS = 20
@@ -85,7 +86,8 @@ def run(config: dict[str, Any], arm: str, nodes: int, repeat: int, steps: int, r
     """Measure one point and leave the job; every process of it calls this, as the last thing it does.
 
     Args:
-        config: nested dicts, as `dpdist.config.from_dict` takes them; stacks of a stuck process go to its `run.dir`.
+        config: nested dicts, as `dpdist.config.from_dict` takes them; what quotes data, such as a traceback, goes to
+            files in its `run.dir` that their owner alone can read.
         arm: a key of `ARMS`.
         nodes: how many nodes the job was given.
         repeat: which of the equal measurements this is, from 1.
@@ -100,19 +102,16 @@ def run(config: dict[str, Any], arm: str, nodes: int, repeat: int, steps: int, r
     try:
         parsed = config_module.from_dict(config)
         world = join(parsed.cluster)
+        name = Point(arm=arm, nodes=nodes, repeat=repeat).name
+        log_to(Path(parsed.run.dir) / f"{name}.rank-{world.process_id}.log")
         point = measure(parsed, arm, steps, world)
         if point is not None and world.is_main:
             whole = {"arm": arm, "nodes": nodes, "repeat": repeat} | point
             write_atomically(Path(result), json.dumps(whole, indent=2) + "\n")
         barrier("end of point", world)  # the first to leave would take the others down
         leave()
-    except InputError as error:
-        print(f"dpdist: error: {error}", file=sys.stderr)
-        abort(EXIT_BAD_INPUT)
     except BaseException as error:
-        traceback.print_exc()
-        print(f"dpdist: failed with {type(error).__name__}", file=sys.stderr)
-        abort(EXIT_FAILED)
+        abort(report_failure(error))
     if point is None:
         abort(EXIT_PREEMPTED)
 
@@ -131,11 +130,12 @@ def measure(config: Config, arm: str, steps: int, world: World) -> dict[str, Any
             dataset = dataclasses.replace(open_dataset(config.data), test=None)  # nothing is evaluated
             # A seed and not a secret: it travels to all processes unencrypted, and nothing that it makes is kept.
             secret = Secret.from_insecure_seed(decide(world, lambda: secrets.randbits(63)))
-            plan = _plan(plain_or_private, dataset, secret, world)
+            opened = open_model(config, dataset)
+            plan = _plan(plain_or_private, dataset, opened, secret, world)
             if arm != DP:
-                plain_or_private = _with_physical_batch(plain_or_private, config, plan, dataset, world)
+                plain_or_private = _with_physical_batch(plain_or_private, config, plan, opened, dataset, world)
             building = time.perf_counter()
-            setup = build_setup(plain_or_private, plan, dataset, world, earlier=None)
+            setup = build_setup(plain_or_private, plan, opened, dataset, world, earlier=None)
             share = Share(setup.step_programs.zero_sums(), world.mesh) if arm == SGD_SYNC else None
             compile_seconds = time.perf_counter() - building
             reduce = all_reduce_program(setup.step_programs.zero_sums(), world.mesh)
@@ -150,7 +150,7 @@ def measure(config: Config, arm: str, steps: int, world: World) -> dict[str, Any
             machine = whole_job(world)
     wall = sum(timed.step_seconds)
     median = statistics.median(timed.step_seconds)
-    reduces = statistics.mean(all_reduces(arm, config, len(each.microbatches)) for each in timed.assignments)
+    reduces = statistics.mean(all_reduces(arm, config, each.rounds) for each in timed.assignments)
     rate = plan.expected_batch_size * steps / wall
     return {
         "processes": world.num_processes,
@@ -177,16 +177,23 @@ def measure(config: Config, arm: str, steps: int, world: World) -> dict[str, Any
     }
 
 
-def _plan(config: Config, dataset: Dataset, secret: Secret, world: World) -> Plan:
+def _plan(config: Config, dataset: Dataset, opened: OpenModel, secret: Secret, world: World) -> Plan:
     def make() -> dict[str, Any]:
-        here = environment(world.platform)
-        size, nonce = len(dataset.train), fresh_nonce(secret)
-        return plan_run(config, dataset_size=size, nonce=nonce, environment=here).to_record()
+        plan = plan_run(
+            config,
+            dataset_size=len(dataset.train),
+            coordinates=opened.coordinates,
+            nonce=fresh_nonce(secret),
+            environment=environment(world.platform),
+        )
+        return plan.to_record()
 
     return Plan.from_record(decide(world, make, timeout=config.cluster.initialization_timeout))
 
 
-def _with_physical_batch(plain: Config, private: Config, plan: Plan, dataset: Dataset, world: World) -> Config:
+def _with_physical_batch(
+    plain: Config, private: Config, plan: Plan, opened: OpenModel, dataset: Dataset, world: World
+) -> Config:
     """`plain` with the physical batch that the private arm gets here, so that all arms compute the same shapes.
 
     Only memory can make an automatic choice differ between arms, so the private programs are built to ask them;
@@ -202,9 +209,10 @@ def _with_physical_batch(plain: Config, private: Config, plan: Plan, dataset: Da
         epsilon_rdp=math.nan,
         accountant="none",
         renyi_order=0,
+        grid=private.privacy.clip_norm * 2.0**-36,
     )
     noisy = dataclasses.replace(plan, privacy=any_noise)
-    physical = build_setup(private, noisy, dataset, world, earlier=None).physical
+    physical = build_setup(private, noisy, opened, dataset, world, earlier=None).physical
     return dataclasses.replace(plain, training=dataclasses.replace(plain.training, physical_batch_size=physical))
 
 
@@ -226,11 +234,11 @@ def _train(task: Task, watchdog: Watchdog) -> Timed | None:
                 barrier("warm-up", world)
                 assignments, ends, unfinished = [], [time.perf_counter()], None
             assignments.append(feed.next_assignment())
-            microbatches, loss_key = feed.microbatches(assignments[-1]), programs.loss_key(keys, step)
+            rounds, loss_key = feed.rounds(assignments[-1]), programs.loss_key(keys, step)
             if task.share is None:
-                sums = accumulate_sample(programs, state.params, sums, microbatches, loss_key)
+                sums = accumulate_sample(programs, state.params, sums, rounds, loss_key)
             else:
-                sums = accumulate_and_share(programs, task.share, state.params, sums, microbatches, loss_key)
+                sums = accumulate_and_share(programs, task.share, state.params, sums, rounds, loss_key)
             state, sums, diagnostics, _ = noisy_update(programs, state, sums, keys, step)
             if unfinished is not None:  # one step behind, as the recorder of a run
                 jax.block_until_ready(unfinished)
