@@ -135,10 +135,8 @@ def _configure(cluster: config.Cluster, membership: Membership) -> None:
     if cluster.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     # JAX's default is Gloo. It listens by this host's name, which need not resolve on a laptop, and prints its
-    # connections on stdout, where commands print JSON; one process has no use for it. But with more than two devices it
-    # keeps Gloo, whose order of summation several processes have too: so the bits do not depend on who owns a device.
-    one_order = membership.num_processes == 1 and (cluster.devices_per_process or 1) <= 2
-    jax.config.update("jax_cpu_collectives_implementation", None if one_order else "gloo")
+    # connections on stdout, where commands print JSON; one process has no use for it.
+    jax.config.update("jax_cpu_collectives_implementation", None if membership.num_processes == 1 else "gloo")
     if cluster.platform != "gpu" and cluster.devices_per_process is not None:
         jax.config.update("jax_num_cpu_devices", cluster.devices_per_process)
     if cluster.compilation_cache is not None:

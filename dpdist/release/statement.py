@@ -13,13 +13,23 @@ from dpdist.mechanism.composition import ADAPTIVE, charged_phases, phase_of, tot
 from dpdist.mechanism.ledger import Ledger, Plan
 from dpdist.run.summary import guarantee
 
+
+def within_products(physical: int) -> float:
+    """kappa / C: how far one record can move the rounding of the others, in products of `physical` examples of one row.
+
+    Four products of so many terms, each with an error of at most gamma times their sum; see docs/rounding.md.
+    """
+    gamma = (physical + 2) * 2.0**-24
+    return 4 * physical * gamma / (1 - gamma)
+
+
 #: Relative difference that two versions of the accountant may have.
 _VERSIONS_DIFFER = 1e-6
 
 MECHANISM = (
     "DP-SGD (Abadi et al. 2016, arXiv 1607.00133): Poisson subsampling of single records, gradients clipped to an L2 "
-    "norm of C each, their sum with Gaussian noise of standard deviation sigma * C drawn once a step, divided by the "
-    "constant B"
+    "norm of C each, their sum rounded to integers on a public grid, with integer Gaussian noise of standard deviation "
+    "sigma * C * (1 + rho) drawn once a step, divided by the constant B; rho is what rounding adds to the sensitivity"
 )
 COVERED = (
     "the parameters at every checkpoint of the run, its public metrics as far as they depend on the parameters only, "
@@ -48,10 +58,17 @@ NOT_COVERED = (
 ASSUMPTIONS = (
     "the secret of the run stays secret",
     "BLAKE2b, Philox and Threefry are good pseudorandom functions",
-    "float32 arithmetic stands for real numbers, for the noise (each value is made of four draws) and for sums of "
-    "clipped gradients",
+    "the float32 rounding of the other examples in its product, which one record moves too, is not charged: by at most "
+    f"{within_products(64):.0e} C for 64 examples a product and one row an example (more for sequences), by "
+    "5e-05 C in the attacks built for it; docs/rounding.md",
     "nobody listens to the traffic between the devices of a job",
 )
+#: Of incarnations that began before there was a grid.
+WITHOUT_GRID = "for the incarnations without a grid, float32 stands for real numbers in noise and sums"
+
+
+def _without_grid(plan: Plan) -> bool:
+    return plan.privacy is not None and plan.privacy.grid is None
 
 
 def statement(config: Config, ledger: Ledger, *, step: int) -> dict[str, Any]:
@@ -78,6 +95,8 @@ def statement(config: Config, ledger: Ledger, *, step: int) -> dict[str, Any]:
         "unit": UNIT,
         "noise_multiplier": record["noise_multiplier"],
         "clip_norm": record["clip_norm"],
+        "grid": record["grid"],
+        "rho": record["grid_slack"],
         "sampling_probability": plan.sampling_probability,
         "expected_batch_size": plan.expected_batch_size,
         "steps": plan.steps,
@@ -89,7 +108,7 @@ def statement(config: Config, ledger: Ledger, *, step: int) -> dict[str, Any]:
         "incarnations": [_incarnation(each, ledger) for each in ledger.plans],
         "covered": COVERED,
         "not_covered": list(NOT_COVERED),
-        "assumptions": list(ASSUMPTIONS),
+        "assumptions": list(ASSUMPTIONS) + [WITHOUT_GRID] * any(_without_grid(each) for each in ledger.plans),
         "environment": plan.environment,
     }
     terms = plan.privacy
@@ -103,8 +122,8 @@ def statement(config: Config, ledger: Ledger, *, step: int) -> dict[str, Any]:
 
 def _incarnation(plan: Plan, ledger: Ledger) -> dict[str, Any]:
     names = (
-        "incarnation", "start", "reasons", "sampling_probability", "noise_multiplier", "clip_norm", "dataset_size",
-        "environment",
+        "incarnation", "start", "reasons", "sampling_probability", "noise_multiplier", "clip_norm", "grid",
+        "dataset_size", "environment",
     )  # fmt: skip
     record = plan.to_record()
     return {name: record[name] for name in names} | {"charged_steps": ledger.charged_to(plan.incarnation)}
@@ -128,8 +147,8 @@ def as_text(facts: dict[str, Any]) -> str:
         f"- Unit: {facts['unit']}.",
         f"- Mechanism: {facts['mechanism']}.",
         f"- Constants: q = {facts['sampling_probability']:.6g}, sigma = {facts['noise_multiplier']:.6g}, "
-        f"C = {facts['clip_norm']:g}, B = {facts['expected_batch_size']:g}, N = {facts['dataset_size']}, "
-        f"T = {facts['steps']}; {facts['charged_steps']} steps are charged, and the parameters are those after step "
+        f"C = {facts['clip_norm']:g}, rho = {facts['rho']:.2g}, B = {facts['expected_batch_size']:g}, "
+        f"N = {facts['dataset_size']}, T = {facts['steps']}; {facts['charged_steps']} steps are charged, and the parameters are those after step "
         f"{facts['released_after_step']}.",
         f"- Epsilon: {_by_accountants(facts)}",
         f"- Public, and taken as known to everyone: {', '.join(facts['public'])}.",

@@ -93,6 +93,8 @@ def _plain_plan(config: Config, *, dataset_size: int, coordinates: int, nonce: b
             f"the sampling probability q would be "
             f"{batch / dataset_size:.3g} > 1; give at most the {dataset_size} training examples.",
         )
+    if dataset_size >= 2**31:
+        raise InputError("data.source", dataset_size, "training examples: devices number them in 31 bits; give fewer.")
     q = batch / dataset_size
     steps = config.training.steps or round((config.training.epochs or 0) / q)
     if steps < 1:

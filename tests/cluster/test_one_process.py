@@ -1,4 +1,4 @@
-"""One process uses no Gloo while it has one or two devices: no host name is needed, and stdout has only its output."""
+"""One process uses no Gloo: no host name is needed, and stdout has only its output."""
 
 from __future__ import annotations
 
@@ -45,11 +45,8 @@ def test_it_plans_and_prints_one_json_object(nameless: Jobs) -> None:
     assert ended.out.count("\n") == 1
 
 
-@pytest.mark.parametrize(("processes", "devices", "implementation"), [(1, 2, None), (1, 4, "gloo"), (2, 1, "gloo")])
-def test_gloo_is_used_where_its_order_of_summation_matters(
-    processes: int, devices: int, implementation: str | None
-) -> None:
-    """Four devices add up in Gloo's order whether they are of one process or of four; two have only one order."""
+@pytest.mark.parametrize(("processes", "devices", "implementation"), [(1, 2, None), (1, 4, None), (2, 1, "gloo")])
+def test_gloo_is_used_by_several_processes_alone(processes: int, devices: int, implementation: str | None) -> None:
     program = (
         f"import jax; join(cluster(devices_per_process={devices}));"
         "report(used=jax.config.jax_cpu_collectives_implementation); leave()"
