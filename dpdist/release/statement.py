@@ -148,8 +148,8 @@ def as_text(facts: dict[str, Any]) -> str:
         f"- Mechanism: {facts['mechanism']}.",
         f"- Constants: q = {facts['sampling_probability']:.6g}, sigma = {facts['noise_multiplier']:.6g}, "
         f"C = {facts['clip_norm']:g}, rho = {facts['rho']:.2g}, B = {facts['expected_batch_size']:g}, "
-        f"N = {facts['dataset_size']}, T = {facts['steps']}; {facts['charged_steps']} steps are charged, and the parameters are those after step "
-        f"{facts['released_after_step']}.",
+        f"N = {facts['dataset_size']}, T = {facts['steps']}; {facts['charged_steps']} steps are charged, and "
+        f"the parameters are those after step {facts['released_after_step']}.",
         f"- Epsilon: {_by_accountants(facts)}",
         f"- Public, and taken as known to everyone: {', '.join(facts['public'])}.",
         "",

@@ -43,9 +43,8 @@ JAX_SETTINGS = (
 )
 #: Variables that decide bits, beside XLA_FLAGS.
 VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "DNNL_DEFAULT_FPMATH_MODE", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
-#: Beginnings of flags that do not count: they decide no bits, or only the order of summation as the topology does,
-#: which may change too. `dpdist train --processes` sets the last one where processes share cores.
-FREE_FLAGS = ("--xla_dump_", "--xla_force_host_platform_device_count", "--xla_cpu_multi_thread_eigen")
+#: Beginnings of flags that do not count: they decide no bits.
+FREE_FLAGS = ("--xla_dump_", "--xla_force_host_platform_device_count")
 
 
 def code_digest(room: str = "") -> str:

@@ -35,9 +35,9 @@ def test_a_rank_with_other_flags_is_named_before_the_first_collective(jobs: Jobs
     assert not (run.root / "ledger.jsonl").exists()
 
 
-def test_other_flags_begin_an_incarnation_unless_they_concern_threads_or_dumps(jobs: Jobs, single: Run) -> None:
+def test_other_flags_begin_an_incarnation_unless_they_decide_no_bits(jobs: Jobs, single: Run) -> None:
     for flags, incarnation in (
-        ("--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count=1", 0),
+        ("--xla_force_host_platform_device_count=1", 0),
         ("--xla_cpu_prefer_vector_width=128", 1),
     ):
         run = single.copy(jobs.new("flags").root).crash(EVERY)

@@ -35,7 +35,7 @@ def test_a_setting_of_jax_counts() -> None:
 
 def test_flags_that_decide_no_bits_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     before = environment("cpu")
-    free = "--xla_force_host_platform_device_count=4 --xla_dump_to='/a b' --xla_cpu_multi_thread_eigen=false"
+    free = "--xla_force_host_platform_device_count=4 --xla_dump_to='/a b'"
     monkeypatch.setenv("XLA_FLAGS", free)
     assert environment("cpu") == before
     monkeypatch.setenv("XLA_FLAGS", f"{free} --xla_x=1 ")
