@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from dpdist import config as config_module
 from dpdist.cluster.agreement import decide
 from dpdist.cluster.world import World
@@ -92,7 +95,7 @@ def build_gradients(
         earlier: the decisions of an earlier part of the run, which are kept, so that resuming is exact.
 
     Raises:
-        InputError: as `strategies_for`.
+        InputError: as `strategies_for`; or one example's loss could see another example.
     """
     frozen = frozen_paths(config.model, loss.params)
     if plan.privacy is None:
@@ -107,4 +110,18 @@ def build_gradients(
     grad_sum = clipped_grad_sum(
         loss.loss_fn, clip_norm=plan.privacy.clip_norm, method=method, strategies=strategies, frozen=frozen
     )
+    _require_supported(grad_sum, loss, config)
     return Gradients(grad_sum=grad_sum, frozen=frozen, strategies=strategies)
+
+
+def _require_supported(grad_sum: GradSum, loss: ExampleLoss, config: Config) -> None:
+    """Trace the gradient sum of one example, outside the mesh and before anything is compiled.
+
+    Raises:
+        InputError: the loss is refused, by whatever method.
+    """
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), loss.example)
+    try:
+        jax.eval_shape(grad_sum, loss.params, batch, jax.ShapeDtypeStruct((1,), jnp.float32))
+    except UnsupportedLossError as error:
+        raise InputError("training.clipping", config.training.clipping, f"{error}.") from None

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.experimental import io_callback
 from test_clipping import clipped, flat, one_by_one
 from zoo import normal
 
@@ -44,10 +43,6 @@ def shrinkings(x: Any) -> Any:
 
 def on_host(x: Any, **how: Any) -> Any:
     return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x, **how)  # LINE: pure_callback
-
-
-def seen_by_host(x: Any) -> Any:
-    return io_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)  # LINE: io_callback
 
 
 def triangular(x: Any) -> Any:
@@ -88,8 +83,6 @@ UNSUPPORTED: dict[str, tuple[Loss, str, set[str]]] = {
     "in a rematerialised part": (lambda p, e: score(p, jax.checkpoint(shrunk)(hidden(p, e))), "while", HIDDEN),
     "beside a harmless one": (beside_a_harmless_one, "while", HIDDEN),
     "callback": (lambda p, e: score(p, on_host(hidden(p, e), vmap_method="sequential")), "pure_callback", HIDDEN),
-    "callback for one example only": (lambda p, e: score(p, on_host(e["x"]) * p["net"]["v"]), "pure_callback", set()),
-    "callback with effects": (lambda p, e: score(p, seen_by_host(hidden(p, e))), "io_callback", HIDDEN),
     "no rule": (lambda p, e: score(p, triangular(hidden(p, e))), "schur", HIDDEN),
     "wrong rule": (lambda p, e: score(p, wrong(hidden(p, e))), "custom_vjp_call", HIDDEN),
 }  # fmt: skip

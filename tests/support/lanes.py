@@ -24,6 +24,8 @@ SIDES = {COMPUTE: (FAST, COMPUTE), WAIT: (WAIT,), HOSTS: (HOSTS,)}
 YIELDING = (COMPUTE,)
 
 LANES = {
+    "tests/attacks": WAIT,
+    "tests/attacks/test_mixing_primitives.py": COMPUTE,
     "tests/cluster": WAIT,
     "tests/cluster/test_environment.py": FAST,
     "tests/cluster/test_straggler.py": FAST,

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 
 from dpdist.mechanism.clipping.bookkeeping import bookkeeping_grad_sum
-from dpdist.mechanism.clipping.graph import UnsupportedLossError, trace
+from dpdist.mechanism.clipping.graph import trace
 from dpdist.mechanism.clipping.paths import matching, paths_of, trainable, with_frozen
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
 from dpdist.mechanism.clipping.plain import plain_grad_sum
+from dpdist.mechanism.clipping.separate import UnsupportedLossError
 from dpdist.mechanism.clipping.strategy import DeviceRates, LeafStrategy, faster, smaller, strategies_of
 
 #: f(params, batch, mask) -> (sums, norms); see `clipped_grad_sum`.

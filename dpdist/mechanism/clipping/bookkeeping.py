@@ -24,6 +24,7 @@ from dpdist.mechanism.clipping.graph import Graph, Use, trace
 from dpdist.mechanism.clipping.norms import Side, squared_norm
 from dpdist.mechanism.clipping.paths import trainable
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
+from dpdist.mechanism.clipping.separate import for_each
 from dpdist.mechanism.clipping.strategy import LeafStrategy, sides_swapped
 from dpdist.mechanism.clipping.weights import is_short, rounded_float32, weigh, weighted_sum
 
@@ -133,7 +134,7 @@ class _Pass:
 
         #: For every use, the gradients at its outputs and its data operands by value number, with leading axis p.
         with deriving():
-            self._at_outputs, self._operands = jax.vmap(one_example, axis_size=examples)(*batch)
+            self._at_outputs, self._operands = for_each(one_example, examples, *batch)
         self._instantiated = self._instantiate()
 
     @property
@@ -250,7 +251,7 @@ class _Pass:
             return list(jax.vjp(outputs, *mine)[1](list(at_outputs)))
 
         with deriving():
-            found = jax.vmap(one_example, axis_size=self._examples)(self._operands[u], self._at_outputs[u])
+            found = for_each(one_example, self._examples, self._operands[u], self._at_outputs[u])
         gradients: dict[int, Array] = {}
         for position, gradient in zip(use.operands, found, strict=True):
             number = node.inputs[position]  # one value may be several operands of the same node
@@ -274,7 +275,8 @@ class _Pass:
         with deriving():
             _, back = jax.vjp(derived, *(self._leaves[n] for n in reached))
             # Rounded while still short: back at a float32 leaf, the cast to it would be half of a pair that XLA drops.
-            found = jax.vmap(back)([rounded_float32(x).astype(x.dtype) for x in map(pending.__getitem__, numbers)])
+            short = [rounded_float32(pending[number]).astype(pending[number].dtype) for number in numbers]
+            found = for_each(back, self._examples, short)
         return {n: rounded_float32(gradient) for n, gradient in zip(reached, found, strict=True)}
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpdist.mechanism.clipping.graph import FLAT, Graph, Node, UnsupportedLossError, bodies, trace
+from dpdist.mechanism.clipping.graph import FLAT, Graph, Node, bodies, trace
 from dpdist.mechanism.clipping.paths import paths_of
+from dpdist.mechanism.clipping.separate import UnsupportedLossError
 
 #: What JAX raises for a primitive without a derivative rule, for a wrong rule of the user's, and for a while loop.
 _REFUSALS = (NotImplementedError, TypeError, ValueError)
@@ -42,6 +43,8 @@ def deriving() -> Iterator[None]:
     """
     try:
         yield
+    except UnsupportedLossError:
+        raise
     except _REFUSALS as error:
         raise NoDerivativeError(str(error)) from error
 
@@ -57,6 +60,8 @@ def naming_the_fault(
     """
     try:
         yield
+    except UnsupportedLossError:
+        raise
     except _REFUSALS as error:
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
         if (named := unsupported(trace(loss_fn, params, example, frozen), params)) is not None:
