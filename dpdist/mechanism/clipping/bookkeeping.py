@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Float64
 
 from dpdist.mechanism.clipping.diagnosis import NoDerivativeError, deriving, unsupported
 from dpdist.mechanism.clipping.factors import Factors
@@ -26,7 +26,7 @@ from dpdist.mechanism.clipping.paths import trainable
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
 from dpdist.mechanism.clipping.separate import for_each
 from dpdist.mechanism.clipping.strategy import LeafStrategy, sides_swapped
-from dpdist.mechanism.clipping.weights import is_short, rounded_float32, weigh, weighted_sum
+from dpdist.mechanism.clipping.weights import is_short, norms_of, rounded_float32, squares, weigh, weighted_sum
 
 #: (graph, params) -> (the strategy of every leaf, the factors of every use); see `strategy.strategies_of`.
 ChooseStrategies = Callable[[Graph, Any], tuple[list[LeafStrategy], list[Factors | None]]]
@@ -75,7 +75,7 @@ def bookkeeping_grad_sum(
         """Return (sums, norms) by one pass, or by two if `two_passes`."""
         leaves, structure = jax.tree.flatten(params)
         first = _Pass(graph, strategies, factors, leaves, jax.tree.leaves(batch), mask.shape[0])
-        norms, bounds = first.norms()
+        exact, bounds = first.squares()
         scale, used = weigh(bounds, mask, clip_norm)
         second = first
         # What is rounded to a short format may differ by a unit in its last place between two passes that XLA compiles
@@ -86,7 +86,7 @@ def bookkeeping_grad_sum(
             never = jnp.isnan(scale).any()
             columns = [jnp.where(never, jnp.zeros_like(column), column) for column in jax.tree.leaves(batch)]
             second = _Pass(graph, strategies, factors, leaves, columns, mask.shape[0])
-        return trainable(jax.tree.unflatten(structure, second.weighted(scale, used)), frozen), norms
+        return trainable(jax.tree.unflatten(structure, second.weighted(scale, used)), frozen), norms_of(exact)
 
     return clipped_sum
 
@@ -142,22 +142,21 @@ class _Pass:
         """Whether a factor, or a gradient at an output, is in a format shorter than float32."""
         return any(is_short(leaf.dtype) for leaf in jax.tree.leaves((self._at_outputs, self._operands)))
 
-    def norms(self) -> tuple[Float32[Array, " p"], Float32[Array, " p"]]:
-        """Return (|g_i|, an upper bound on |g_i| that covers the rounding of the weighted sum), over all leaves."""
-        exact = bound = jnp.zeros((self._examples,), jnp.float32)
-        for instantiated in self._instantiated.values():
-            flat = instantiated.gradients.reshape(self._examples, -1)
-            square = jnp.sum(flat * flat, axis=1)
-            exact, bound = exact + square, bound + square
-        for leaf in self._strategies:
-            for group in leaf.groups if leaf.strategy == "ghost" else ():
-                square, terms = self._group_norm(group)
-                length = sum(self._factors[u].length for u in group if u in self._factors)
-                # The weighted sum is a float32 product, rounded differently from the norm: over n terms its error is
-                # at most n 2^-24 times the sum of their magnitudes (Higham 2002, section 3.5).
-                rounding = (length + 2) * 2.0**-24 * terms
+    def squares(self) -> tuple[Float64[Array, " p"], Float64[Array, " p"]]:
+        """Return |g_i|^2 over all leaves, and an upper bound that covers the rounding of the weighted sum."""
+        ghosts = [group for leaf in self._strategies if leaf.strategy == "ghost" for group in leaf.groups]
+        found = [self._group_norm(group) for group in ghosts]
+        with jax.enable_x64(True):
+            exact = sum((squares(each.gradients) for each in self._instantiated.values()), jnp.zeros(self._examples))
+            bound = exact
+            for group, (square, terms) in zip(ghosts, found, strict=True):
+                # The weighted sum is a float32 product, rounded differently from the norm: over n terms, two more for
+                # the weight and the sum of uses, its error is at most n u / (1 - n u) times the sum of their
+                # magnitudes, with u = 2^-24 (Higham 2002, section 3.5).
+                lost = 2.0**-24 * (sum(self._factors[u].length for u in group if u in self._factors) + 2)
+                rounding = lost / (1 - lost) * terms
                 exact, bound = exact + square, bound + jnp.square(jnp.sqrt(square) + rounding)
-        return jnp.sqrt(exact), jnp.sqrt(bound)
+            return exact, bound
 
     def weighted(self, scale: Float32[Array, " p"], used: Bool[Array, " p"]) -> list[Float32[Array, "..."]]:
         """Return, for every leaf, sum_i scale[i] g_i over the examples with used[i]."""
@@ -192,7 +191,7 @@ class _Pass:
         left = jax.vmap(factors.left)(rounded_float32(self._operands[u][factors.operand]))
         return left, jax.vmap(factors.right)(rounded_float32(self._at_outputs[u][0]))
 
-    def _group_norm(self, group: Sequence[int]) -> tuple[Float32[Array, " p"], Float32[Array, " p"]]:
+    def _group_norm(self, group: Sequence[int]) -> tuple[Float64[Array, " p"], Float64[Array, " p"]]:
         """Return `squared_norm` of the summed gradients of all uses in a group."""
         used = [self._factors[u] for u in group if u in self._factors]
 

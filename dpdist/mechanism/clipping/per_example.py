@@ -15,7 +15,7 @@ from dpdist.mechanism.clipping.diagnosis import naming_the_fault
 from dpdist.mechanism.clipping.graph import refuse_complex
 from dpdist.mechanism.clipping.paths import trainable, with_frozen
 from dpdist.mechanism.clipping.separate import for_each
-from dpdist.mechanism.clipping.weights import rounded_float32, weigh, weighted_sum
+from dpdist.mechanism.clipping.weights import norms_of, rounded_float32, squares, weigh, weighted_sum
 
 
 def per_example_grad_sum(
@@ -31,9 +31,9 @@ def per_example_grad_sum(
         with naming_the_fault(loss_fn, params, batch, frozen):
             grads = for_each(partial(jax.grad(loss), trainable(params, frozen)), mask.shape[0], batch)
         grads = jax.tree.map(rounded_float32, grads)
-        flat = [g.reshape(g.shape[0], -1) for g in jax.tree.leaves(grads)]
-        norms = jnp.sqrt(sum((jnp.sum(g * g, axis=1) for g in flat), jnp.zeros(mask.shape)))
-        scale, used = weigh(norms, mask, clip_norm)
-        return jax.tree.map(lambda g: weighted_sum(scale, used, g), grads), norms
+        with jax.enable_x64(True):
+            total = sum(map(squares, jax.tree.leaves(grads)), jnp.zeros(mask.shape))
+        scale, used = weigh(total, mask, clip_norm)
+        return jax.tree.map(lambda g: weighted_sum(scale, used, g), grads), norms_of(total)
 
     return clipped_sum

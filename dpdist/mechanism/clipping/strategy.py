@@ -141,9 +141,12 @@ def _groups(
 
 
 def sides_swapped(first: Factors, other: Factors) -> bool | None:
-    """Return whether swapping left and right makes `other` a product like `first`; None if neither order does."""
+    """Return whether swapping left and right makes `other` a product like `first`; None if neither order does.
+
+    A convolution's groups are a division of its features, so equal axes do not make their numbers equal.
+    """
     a, b = _axes(first), _axes(other)
-    if a is None or b is None or a[2] != b[2]:
+    if a is None or b is None or a[2] != b[2] or first.groups != other.groups:
         return None
     if (a[0], a[1]) == (b[0], b[1]):
         return False
