@@ -8,6 +8,8 @@ depends on its own example alone, and `vmap` runs some operations for all exampl
 * collectives (`psum`, `axis_index`, ...) read what other examples, devices or the position in the batch hold, if an
   axis of that name is bound where the loss is traced;
 * kernels (Pallas), references, and effects on the host reach memory that outlives one example;
+* a convolution whose batch is split into groups, as the gradient of a grouped convolution's kernel is: XLA computes it
+  for all pairs of examples and masks by multiplication, so that one example's NaN takes all the others out;
 * keys of `rbg` generators: under `vmap`, every example's draws come from the first example's key.
 
 So this fails closed. We trace the function of one example and run exactly what was checked: the jaxpr, with every
@@ -90,6 +92,8 @@ def _remedy(equation: JaxprEqn) -> str:
     name, params = equation.primitive.name, equation.params
     if name in ("pure_callback", "ffi_call"):
         return "" if params["vmap_method"] in _ONE_BY_ONE else "vmap_method='sequential'"
+    if name == "conv_general_dilated" and params["batch_group_count"] > 1:
+        return "training.clipping=auto and a kernel that is a parameter itself, or one convolution a group"
     for atom in (*equation.invars, *equation.outvars):
         dtype = getattr(atom.aval, "dtype", None)
         if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and str(dtype) != "key<fry>":
