@@ -9,6 +9,7 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -72,6 +73,12 @@ def step_inputs(config: Config, world: World, *, data: str) -> StepInputs:
         topology=topology(config, world),
         repeatable=world.platform == "cpu",
     )
+
+
+def all_finite(params: Any) -> bool:
+    """Whether no parameter is NaN or infinite."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+    return all(bool(np.isfinite(leaf).all()) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
 def params_digest(params: Any) -> str:

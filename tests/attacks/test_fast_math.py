@@ -19,3 +19,19 @@ def test_a_run_that_honours_no_nans_is_refused_before_anything_is_spent(jobs: Jo
     assert "XLA_FLAGS" in ended.err
     assert "moved the sum of" in ended.err
     assert not run.ledger
+
+
+def test_parameters_that_are_not_finite_never_hold(jobs: Jobs) -> None:
+    """Here it is the learning rate that makes them so, but the parameters do not say it."""
+    run = jobs.new("diverged")
+    overflowing = ("optimizer.learning_rate=1e40", "training.steps=4", "privacy.insecure_seed=null")
+    ended = jobs.train(run, *overflowing).wait()
+    assert ended.code == 0, ended.err
+    assert run.summary["guarantee"].startswith("void: parameters are not finite")
+    given = run.root.with_name("diverged-given")
+    refused = jobs.command("export", str(run.root), "--to", str(given)).wait()
+    assert refused.code == 2
+    assert "parameters are not finite" in refused.err
+    assert not given.exists()
+    assert jobs.command("export", str(run.root), "--to", str(given), "--without-guarantee").wait().code == 0
+    assert "WITHOUT A PRIVACY GUARANTEE" in (given / "PRIVACY.md").read_text()
