@@ -22,10 +22,10 @@ from dpdist.mechanism.clipping import (
     clipped_grad_sum,
     matching,
     paths_of,
-    plain_grad_sum,
 )
 from dpdist.mechanism.ledger import Plan
 from dpdist.program.device_rates import device_rates
+from dpdist.program.plain_gradients import plain_grad_sum
 
 
 @dataclass(frozen=True, kw_only=True)

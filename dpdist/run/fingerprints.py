@@ -20,7 +20,7 @@ from dpdist.mechanism.incarnation import StepInputs, settings_digest
 
 _PACKAGE = Path(__file__).parents[1]
 #: Files of `dpdist/program/` that decide what a step computes.
-_STEP_FILES = ("gradients.py", "optimizer.py")
+_STEP_FILES = ("gradients.py", "optimizer.py", "plain_gradients.py")
 
 
 def code_digest(room: str = "") -> str:

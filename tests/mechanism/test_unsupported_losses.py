@@ -14,7 +14,8 @@ from jax import lax
 from test_clipping import clipped, flat, one_by_one
 from zoo import normal
 
-from dpdist.mechanism.clipping import METHODS, UnsupportedLossError, bookkeeping, clipped_grad_sum, plain_grad_sum
+from dpdist.mechanism.clipping import METHODS, UnsupportedLossError, bookkeeping, clipped_grad_sum
+from dpdist.program.plain_gradients import plain_grad_sum
 
 Loss = Callable[[Any, Any], Any]
 PARAMS = {"net": {"w": normal(1, 4, 4), "v": normal(2, 4)}, "head": normal(3, 4)}

@@ -16,7 +16,6 @@ from dpdist.mechanism.clipping.bookkeeping import bookkeeping_grad_sum
 from dpdist.mechanism.clipping.graph import trace
 from dpdist.mechanism.clipping.paths import matching, paths_of, trainable, with_frozen
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
-from dpdist.mechanism.clipping.plain import plain_grad_sum
 from dpdist.mechanism.clipping.separate import UnsupportedLossError
 from dpdist.mechanism.clipping.strategy import DeviceRates, LeafStrategy, faster, smaller, strategies_of
 
@@ -37,7 +36,6 @@ __all__ = [
     "clipped_grad_sum",
     "matching",
     "paths_of",
-    "plain_grad_sum",
     "trainable",
     "with_frozen",
 ]

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from dpdist.mechanism.clipping import GradSum, clipped_grad_sum, plain_grad_sum
+from dpdist.mechanism.clipping import GradSum, clipped_grad_sum
+from dpdist.program.plain_gradients import plain_grad_sum
 from dpdist_launch.measure.bench.program import Arm, jax_program
 from dpdist_launch.measure.bench.tasks import Problem
 
