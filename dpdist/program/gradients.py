@@ -25,6 +25,7 @@ from dpdist.mechanism.clipping import (
 )
 from dpdist.mechanism.ledger import Plan
 from dpdist.program.device_rates import device_rates
+from dpdist.program.diagnosis import naming_the_fault
 from dpdist.program.plain_gradients import plain_grad_sum
 
 
@@ -99,7 +100,9 @@ def build_gradients(
     """
     frozen = frozen_paths(config.model, loss.params)
     if plan.privacy is None:
-        return Gradients(grad_sum=plain_grad_sum(loss.loss_fn, frozen=frozen), frozen=frozen, strategies=None)
+        plain = plain_grad_sum(loss.loss_fn, frozen=frozen)
+        _require_supported(plain, loss, config, frozen)
+        return Gradients(grad_sum=plain, frozen=frozen, strategies=None)
     method, strategies = config.training.clipping, None
     if method != "per_example":
 
@@ -110,11 +113,11 @@ def build_gradients(
     grad_sum = clipped_grad_sum(
         loss.loss_fn, clip_norm=plan.privacy.clip_norm, method=method, strategies=strategies, frozen=frozen
     )
-    _require_supported(grad_sum, loss, config)
+    _require_supported(grad_sum, loss, config, frozen)
     return Gradients(grad_sum=grad_sum, frozen=frozen, strategies=strategies)
 
 
-def _require_supported(grad_sum: GradSum, loss: ExampleLoss, config: Config) -> None:
+def _require_supported(grad_sum: GradSum, loss: ExampleLoss, config: Config, frozen: frozenset[str]) -> None:
     """Trace the gradient sum of one example, outside the mesh and before anything is compiled.
 
     Raises:
@@ -122,6 +125,7 @@ def _require_supported(grad_sum: GradSum, loss: ExampleLoss, config: Config) -> 
     """
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), loss.example)
     try:
-        jax.eval_shape(grad_sum, loss.params, batch, jax.ShapeDtypeStruct((1,), jnp.float32))
+        with naming_the_fault(loss.loss_fn, loss.params, batch, frozen):
+            jax.eval_shape(grad_sum, loss.params, batch, jax.ShapeDtypeStruct((1,), jnp.float32))
     except UnsupportedLossError as error:
         raise InputError("training.clipping", config.training.clipping, f"{error}.") from None

@@ -15,6 +15,7 @@ from test_clipping import clipped, flat, one_by_one
 from zoo import normal
 
 from dpdist.mechanism.clipping import METHODS, UnsupportedLossError, bookkeeping, clipped_grad_sum
+from dpdist.program.diagnosis import naming_the_fault
 from dpdist.program.plain_gradients import plain_grad_sum
 
 Loss = Callable[[Any, Any], Any]
@@ -107,7 +108,13 @@ EXACT: dict[str, Loss] = {
 
 def summed(loss_fn: Loss, method: str) -> Any:
     """Return the clipped gradient sum; for `plain` the one of plain SGD, which must give the same errors."""
-    return plain_grad_sum(loss_fn) if method == "plain" else clipped_grad_sum(loss_fn, clip_norm=1.0, method=method)
+    function = plain_grad_sum(loss_fn) if method == "plain" else clipped_grad_sum(loss_fn, clip_norm=1.0, method=method)
+
+    def named(params: Any, batch: Any, mask: Any) -> Any:
+        with naming_the_fault(loss_fn, params, batch, frozenset()):
+            return function(params, batch, mask)
+
+    return named
 
 
 def line_of(primitive: str) -> int:
@@ -173,14 +180,14 @@ def test_an_error_in_the_loss_itself_is_not_replaced(method: str) -> None:
 
 
 def test_of_many_parameters_the_first_are_named() -> None:
-    function = clipped_grad_sum(lambda p, e: shrunk(sum(jnp.sum(w * e["x"]) for w in p)), clip_norm=1.0)
+    function = summed(lambda p, e: shrunk(sum(jnp.sum(w * e["x"]) for w in p)), "auto")
     with pytest.raises(UnsupportedLossError, match="gradient of 0, 1, 2, 3, 4, 5, 6, 7 and 3 more goes through"):
         function([normal(i, 4) for i in range(11)], BATCH, ONES)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_loss_that_is_no_scalar_is_refused(method: str) -> None:
-    function = clipped_grad_sum(lambda p, e: e["x"] * p["w"], clip_norm=1.0, method=method)
+    function = summed(lambda p, e: e["x"] * p["w"], method)
     with pytest.raises(UnsupportedLossError, match="floating-point scalar"):
         function({"w": normal(1, 4)}, BATCH, ONES)
 
@@ -199,6 +206,6 @@ def test_our_own_bug_is_not_reported_as_an_unsupported_loss(method: str, monkeyp
         raise ValueError("shapes do not match")
 
     monkeypatch.setattr(bookkeeping._Pass, "squares", mistaken)
-    f = clipped_grad_sum(lambda p, e: score(p, hidden(p, e)), clip_norm=1.0, method=method)
+    f = summed(lambda p, e: score(p, hidden(p, e)), method)
     with pytest.raises(ValueError, match="shapes do not match"):
         f(PARAMS, BATCH, ONES)

@@ -1,8 +1,8 @@
 """Sums of clipped per-example gradients, for any JAX loss of one example.
 
 Reading order: `per_example` (the reference) and `weights`; then `graph`, `view`, `factors`, `norms`, `strategy` and
-`bookkeeping`, which compute the same sums without storing the gradient of every example. `diagnosis` explains which
-equation of a loss has no per-example gradient.
+`bookkeeping`, which compute the same sums without storing the gradient of every example. `separate` keeps one example
+from seeing another in all of them.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def clipped_grad_sum(
     Raises:
         ValueError: clip_norm is out of range or the method unknown; when `f` is called, also if a strategy is unknown
             or a pattern matches no parameter.
-        UnsupportedLossError: when `f` is called or traced: the loss is not a scalar, a parameter is complex, or JAX
-            lacks a derivative that is needed; the message then names the equation, its source line and the parameters
-            whose gradient goes through it.
+        UnsupportedLossError: when `f` is called or traced: the loss is not a scalar, a parameter is complex, or an
+            operation could let one example see another; the message names that equation and its source line. Where
+            JAX lacks a derivative that is needed, its own error comes, which `program.diagnosis` explains.
     """
     if not 1e-6 <= clip_norm <= 1e6:  # beyond, squares of float32 gradients under- or overflow and C bounds nothing
         raise ValueError(f"clip_norm must be positive, between 1e-6 and 1e6, not {clip_norm!r}")

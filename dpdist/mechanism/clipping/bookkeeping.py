@@ -8,7 +8,8 @@ respect to a parameter is computed only where that is the cheaper way to its nor
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,18 +19,34 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Float64
 
-from dpdist.mechanism.clipping.diagnosis import NoDerivativeError, deriving, unsupported
 from dpdist.mechanism.clipping.factors import Factors
 from dpdist.mechanism.clipping.graph import Graph, Use, trace
 from dpdist.mechanism.clipping.norms import Side, squared_norm
 from dpdist.mechanism.clipping.paths import trainable
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
-from dpdist.mechanism.clipping.separate import for_each
+from dpdist.mechanism.clipping.separate import UnsupportedLossError, for_each
 from dpdist.mechanism.clipping.strategy import LeafStrategy, sides_swapped
 from dpdist.mechanism.clipping.weights import is_short, norms_of, rounded_float32, squares, weigh, weighted_sum
 
 #: (graph, params) -> (the strategy of every leaf, the factors of every use); see `strategy.strategies_of`.
 ChooseStrategies = Callable[[Graph, Any], tuple[list[LeafStrategy], list[Factors | None]]]
+#: What JAX raises for a primitive without a derivative rule, for a wrong rule of the user's, and for a while loop.
+REFUSALS = (NotImplementedError, TypeError, ValueError)
+
+
+class NoDerivativeError(Exception):
+    """JAX could not differentiate; its own error is the `__cause__`."""
+
+
+@contextmanager
+def deriving() -> Iterator[None]:
+    """Turn JAX's errors into NoDerivativeError: wrap only JAX's differentiation of user code, so that our bugs show."""
+    try:
+        yield
+    except UnsupportedLossError:
+        raise
+    except REFUSALS as error:
+        raise NoDerivativeError(str(error)) from error
 
 
 def bookkeeping_grad_sum(
@@ -57,12 +74,11 @@ def bookkeeping_grad_sum(
         try:
             return passes(graph, strategies, factors, params, batch, mask)
         except NoDerivativeError as error:
-            if (named := unsupported(graph, params)) is not None:
-                raise named from error
-            # JAX can differentiate the loss itself, but not with shifts: they need one more derivative where an
-            # equation that is not inlined stops the gradient inside.
+            # JAX may be able to differentiate the loss itself, if not with shifts: they need one more derivative where
+            # an equation that is not inlined stops the gradient inside.
+            found = per_example_grad_sum(loss_fn, clip_norm=clip_norm, frozen=frozen)(params, batch, mask)
             warnings.warn(f"clipping falls back to the slower method per_example: {error}", stacklevel=1)
-            return per_example_grad_sum(loss_fn, clip_norm=clip_norm, frozen=frozen)(params, batch, mask)
+            return found
 
     def passes(
         graph: Graph,

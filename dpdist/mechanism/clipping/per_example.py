@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from dpdist.mechanism.clipping.diagnosis import naming_the_fault
 from dpdist.mechanism.clipping.graph import refuse_complex
 from dpdist.mechanism.clipping.paths import trainable, with_frozen
 from dpdist.mechanism.clipping.separate import for_each
@@ -28,8 +27,7 @@ def per_example_grad_sum(
             return loss_fn(with_frozen(training, params), example)
 
         refuse_complex(params, frozen)
-        with naming_the_fault(loss_fn, params, batch, frozen):
-            grads = for_each(partial(jax.grad(loss), trainable(params, frozen)), mask.shape[0], batch)
+        grads = for_each(partial(jax.grad(loss), trainable(params, frozen)), mask.shape[0], batch)
         grads = jax.tree.map(rounded_float32, grads)
         with jax.enable_x64(True):
             total = sum(map(squares, jax.tree.leaves(grads)), jnp.zeros(mask.shape))
