@@ -24,7 +24,7 @@ from dpdist.mechanism.clipping import (
     paths_of,
 )
 from dpdist.mechanism.ledger import Plan
-from dpdist.program.device_rates import device_rates
+from dpdist.program.device_rates import device_rates, faster
 from dpdist.program.diagnosis import naming_the_fault
 from dpdist.program.plain_gradients import plain_grad_sum
 
@@ -77,7 +77,7 @@ def strategies_for(config: Config, loss: ExampleLoss, world: World) -> list[Leaf
             loss.params,
             loss.example,
             method=config.training.clipping,
-            rates=device_rates(device.device_kind, device.platform),
+            prefer=faster(device_rates(device.device_kind, device.platform)),
             strategies=config.training.clipping_strategies,
             frozen=frozen_paths(config.model, loss.params),
         )

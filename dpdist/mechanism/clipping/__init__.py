@@ -17,20 +17,17 @@ from dpdist.mechanism.clipping.graph import trace
 from dpdist.mechanism.clipping.paths import matching, paths_of, trainable, with_frozen
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
 from dpdist.mechanism.clipping.separate import UnsupportedLossError
-from dpdist.mechanism.clipping.strategy import DeviceRates, LeafStrategy, faster, smaller, strategies_of
+from dpdist.mechanism.clipping.strategy import LeafStrategy, Preference, smaller, strategies_of
 
 #: f(params, batch, mask) -> (sums, norms); see `clipped_grad_sum`.
 GradSum = Callable[[Any, Any, Any], tuple[Any, Any]]
 METHODS = ("auto", "per_example", "ghost", "bookkeeping")
-#: Two CPU cores of 2024: the default where no rates are given.
-TWO_CORES = DeviceRates(flops_float64=4e10, bandwidth=1e10)
 
 __all__ = [
     "METHODS",
-    "TWO_CORES",
-    "DeviceRates",
     "GradSum",
     "LeafStrategy",
+    "Preference",
     "UnsupportedLossError",
     "choose_strategies",
     "clipped_grad_sum",
@@ -46,7 +43,7 @@ def clipped_grad_sum(
     *,
     clip_norm: float,
     method: str = "auto",
-    rates: DeviceRates = TWO_CORES,
+    prefer: Preference = smaller,
     strategies: Mapping[str, str] | None = None,
     frozen: Collection[str] = frozenset(),
 ) -> GradSum:
@@ -58,8 +55,8 @@ def clipped_grad_sum(
         method: how the sum is computed; it is the same sum in all four. `per_example`: the reference, `vmap` of
             `grad`. `bookkeeping`: one forward and one backward pass; each parameter's gradient norm is computed by the
             strategy that needs less memory. `ghost`: the same with two forward and backward passes and less stored
-            in between. `auto`: as `bookkeeping`, with the strategy that is faster on `rates`.
-        rates: the device's rates, for `auto`.
+            in between. `auto`: as `bookkeeping`, with the strategy that `prefer` chooses.
+        prefer: chooses for `auto`, by memory unless given; `program.device_rates` has one that chooses by time.
         strategies: `ghost` or `instantiate` by parameter path (`layers/0/kernel`; `*` matches anything); overrides
             the method's choice. Not for `per_example`.
         frozen: paths of parameters that do not train; no norm and no gradient is computed for them.
@@ -83,7 +80,7 @@ def clipped_grad_sum(
         raise ValueError(f"unknown clipping method {method!r}; there are {', '.join(METHODS)}")
     if method == "per_example":
         return per_example_grad_sum(loss_fn, clip_norm=clip_norm, frozen=frozen)
-    prefer = faster(rates) if method == "auto" else smaller
+    prefer = prefer if method == "auto" else smaller
     return bookkeeping_grad_sum(
         loss_fn,
         clip_norm=clip_norm,
@@ -99,7 +96,7 @@ def choose_strategies(
     example: Any,
     *,
     method: str = "auto",
-    rates: DeviceRates = TWO_CORES,
+    prefer: Preference = smaller,
     strategies: Mapping[str, str] | None = None,
     frozen: Collection[str] = frozenset(),
 ) -> list[LeafStrategy]:
@@ -113,7 +110,7 @@ def choose_strategies(
         ValueError: a strategy is unknown or a pattern matches no parameter.
         UnsupportedLossError: the loss is not a scalar, or a parameter that trains is complex.
     """
-    prefer = faster(rates) if method == "auto" else smaller
+    prefer = prefer if method == "auto" else smaller
     params, example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, example))
     chosen, _ = strategies_of(trace(loss_fn, params, example, frozen), params, prefer, strategies or {})
     return [leaf for leaf in chosen if leaf.path not in frozen]
