@@ -29,7 +29,7 @@ from dpdist.program.assignments import make_assigner, share_of_work
 from dpdist.program.build import TrainingSetup, build_setup, open_labelled_data, open_model
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
-from dpdist.run.fingerprints import params_digest, step_inputs
+from dpdist.run.fingerprints import all_finite, params_digest, step_inputs
 from dpdist.run.opening import agree, agree_on_data, agree_on_start, open_secret, open_writer
 from dpdist.run.progress import say
 from dpdist.run.resume import ResumeRequest, require_fits
@@ -257,7 +257,11 @@ class Trainer:
             if decide(self.world, lambda: digest) != digest:
                 raise RuntimeError("the processes hold different parameters: their hardware or libraries differ")
             ended = self.step == self.last and (not self.evaluation_is_due() or self.evaluated == self.step)
-            summary = decide(self.world, lambda: self.writer.summary(step=self.step, ended=ended, params_sha256=digest))
+            finite = all_finite(self.state.released)
+            summary = decide(
+                self.world,
+                lambda: self.writer.summary(step=self.step, ended=ended, params_sha256=digest, finite=finite),
+            )
             self.writer.write_summary(summary)
             self.checkpoints.close()
             barrier("end", self.world)  # the first to leave would take the others down

@@ -25,6 +25,7 @@ from dpdist.mechanism.step import StepPrograms, StepSpec, TrainState, initial_st
 from dpdist.program import optimizer as optimizers
 from dpdist.program.evaluate import Evaluator
 from dpdist.program.gradients import ExampleLoss, build_gradients, frozen_paths
+from dpdist.program.guards import require_guards
 from dpdist.program.microbatches import LARGEST, choose_physical_batch, largest_that_fits, tail_of
 
 
@@ -178,6 +179,9 @@ def build_setup(
         return max(all_gather(own, world, timeout=config.cluster.initialization_timeout))
 
     physical = _physical_batch(config, plan, world, earlier, needed)
+    if terms is not None and terms.grid is not None:
+        sizes = (physical, tail_of(physical))
+        require_guards(compiled(physical), initial.params, example, sizes, clip_norm=terms.clip_norm, grid=terms.grid)
     evaluator = None
     if dataset.test is not None:
         evaluator = Evaluator(

@@ -8,8 +8,26 @@ memory, which flatter `ghost`: with them the H100 took 1.2 to 1.3 times as long.
 
 from __future__ import annotations
 
-from dpdist.mechanism.clipping import TWO_CORES, DeviceRates
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from dpdist.mechanism.clipping import Preference
+from dpdist.mechanism.clipping.factors import Factors
+from dpdist.mechanism.clipping.strategy import Strategy, length_of, size_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceRates:
+    """Peak rates of a device; the choice of strategy depends only on their ratio."""
+
+    #: Floating-point operations per second in a float64 matrix product.
+    flops_float64: float
+    #: Bytes per second read from or written to the device's memory.
+    bandwidth: float
+
+
+#: Two CPU cores of 2024: the rates of any CPU.
+TWO_CORES = DeviceRates(flops_float64=4e10, bandwidth=1e10)
 _BY_NAME = {
     "V100": DeviceRates(flops_float64=7.8e12, bandwidth=0.9e12),
     "A100": DeviceRates(flops_float64=19.5e12, bandwidth=1.6e12),
@@ -25,3 +43,22 @@ def device_rates(device_kind: str, platform: str) -> DeviceRates:
     if platform == "cpu":
         return TWO_CORES
     return next((rates for name, rates in _BY_NAME.items() if name in device_kind), _OTHER_GPU)
+
+
+def faster(rates: DeviceRates) -> Preference:
+    """Prefer the strategy that takes less time on `rates`: operations and bytes, each divided by its rate, added up."""
+
+    def prefer(groups: Sequence[Sequence[Factors]]) -> tuple[Strategy, dict[str, float]]:
+        ghost = instantiate = 0.0
+        for group in groups:
+            t, f = length_of(group), group[0]
+            wide = (0 if f.one_hot else f.m) + f.n
+            inner = t * (t + 1) * wide * f.groups
+            # Both factors are converted to float64, and the two [t, t] products are written and read.
+            moved = 12 * t * wide * f.groups + 32 * t * t * f.groups
+            ghost += inner / rates.flops_float64 + moved / rates.bandwidth
+            # The product that `instantiate` computes is not counted: `ghost` computes it too, for the weighted sum.
+            instantiate += 12 * size_of(f) / rates.bandwidth
+        return ("ghost" if ghost < instantiate else "instantiate"), {"ghost": ghost, "instantiate": instantiate}
+
+    return prefer

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from dpdist import config as config_module
 from dpdist.cluster.agreement import decide
 from dpdist.cluster.world import World
@@ -19,10 +22,11 @@ from dpdist.mechanism.clipping import (
     clipped_grad_sum,
     matching,
     paths_of,
-    plain_grad_sum,
 )
 from dpdist.mechanism.ledger import Plan
-from dpdist.program.device_rates import device_rates
+from dpdist.program.device_rates import device_rates, faster
+from dpdist.program.diagnosis import naming_the_fault
+from dpdist.program.plain_gradients import plain_grad_sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,7 @@ def strategies_for(config: Config, loss: ExampleLoss, world: World) -> list[Leaf
             loss.params,
             loss.example,
             method=config.training.clipping,
-            rates=device_rates(device.device_kind, device.platform),
+            prefer=faster(device_rates(device.device_kind, device.platform)),
             strategies=config.training.clipping_strategies,
             frozen=frozen_paths(config.model, loss.params),
         )
@@ -92,11 +96,13 @@ def build_gradients(
         earlier: the decisions of an earlier part of the run, which are kept, so that resuming is exact.
 
     Raises:
-        InputError: as `strategies_for`.
+        InputError: as `strategies_for`; or one example's loss could see another example.
     """
     frozen = frozen_paths(config.model, loss.params)
     if plan.privacy is None:
-        return Gradients(grad_sum=plain_grad_sum(loss.loss_fn, frozen=frozen), frozen=frozen, strategies=None)
+        plain = plain_grad_sum(loss.loss_fn, frozen=frozen)
+        _require_supported(plain, loss, config, frozen)
+        return Gradients(grad_sum=plain, frozen=frozen, strategies=None)
     method, strategies = config.training.clipping, None
     if method != "per_example":
 
@@ -107,4 +113,19 @@ def build_gradients(
     grad_sum = clipped_grad_sum(
         loss.loss_fn, clip_norm=plan.privacy.clip_norm, method=method, strategies=strategies, frozen=frozen
     )
+    _require_supported(grad_sum, loss, config, frozen)
     return Gradients(grad_sum=grad_sum, frozen=frozen, strategies=strategies)
+
+
+def _require_supported(grad_sum: GradSum, loss: ExampleLoss, config: Config, frozen: frozenset[str]) -> None:
+    """Trace the gradient sum of one example, outside the mesh and before anything is compiled.
+
+    Raises:
+        InputError: the loss is refused, by whatever method.
+    """
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), loss.example)
+    try:
+        with naming_the_fault(loss.loss_fn, loss.params, batch, frozen):
+            jax.eval_shape(grad_sum, loss.params, batch, jax.ShapeDtypeStruct((1,), jnp.float32))
+    except UnsupportedLossError as error:
+        raise InputError("training.clipping", config.training.clipping, f"{error}.") from None

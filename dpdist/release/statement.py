@@ -71,8 +71,8 @@ def _without_grid(plan: Plan) -> bool:
     return plan.privacy is not None and plan.privacy.grid is None
 
 
-def statement(config: Config, ledger: Ledger, *, step: int) -> dict[str, Any]:
-    """The privacy statement for the parameters after `step` steps, as JSON.
+def statement(config: Config, ledger: Ledger, *, step: int, finite: bool) -> dict[str, Any]:
+    """The privacy statement for the parameters after `step` steps, as JSON; `finite` is whether all of these are.
 
     `epsilon` is that of all that is charged and of all that is planned, also where the run has stopped early: a stop
     may have been decided on results.
@@ -83,7 +83,7 @@ def statement(config: Config, ledger: Ledger, *, step: int) -> dict[str, Any]:
     plan, first = ledger.plans[-1], ledger.plans[0]
     record = plan.to_record()
     facts = {
-        "guarantee": guarantee(config),
+        "guarantee": guarantee(config, finite=finite),
         "epsilon": record["epsilon"],
         "delta": record["delta"],
         "accountant": record["accountant"],

@@ -25,6 +25,7 @@ from dpdist.program.gradients import frozen_paths
 from dpdist.release.statement import statement
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
+from dpdist.run.fingerprints import all_finite
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def load(run_dir: str | Path) -> TrainedRun:
     state = checkpoints.restore(step, abstract)
     checkpoints.close()
     try:
-        privacy = statement(config, ledger, step=step)
+        privacy = statement(config, ledger, step=step, finite=all_finite(state.released))
     except ValueError as error:
         raise InputError("ledger.jsonl", str(run.ledger), f"{error}: the file was changed.") from None
     return TrainedRun(config=config, params=state.released, step=step, privacy=privacy, _model=model)

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
 import optax
@@ -23,7 +24,7 @@ from dpdist.mechanism.incarnation import StepInputs, settings_digest
 
 _PACKAGE = Path(__file__).parents[1]
 #: Files of `dpdist/program/` that decide what a step computes.
-_STEP_FILES = ("gradients.py", "optimizer.py")
+_STEP_FILES = ("gradients.py", "optimizer.py", "plain_gradients.py")
 #: Settings of JAX that decide bits, beside those that are pinned.
 JAX_SETTINGS = (
     "jax_allow_f16_reductions",
@@ -117,6 +118,12 @@ def step_inputs(config: Config, world: World, *, data: str) -> StepInputs:
         code=step_code_digest(config),
         data=data,
     )
+
+
+def all_finite(params: Any) -> bool:
+    """Whether no parameter is NaN or infinite."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+    return all(bool(np.isfinite(leaf).all()) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
 def params_digest(params: Any) -> str:

@@ -21,6 +21,8 @@ class Outcome:
     ended: bool
     #: Of the released parameters; None where the run failed.
     params_sha256: str | None
+    #: Whether these hold neither NaN nor infinity; True where the run failed.
+    finite: bool
     accuracy: float | None
     #: What the ledger charges; None without privacy.
     epsilon_spent: float | None
@@ -70,17 +72,25 @@ def summarise(config: Config, plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "incarnation": plan.incarnation,
         "incarnation_reasons": list(plan.reasons),
         "charged_steps": outcome.charged_steps,
-        "guarantee": guarantee(config),
+        "guarantee": guarantee(config, finite=outcome.finite),
         "params_sha256": outcome.params_sha256,
     }
 
 
-def guarantee(config: Config) -> str:
-    """`holds`, or why it does not."""
+def guarantee(config: Config, *, finite: bool) -> str:
+    """`holds`, or why it does not.
+
+    Args:
+        finite: whether the released parameters hold neither NaN nor infinity. Training that diverges may end in such
+            ones under a guarantee that holds, as post-processing of noisy sums; but so does a record whose gradient
+            got past the bound C, which finite noise cannot hide, and from the parameters nobody can tell which it was.
+    """
     if not config.privacy.enabled:
         return "none: privacy.enabled is false, this is the plain arm"
     if config.privacy.insecure_seed is not None:
         return "void: privacy.insecure_seed makes sampling and noise known to everyone"
+    if not finite:
+        return "void: parameters are not finite, and whether a single record made them so cannot be told"
     if config.privacy.allow_large_delta:
         return "holds, but privacy.allow_large_delta lets delta reach 1/N: a random record may be published outright"
     return "holds"

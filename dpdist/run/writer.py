@@ -121,13 +121,14 @@ class RunWriter:
         self.ledger.record_saved(step)
         self._recorder.committed(step)
 
-    def summary(self, *, step: int, ended: bool, params_sha256: str | None) -> dict[str, Any]:
+    def summary(self, *, step: int, ended: bool, params_sha256: str | None, finite: bool) -> dict[str, Any]:
         """The content of `summary.json` after `step` steps; see `Outcome`."""
         plan = self.ledger.plans[-1]
         outcome = Outcome(
             step=step,
             ended=ended,
             params_sha256=params_sha256,
+            finite=finite,
             accuracy=self._recorder.accuracy,
             epsilon_spent=self._recorder.epsilon(plan.start + self.ledger.charged_to(plan.incarnation)),
             charged_steps=self.ledger.charged_steps(),
@@ -146,7 +147,7 @@ class RunWriter:
 
     def write_failure(self, step: int) -> None:
         """Write a summary that says `failed`, after `step` steps."""
-        failed = self.summary(step=step, ended=False, params_sha256=None)
+        failed = self.summary(step=step, ended=False, params_sha256=None, finite=True)
         with contextlib.suppress(OSError):  # a full disk must not hide what it has led to
             self._run.write_summary(failed)
 
@@ -178,7 +179,7 @@ class SilentWriter:
     def has_accuracy(self, step: int) -> bool:
         _only_process_0()
 
-    def summary(self, *, step: int, ended: bool, params_sha256: str | None) -> dict[str, Any]:
+    def summary(self, *, step: int, ended: bool, params_sha256: str | None, finite: bool) -> dict[str, Any]:
         _only_process_0()
 
     def step_done(self, step: int, assignment: Assignment, diagnostics: Array, draw: Array | None) -> None:

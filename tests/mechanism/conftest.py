@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from dpdist.mechanism.clipping import clipped_grad_sum, plain_grad_sum
+from dpdist.mechanism.clipping import clipped_grad_sum
 from dpdist.mechanism.keys import Keys, Secret
 from dpdist.mechanism.sampling import Assignment, assign
 from dpdist.mechanism.step import (
@@ -25,6 +25,7 @@ from dpdist.mechanism.step import (
     initial_state,
     noisy_update,
 )
+from dpdist.program.plain_gradients import plain_grad_sum
 
 
 class Rig:

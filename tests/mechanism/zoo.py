@@ -84,6 +84,23 @@ def convolution(**how: Any) -> Case:
     return loss, params, images(*image)
 
 
+def group_counts() -> Case:
+    """One kernel, used on 2 channels as a whole and on 4 channels in two groups."""
+
+    def loss(params: Any, example: Any) -> Any:
+        convolve = partial(
+            lax.conv_general_dilated,
+            rhs=params["kernel"],
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        whole = convolve(example["x"][None, ..., :2], feature_group_count=1)
+        return jnp.sum(jnp.tanh(whole + convolve(example["x"][None], feature_group_count=2)) ** 2)
+
+    return loss, {"kernel": normal(9, 3, 2, 2, 6)}, images(5, 6, 4)
+
+
 def patches() -> Case:
     """Windows that tile the image, as in a vision transformer, over two rows of images at once."""
     params = {"kernel": normal(9, 2, 4, 3, 5)}
@@ -319,6 +336,7 @@ ZOO: dict[str, Callable[[], Case]] = {
     "depthwise, valid": partial(convolution, feature_group_count=2, padding="VALID", window_strides=(2, 1)),
     "transposed": partial(convolution, lhs_dilation=(2, 2), padding=((-1, 2), (1, 1))),
     "channels first": partial(convolution, numbers=("NCHW", "OIHW", "NHWC"), feature_group_count=2),
+    "two group counts": group_counts,
     "patches": patches,
     "scan": partial(scanned_layers, remat=False),
     "scan, remat, reversed": partial(scanned_layers, remat=True, reverse=True),

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpdist.mechanism.clipping import TWO_CORES, choose_strategies
-from dpdist.program.device_rates import device_rates
+from dpdist.mechanism.clipping import choose_strategies
+from dpdist.program.device_rates import TWO_CORES, device_rates, faster
 
 
 @pytest.mark.parametrize(
@@ -42,5 +42,5 @@ def test_an_h100_chooses_what_was_faster_on_one(length: int, m: int, n: int, str
     rates = device_rates("NVIDIA H100 80GB HBM3", "gpu")
     params = {"w": np.zeros((m, n), np.float32)}
     example = jax.ShapeDtypeStruct((length, m), np.float32)
-    (leaf,) = choose_strategies(lambda p, x: jnp.sum(jnp.tanh(x @ p["w"])), params, example, method="auto", rates=rates)
+    (leaf,) = choose_strategies(lambda p, x: jnp.sum(jnp.tanh(x @ p["w"])), params, example, prefer=faster(rates))
     assert leaf.strategy == strategy

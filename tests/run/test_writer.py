@@ -52,7 +52,7 @@ def test_no_other_process_answers_for_process_0() -> None:
         lambda: silent.ledger,
         lambda: silent.begin(None, None),
         lambda: silent.has_accuracy(1),
-        lambda: silent.summary(step=1, ended=True, params_sha256=None),
+        lambda: silent.summary(step=1, ended=True, params_sha256=None, finite=True),
     ):
         with pytest.raises(RuntimeError, match="only process 0"):
             ask()

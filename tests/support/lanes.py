@@ -27,6 +27,7 @@ LANES = {
     "tests/attacks": WAIT,
     "tests/attacks/test_accumulation.py": COMPUTE,
     "tests/attacks/test_threat_model.py": FAST,
+    "tests/attacks/test_mixing_primitives.py": COMPUTE,
     "tests/cluster": WAIT,
     "tests/cluster/test_environment.py": FAST,
     "tests/cluster/test_straggler.py": FAST,

@@ -1,8 +1,8 @@
 """Sums of clipped per-example gradients, for any JAX loss of one example.
 
 Reading order: `per_example` (the reference) and `weights`; then `graph`, `view`, `factors`, `norms`, `strategy` and
-`bookkeeping`, which compute the same sums without storing the gradient of every example. `diagnosis` explains which
-equation of a loss has no per-example gradient.
+`bookkeeping`, which compute the same sums without storing the gradient of every example. `separate` keeps one example
+from seeing another in all of them.
 """
 
 from __future__ import annotations
@@ -13,30 +13,26 @@ from typing import Any
 import jax
 
 from dpdist.mechanism.clipping.bookkeeping import bookkeeping_grad_sum
-from dpdist.mechanism.clipping.graph import UnsupportedLossError, trace
+from dpdist.mechanism.clipping.graph import trace
 from dpdist.mechanism.clipping.paths import matching, paths_of, trainable, with_frozen
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
-from dpdist.mechanism.clipping.plain import plain_grad_sum
-from dpdist.mechanism.clipping.strategy import DeviceRates, LeafStrategy, faster, smaller, strategies_of
+from dpdist.mechanism.clipping.separate import UnsupportedLossError
+from dpdist.mechanism.clipping.strategy import LeafStrategy, Preference, smaller, strategies_of
 
 #: f(params, batch, mask) -> (sums, norms); see `clipped_grad_sum`.
 GradSum = Callable[[Any, Any, Any], tuple[Any, Any]]
 METHODS = ("auto", "per_example", "ghost", "bookkeeping")
-#: Two CPU cores of 2024: the default where no rates are given.
-TWO_CORES = DeviceRates(flops_float64=4e10, bandwidth=1e10)
 
 __all__ = [
     "METHODS",
-    "TWO_CORES",
-    "DeviceRates",
     "GradSum",
     "LeafStrategy",
+    "Preference",
     "UnsupportedLossError",
     "choose_strategies",
     "clipped_grad_sum",
     "matching",
     "paths_of",
-    "plain_grad_sum",
     "trainable",
     "with_frozen",
 ]
@@ -47,7 +43,7 @@ def clipped_grad_sum(
     *,
     clip_norm: float,
     method: str = "auto",
-    rates: DeviceRates = TWO_CORES,
+    prefer: Preference = smaller,
     strategies: Mapping[str, str] | None = None,
     frozen: Collection[str] = frozenset(),
 ) -> GradSum:
@@ -59,8 +55,8 @@ def clipped_grad_sum(
         method: how the sum is computed; it is the same sum in all four. `per_example`: the reference, `vmap` of
             `grad`. `bookkeeping`: one forward and one backward pass; each parameter's gradient norm is computed by the
             strategy that needs less memory. `ghost`: the same with two forward and backward passes and less stored
-            in between. `auto`: as `bookkeeping`, with the strategy that is faster on `rates`.
-        rates: the device's rates, for `auto`.
+            in between. `auto`: as `bookkeeping`, with the strategy that `prefer` chooses.
+        prefer: chooses for `auto`, by memory unless given; `program.device_rates` has one that chooses by time.
         strategies: `ghost` or `instantiate` by parameter path (`layers/0/kernel`; `*` matches anything); overrides
             the method's choice. Not for `per_example`.
         frozen: paths of parameters that do not train; no norm and no gradient is computed for them.
@@ -74,9 +70,9 @@ def clipped_grad_sum(
     Raises:
         ValueError: clip_norm is out of range or the method unknown; when `f` is called, also if a strategy is unknown
             or a pattern matches no parameter.
-        UnsupportedLossError: when `f` is called or traced: the loss is not a scalar, a parameter is complex, or JAX
-            lacks a derivative that is needed; the message then names the equation, its source line and the parameters
-            whose gradient goes through it.
+        UnsupportedLossError: when `f` is called or traced: the loss is not a scalar, a parameter is complex, or an
+            operation could let one example see another; the message names that equation and its source line. Where
+            JAX lacks a derivative that is needed, its own error comes, which `program.diagnosis` explains.
     """
     if not 1e-6 <= clip_norm <= 1e6:  # beyond, squares of float32 gradients under- or overflow and C bounds nothing
         raise ValueError(f"clip_norm must be positive, between 1e-6 and 1e6, not {clip_norm!r}")
@@ -84,7 +80,7 @@ def clipped_grad_sum(
         raise ValueError(f"unknown clipping method {method!r}; there are {', '.join(METHODS)}")
     if method == "per_example":
         return per_example_grad_sum(loss_fn, clip_norm=clip_norm, frozen=frozen)
-    prefer = faster(rates) if method == "auto" else smaller
+    prefer = prefer if method == "auto" else smaller
     return bookkeeping_grad_sum(
         loss_fn,
         clip_norm=clip_norm,
@@ -100,7 +96,7 @@ def choose_strategies(
     example: Any,
     *,
     method: str = "auto",
-    rates: DeviceRates = TWO_CORES,
+    prefer: Preference = smaller,
     strategies: Mapping[str, str] | None = None,
     frozen: Collection[str] = frozenset(),
 ) -> list[LeafStrategy]:
@@ -114,7 +110,7 @@ def choose_strategies(
         ValueError: a strategy is unknown or a pattern matches no parameter.
         UnsupportedLossError: the loss is not a scalar, or a parameter that trains is complex.
     """
-    prefer = faster(rates) if method == "auto" else smaller
+    prefer = prefer if method == "auto" else smaller
     params, example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, example))
     chosen, _ = strategies_of(trace(loss_fn, params, example, frozen), params, prefer, strategies or {})
     return [leaf for leaf in chosen if leaf.path not in frozen]

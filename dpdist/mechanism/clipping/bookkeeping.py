@@ -8,7 +8,8 @@ respect to a parameter is computed only where that is the cheaper way to its nor
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,19 +17,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Float64
 
-from dpdist.mechanism.clipping.diagnosis import NoDerivativeError, deriving, unsupported
 from dpdist.mechanism.clipping.factors import Factors
 from dpdist.mechanism.clipping.graph import Graph, Use, trace
 from dpdist.mechanism.clipping.norms import Side, squared_norm
 from dpdist.mechanism.clipping.paths import trainable
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
+from dpdist.mechanism.clipping.separate import UnsupportedLossError, for_each
 from dpdist.mechanism.clipping.strategy import LeafStrategy, sides_swapped
-from dpdist.mechanism.clipping.weights import is_short, rounded_float32, weigh, weighted_sum
+from dpdist.mechanism.clipping.weights import is_short, norms_of, rounded_float32, squares, weigh, weighted_sum
 
 #: (graph, params) -> (the strategy of every leaf, the factors of every use); see `strategy.strategies_of`.
 ChooseStrategies = Callable[[Graph, Any], tuple[list[LeafStrategy], list[Factors | None]]]
+#: What JAX raises for a primitive without a derivative rule, for a wrong rule of the user's, and for a while loop.
+REFUSALS = (NotImplementedError, TypeError, ValueError)
+
+
+class NoDerivativeError(Exception):
+    """JAX could not differentiate; its own error is the `__cause__`."""
+
+
+@contextmanager
+def deriving() -> Iterator[None]:
+    """Turn JAX's errors into NoDerivativeError: wrap only JAX's differentiation of user code, so that our bugs show."""
+    try:
+        yield
+    except UnsupportedLossError:
+        raise
+    except REFUSALS as error:
+        raise NoDerivativeError(str(error)) from error
 
 
 def bookkeeping_grad_sum(
@@ -56,12 +74,11 @@ def bookkeeping_grad_sum(
         try:
             return passes(graph, strategies, factors, params, batch, mask)
         except NoDerivativeError as error:
-            if (named := unsupported(graph, params)) is not None:
-                raise named from error
-            # JAX can differentiate the loss itself, but not with shifts: they need one more derivative where an
-            # equation that is not inlined stops the gradient inside.
+            # JAX may be able to differentiate the loss itself, if not with shifts: they need one more derivative where
+            # an equation that is not inlined stops the gradient inside.
+            found = per_example_grad_sum(loss_fn, clip_norm=clip_norm, frozen=frozen)(params, batch, mask)
             warnings.warn(f"clipping falls back to the slower method per_example: {error}", stacklevel=1)
-            return per_example_grad_sum(loss_fn, clip_norm=clip_norm, frozen=frozen)(params, batch, mask)
+            return found
 
     def passes(
         graph: Graph,
@@ -74,7 +91,7 @@ def bookkeeping_grad_sum(
         """Return (sums, norms) by one pass, or by two if `two_passes`."""
         leaves, structure = jax.tree.flatten(params)
         first = _Pass(graph, strategies, factors, leaves, jax.tree.leaves(batch), mask.shape[0])
-        norms, bounds = first.norms()
+        exact, bounds = first.squares()
         scale, used = weigh(bounds, mask, clip_norm)
         second = first
         # What is rounded to a short format may differ by a unit in its last place between two passes that XLA compiles
@@ -85,7 +102,7 @@ def bookkeeping_grad_sum(
             never = jnp.isnan(scale).any()
             columns = [jnp.where(never, jnp.zeros_like(column), column) for column in jax.tree.leaves(batch)]
             second = _Pass(graph, strategies, factors, leaves, columns, mask.shape[0])
-        return trainable(jax.tree.unflatten(structure, second.weighted(scale, used)), frozen), norms
+        return trainable(jax.tree.unflatten(structure, second.weighted(scale, used)), frozen), norms_of(exact)
 
     return clipped_sum
 
@@ -133,7 +150,7 @@ class _Pass:
 
         #: For every use, the gradients at its outputs and its data operands by value number, with leading axis p.
         with deriving():
-            self._at_outputs, self._operands = jax.vmap(one_example, axis_size=examples)(*batch)
+            self._at_outputs, self._operands = for_each(one_example, examples, *batch)
         self._instantiated = self._instantiate()
 
     @property
@@ -141,22 +158,21 @@ class _Pass:
         """Whether a factor, or a gradient at an output, is in a format shorter than float32."""
         return any(is_short(leaf.dtype) for leaf in jax.tree.leaves((self._at_outputs, self._operands)))
 
-    def norms(self) -> tuple[Float32[Array, " p"], Float32[Array, " p"]]:
-        """Return (|g_i|, an upper bound on |g_i| that covers the rounding of the weighted sum), over all leaves."""
-        exact = bound = jnp.zeros((self._examples,), jnp.float32)
-        for instantiated in self._instantiated.values():
-            flat = instantiated.gradients.reshape(self._examples, -1)
-            square = jnp.sum(flat * flat, axis=1)
-            exact, bound = exact + square, bound + square
-        for leaf in self._strategies:
-            for group in leaf.groups if leaf.strategy == "ghost" else ():
-                square, terms = self._group_norm(group)
-                length = sum(self._factors[u].length for u in group if u in self._factors)
-                # The weighted sum is a float32 product, rounded differently from the norm: over n terms its error is
-                # at most n 2^-24 times the sum of their magnitudes (Higham 2002, section 3.5).
-                rounding = (length + 2) * 2.0**-24 * terms
+    def squares(self) -> tuple[Float64[Array, " p"], Float64[Array, " p"]]:
+        """Return |g_i|^2 over all leaves, and an upper bound that covers the rounding of the weighted sum."""
+        ghosts = [group for leaf in self._strategies if leaf.strategy == "ghost" for group in leaf.groups]
+        found = [self._group_norm(group) for group in ghosts]
+        with jax.enable_x64(True):
+            exact = sum((squares(each.gradients) for each in self._instantiated.values()), jnp.zeros(self._examples))
+            bound = exact
+            for group, (square, terms) in zip(ghosts, found, strict=True):
+                # The weighted sum is a float32 product, rounded differently from the norm: over n terms, two more for
+                # the weight and the sum of uses, its error is at most n u / (1 - n u) times the sum of their
+                # magnitudes, with u = 2^-24 (Higham 2002, section 3.5).
+                lost = 2.0**-24 * (sum(self._factors[u].length for u in group if u in self._factors) + 2)
+                rounding = lost / (1 - lost) * terms
                 exact, bound = exact + square, bound + jnp.square(jnp.sqrt(square) + rounding)
-        return jnp.sqrt(exact), jnp.sqrt(bound)
+            return exact, bound
 
     def weighted(self, scale: Float32[Array, " p"], used: Bool[Array, " p"]) -> list[Float32[Array, "..."]]:
         """Return, for every leaf, sum_i scale[i] g_i over the examples with used[i]."""
@@ -191,7 +207,7 @@ class _Pass:
         left = jax.vmap(factors.left)(rounded_float32(self._operands[u][factors.operand]))
         return left, jax.vmap(factors.right)(rounded_float32(self._at_outputs[u][0]))
 
-    def _group_norm(self, group: Sequence[int]) -> tuple[Float32[Array, " p"], Float32[Array, " p"]]:
+    def _group_norm(self, group: Sequence[int]) -> tuple[Float64[Array, " p"], Float64[Array, " p"]]:
         """Return `squared_norm` of the summed gradients of all uses in a group."""
         used = [self._factors[u] for u in group if u in self._factors]
 
@@ -250,7 +266,7 @@ class _Pass:
             return list(jax.vjp(outputs, *mine)[1](list(at_outputs)))
 
         with deriving():
-            found = jax.vmap(one_example, axis_size=self._examples)(self._operands[u], self._at_outputs[u])
+            found = for_each(one_example, self._examples, self._operands[u], self._at_outputs[u])
         gradients: dict[int, Array] = {}
         for position, gradient in zip(use.operands, found, strict=True):
             number = node.inputs[position]  # one value may be several operands of the same node
@@ -274,7 +290,8 @@ class _Pass:
         with deriving():
             _, back = jax.vjp(derived, *(self._leaves[n] for n in reached))
             # Rounded while still short: back at a float32 leaf, the cast to it would be half of a pair that XLA drops.
-            found = jax.vmap(back)([rounded_float32(x).astype(x.dtype) for x in map(pending.__getitem__, numbers)])
+            short = [rounded_float32(pending[number]).astype(pending[number].dtype) for number in numbers]
+            found = for_each(back, self._examples, short)
         return {n: rounded_float32(gradient) for n, gradient in zip(reached, found, strict=True)}
 
 

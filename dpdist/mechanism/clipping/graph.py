@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src import source_info_util  # JAX has no public name for an equation's source line
+from jax._src import source_info_util  # JAX has no public name for the context of an equation's source line
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from dpdist.mechanism.clipping.paths import paths_of
+from dpdist.mechanism.clipping.separate import UnsupportedLossError, naming_axes, require_separate, source_of
 from dpdist.mechanism.clipping.view import View, whole
 
 #: Primitives that only call another jaxpr, and the equation parameter that holds it.
@@ -28,10 +29,6 @@ _BODIES = {**_CALLS, "cond": "branches", "scan": "jaxpr"}
 FLAT = frozenset({"stop_gradient", "sign", "floor", "ceil", "round"})
 #: The longest scan that is unrolled; a longer one stays one equation, and its parameters' gradients are instantiated.
 LONGEST_UNROLLED = 48
-
-
-class UnsupportedLossError(ValueError):
-    """This loss has no per-example gradients; the message names the equation, the parameters and the source line."""
 
 
 @dataclass(frozen=True)
@@ -165,15 +162,18 @@ def trace(
         frozen: paths of parameters that do not train; they count as constants.
 
     Raises:
-        UnsupportedLossError: the loss is not a floating-point scalar, or a parameter that trains is complex.
+        UnsupportedLossError: the loss is not a floating-point scalar, a parameter that trains is complex, or one
+            example could see another.
     """
     refuse_complex(params, frozen)
-    found = jax.tree.leaves(jax.eval_shape(loss_fn, params, example))
+    with naming_axes():
+        found = jax.tree.leaves(jax.eval_shape(loss_fn, params, example))
     if len(found) != 1 or found[0].shape != () or not jnp.issubdtype(found[0].dtype, jnp.floating):
         raise UnsupportedLossError(f"the loss of one example must be a floating-point scalar, not {found}")
     zero = jax.ShapeDtypeStruct((), found[0].dtype)
     # The zero counts as data. So even a loss, or a term of it, that depends on the parameters alone has a use.
     closed = jax.make_jaxpr(lambda params, example, zero: loss_fn(params, example) + zero)(params, example, zero)
+    require_separate(closed.jaxpr)
     return _Tracer().run(closed, [path not in frozen for path in paths_of(params)])
 
 
@@ -238,7 +238,7 @@ class _Tracer:
             if name == "scan" and any(v.data for v in values) and equation.params["length"] <= LONGEST_UNROLLED:
                 return self.unroll(equation, inputs)
         return self.node(
-            name, _bind(equation), inputs, [v.aval for v in equation.outvars], equation.params, _source(equation)
+            name, _bind(equation), inputs, [v.aval for v in equation.outvars], equation.params, source_of(equation)
         )
 
     def node(
@@ -278,7 +278,7 @@ class _Tracer:
 
     def unroll(self, equation: JaxprEqn, inputs: list[int]) -> list[int]:
         """Add a scan step by step, so that each step's slice of a stacked parameter is a view of it."""
-        source, steps = _source(equation), range(equation.params["length"])
+        source, steps = source_of(equation), range(equation.params["length"])
         jaxpr, constants = _inner(equation.params["jaxpr"])
         # A carry has the same shape inside and outside the scan; a scanned input has one axis less inside. We count
         # them by that because JAX releases store the counts differently.
@@ -352,7 +352,3 @@ def _bind(equation: JaxprEqn) -> Callable[..., Sequence[Any]]:
         return results if equation.primitive.multiple_results else [results]
 
     return call
-
-
-def _source(equation: JaxprEqn) -> str:
-    return source_info_util.summarize(equation.source_info)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float64
 
 #: Rows are split into this many blocks. The term (t, s) equals (s, t), so each off-diagonal pair is computed once.
 _BLOCKS = 4
@@ -42,26 +42,27 @@ class Side(NamedTuple):
         """Return rows [start, stop)."""
         return Side(self.rows[start:stop] if self.one_hot else self.rows[:, start:stop], self.one_hot)
 
-    def row_norms(self) -> Float32[Array, "groups t"]:
-        """Return the L2 norm of every row."""
+    def row_norms(self) -> Float64[Array, "groups t"]:
+        """Return the L2 norm of every row, in float64."""
         if self.one_hot:
-            return (self.rows >= 0)[None].astype(jnp.float32)
-        return jnp.sqrt(jnp.sum(jnp.square(self.rows.astype(jnp.float32)), axis=-1))
+            return (self.rows >= 0)[None].astype(jnp.float64)
+        return jnp.sqrt(jnp.sum(jnp.square(self.rows.astype(jnp.float64)), axis=-1))
 
 
-def squared_norm(products: Sequence[tuple[Side, Side]]) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+def squared_norm(products: Sequence[tuple[Side, Side]]) -> tuple[Float64[Array, ""], Float64[Array, ""]]:
     """Return the squared norm of the sum of `left^T right` over all products, and the sum of |left_t| |right_t|.
 
-    The first is an upper bound up to the last bit of float32. The second bounds the magnitude of the summed terms.
+    Both are float64. The first is an upper bound up to its last bits. The second bounds the magnitude of the summed
+    terms.
     """
     products = _merged(products)
-    terms = sum((jnp.sum(left.row_norms() * right.row_norms()) for left, right in products), jnp.float32(0))
     rows = sum(left.length for left, _ in products) + sum(left.width + right.width for left, right in products)
     with jax.enable_x64(True):
+        terms = sum((jnp.sum(left.row_norms() * right.row_norms()) for left, right in products), jnp.float64(0))
         total = sum((_pair(a, b, off_diagonal) for a, b, off_diagonal in _pairs(products)), jnp.float64(0))
         # n successive operations err by at most n 2^-53 times the sum of magnitudes (Higham 2002, section 3.1).
-        error = 2.0**-53 * 2 * (rows + 4) * jnp.square(terms.astype(jnp.float64))
-        return (jnp.maximum(total, 0) + error).astype(jnp.float32), terms
+        error = 2.0**-53 * 2 * (rows + 4) * jnp.square(terms)
+        return jnp.maximum(total, 0) + error, terms
 
 
 def _merged(products: Sequence[tuple[Side, Side]]) -> list[tuple[Side, Side]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from dpdist.mechanism.clipping.diagnosis import naming_the_fault
 from dpdist.mechanism.clipping.graph import refuse_complex
 from dpdist.mechanism.clipping.paths import trainable, with_frozen
-from dpdist.mechanism.clipping.weights import rounded_float32, weigh, weighted_sum
+from dpdist.mechanism.clipping.separate import for_each
+from dpdist.mechanism.clipping.weights import norms_of, rounded_float32, squares, weigh, weighted_sum
 
 
 def per_example_grad_sum(
@@ -26,12 +27,11 @@ def per_example_grad_sum(
             return loss_fn(with_frozen(training, params), example)
 
         refuse_complex(params, frozen)
-        with naming_the_fault(loss_fn, params, batch, frozen):
-            grads = jax.vmap(jax.grad(loss), in_axes=(None, 0))(trainable(params, frozen), batch)
+        grads = for_each(partial(jax.grad(loss), trainable(params, frozen)), mask.shape[0], batch)
         grads = jax.tree.map(rounded_float32, grads)
-        flat = [g.reshape(g.shape[0], -1) for g in jax.tree.leaves(grads)]
-        norms = jnp.sqrt(sum((jnp.sum(g * g, axis=1) for g in flat), jnp.zeros(mask.shape)))
-        scale, used = weigh(norms, mask, clip_norm)
-        return jax.tree.map(lambda g: weighted_sum(scale, used, g), grads), norms
+        with jax.enable_x64(True):
+            total = sum(map(squares, jax.tree.leaves(grads)), jnp.zeros(mask.shape))
+        scale, used = weigh(total, mask, clip_norm)
+        return jax.tree.map(lambda g: weighted_sum(scale, used, g), grads), norms_of(total)
 
     return clipped_sum

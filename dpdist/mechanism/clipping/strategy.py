@@ -2,7 +2,7 @@
 
 Both are exact. `ghost` costs up to 2 t^2 (m + n) operations for a gradient [m, n] over t positions and stores nothing.
 `instantiate` costs no operation beyond those of plain training, but writes the gradient of every example to memory and
-reads it twice. Which is faster depends on the device: see `DeviceRates`.
+reads it twice. Which is faster depends on the device: see `program.device_rates`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,6 @@ from dpdist.mechanism.clipping.view import disjoint
 
 Strategy = Literal["ghost", "instantiate"]
 STRATEGIES: tuple[Strategy, ...] = ("ghost", "instantiate")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceRates:
-    """Peak rates of a device; the choice of strategy depends only on their ratio."""
-
-    #: Floating-point operations per second in a float64 matrix product.
-    flops_float64: float
-    #: Bytes per second read from or written to the device's memory.
-    bandwidth: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,28 +43,9 @@ Preference = Callable[[Sequence[Sequence[Factors]]], tuple[Strategy, dict[str, f
 
 def smaller(groups: Sequence[Sequence[Factors]]) -> tuple[Strategy, dict[str, float]]:
     """Prefer the strategy with less memory, 2 t^2 or m n numbers (Bu et al. 2022, arXiv 2205.10683, section 4)."""
-    ghost = sum(2 * _length(group) ** 2 * group[0].groups for group in groups)
-    gradient = sum(_size(group[0]) for group in groups)
+    ghost = sum(2 * length_of(group) ** 2 * group[0].groups for group in groups)
+    gradient = sum(size_of(group[0]) for group in groups)
     return ("ghost" if ghost < gradient else "instantiate"), {}
-
-
-def faster(rates: DeviceRates) -> Preference:
-    """Prefer the strategy that takes less time on `rates`: operations and bytes, each divided by its rate, added up."""
-
-    def prefer(groups: Sequence[Sequence[Factors]]) -> tuple[Strategy, dict[str, float]]:
-        ghost = instantiate = 0.0
-        for group in groups:
-            t, f = _length(group), group[0]
-            wide = (0 if f.one_hot else f.m) + f.n
-            inner = t * (t + 1) * wide * f.groups
-            # Both factors are converted to float64, and the two [t, t] products are written and read.
-            moved = 12 * t * wide * f.groups + 32 * t * t * f.groups
-            ghost += inner / rates.flops_float64 + moved / rates.bandwidth
-            # The product that `instantiate` computes is not counted: `ghost` computes it too, for the weighted sum.
-            instantiate += 12 * _size(f) / rates.bandwidth
-        return ("ghost" if ghost < instantiate else "instantiate"), {"ghost": ghost, "instantiate": instantiate}
-
-    return prefer
 
 
 def strategies_of(
@@ -141,9 +112,12 @@ def _groups(
 
 
 def sides_swapped(first: Factors, other: Factors) -> bool | None:
-    """Return whether swapping left and right makes `other` a product like `first`; None if neither order does."""
+    """Return whether swapping left and right makes `other` a product like `first`; None if neither order does.
+
+    A convolution's groups are a division of its features, so equal axes do not make their numbers equal.
+    """
     a, b = _axes(first), _axes(other)
-    if a is None or b is None or a[2] != b[2]:
+    if a is None or b is None or a[2] != b[2] or first.groups != other.groups:
         return None
     if (a[0], a[1]) == (b[0], b[1]):
         return False
@@ -169,9 +143,11 @@ def _axes(factors: Factors) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int
     return left, right, groups
 
 
-def _length(group: Sequence[Factors]) -> int:
+def length_of(group: Sequence[Factors]) -> int:
+    """Return the number of positions t of a group's uses together."""
     return sum(factors.length for factors in group)
 
 
-def _size(factors: Factors) -> int:
+def size_of(factors: Factors) -> int:
+    """Return the number of entries of the gradient of one use."""
     return factors.groups * factors.m * factors.n

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Float64
 
-# Norms are increased by this fraction before clipping, so that the float32 rounding of the norm (XLA sums in blocks,
-# so its relative error stays near 1e-6 even for 1e8 parameters) and of the product cannot make an example contribute
-# more than C.
-NORM_MARGIN = 8e-6
+#: Norms are increased by this fraction before clipping, so that no rounding makes an example add more than C. With
+#: u = 2^-24 and v = 2^-53, and whatever the order of summation, to first order and relative to the norm:
+#: * a square of float32 is exact in float64, and a sum of n of them errs by n v, its root by n v / 2 (Higham 2002,
+#:   section 4.2): 2^-20 for n = 2^34 entries of all parameters together, the most that this margin is for;
+#: * the root, the product with 1 + NORM_MARGIN and the division, in float64: 2 v each;
+#: * the weight's conversion to float32: u;
+#: * its product with each entry of the gradient: u, and what is added for other examples is exactly 0. Below 2^-126 the
+#:   error is absolute instead, at most 2^-149 an entry: of 2^34 entries 2^-132, against C >= 2^-20.
+#: That is 2^-20 + 2^-23 + 2^-50 in all, so 2^-19 leaves almost half of it for products that lose more than u.
+NORM_MARGIN = 2.0**-19
 
 
 def rounded_float32(x: Array) -> Array:
@@ -33,16 +40,29 @@ def is_short(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).bits < 32
 
 
-def weigh(
-    norms: Float32[Array, " p"], mask: Float[Array | np.ndarray, " p"], clip_norm: float
-) -> tuple[Float32[Array, " p"], Bool[Array, " p"]]:
-    """Return every example's weight min(1, C / norm) and whether it is used; an unused one has weight 0.
+def squares(gradients: Float[Array, "p ..."]) -> Float64[Array, " p"]:
+    """Return every example's squared norm in float64: XLA converts within the sum and stores no copy."""
+    with jax.enable_x64(True):
+        return jnp.sum(jnp.square(gradients.reshape(gradients.shape[0], -1).astype(jnp.float64)), axis=1)
 
-    An example is used if it is not masked and its norm is finite. A gradient whose square overflows has an infinite
-    norm, so it is dropped rather than left unbounded.
+
+def norms_of(squares: Float64[Array, " p"]) -> Float32[Array, " p"]:
+    """Return the root of float64 squares, infinite where they are beyond float32."""
+    return jnp.sqrt(squares.astype(jnp.float32))
+
+
+def weigh(
+    squares: Float64[Array, " p"], mask: Float[Array | np.ndarray, " p"], clip_norm: float
+) -> tuple[Float32[Array, " p"], Bool[Array, " p"]]:
+    """Return every example's weight min(1, C / norm), given float64 squares of norms, and whether it is used.
+
+    An example is used if it is not masked and its norm is finite; an unused one has weight 0. A gradient whose square
+    is beyond float32 has an infinite norm, so it is dropped: its weight would be too small to be exact.
     """
-    used = jnp.asarray(mask > 0) & jnp.isfinite(norms)
-    scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norms * (1 + NORM_MARGIN), clip_norm * 1e-6))
+    used = jnp.asarray(mask > 0) & jnp.isfinite(norms_of(squares))
+    with jax.enable_x64(True):
+        bounds = jnp.maximum(jnp.sqrt(squares) * (1 + NORM_MARGIN), clip_norm * 1e-6)
+        scale = jnp.minimum(1.0, clip_norm / bounds).astype(jnp.float32)
     return jnp.where(used, scale, 0.0), used
 
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from dpdist.mechanism.clipping.diagnosis import naming_the_fault
 from dpdist.mechanism.clipping.graph import refuse_complex
 from dpdist.mechanism.clipping.paths import trainable, with_frozen
 
@@ -23,7 +22,7 @@ def plain_grad_sum(
     It runs one backward pass over the masked sum of losses. Shapes are those of `clipped_grad_sum`.
 
     Raises:
-        UnsupportedLossError: when `f` is called or traced, as for `clipped_grad_sum`.
+        UnsupportedLossError: when `f` is called or traced: a parameter that trains is complex.
     """
 
     def grad_sum(params: Any, batch: Any, mask: Float[Array | np.ndarray, " p"]) -> tuple[Any, Float32[Array, " p"]]:
@@ -37,8 +36,7 @@ def plain_grad_sum(
             losses = jax.vmap(loss_fn, in_axes=(None, 0))(with_frozen(training, params), real)
             return jnp.sum(jnp.where(used, losses, 0.0))
 
-        with naming_the_fault(loss_fn, params, batch, frozen):
-            gradient = jax.grad(total)(trainable(params, frozen))
+        gradient = jax.grad(total)(trainable(params, frozen))
         sums = jax.tree.map(lambda g: jnp.where(used.any(), g, 0).astype(jnp.float32), gradient)
         return sums, jnp.zeros(mask.shape, jnp.float32)
 

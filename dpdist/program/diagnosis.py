@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpdist.mechanism.clipping.graph import FLAT, Graph, Node, UnsupportedLossError, bodies, trace
+from dpdist.mechanism.clipping.bookkeeping import REFUSALS
+from dpdist.mechanism.clipping.graph import FLAT, Graph, Node, bodies, trace
 from dpdist.mechanism.clipping.paths import paths_of
+from dpdist.mechanism.clipping.separate import UnsupportedLossError
 
-#: What JAX raises for a primitive without a derivative rule, for a wrong rule of the user's, and for a while loop.
-_REFUSALS = (NotImplementedError, TypeError, ValueError)
 _REMEDY = "jax.custom_vjp to give it the rule that is missing"
 _REMEDIES = {
     "while": "lax.scan, or lax.fori_loop with a trip count known when it is traced",
@@ -27,37 +27,20 @@ _REMEDIES = {
 _SHOWN = 8  # parameter paths listed in a message
 
 
-class NoDerivativeError(Exception):
-    """JAX could not differentiate; its own error is the `__cause__`."""
-
-
-@contextmanager
-def deriving() -> Iterator[None]:
-    """Turn JAX's errors into NoDerivativeError.
-
-    Wrap only JAX's differentiation of user code, so that our own bugs are not reported as unsupported losses.
-
-    Raises:
-        NoDerivativeError: JAX could not differentiate.
-    """
-    try:
-        yield
-    except _REFUSALS as error:
-        raise NoDerivativeError(str(error)) from error
-
-
 @contextmanager
 def naming_the_fault(
     loss_fn: Callable[[Any, Any], Any], params: Any, batch: Any, frozen: Collection[str]
 ) -> Iterator[None]:
-    """Wrap JAX's differentiation of `loss_fn` over a `batch`, to name the equation that fails.
+    """Wrap a gradient sum of `loss_fn` over a `batch`, or the tracing of one, to name the equation that fails.
 
     Raises:
         UnsupportedLossError: instead of JAX's error, if the equation at fault is found.
     """
     try:
         yield
-    except _REFUSALS as error:
+    except UnsupportedLossError:
+        raise
+    except REFUSALS as error:
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
         if (named := unsupported(trace(loss_fn, params, example, frozen), params)) is not None:
             raise named from error
@@ -149,6 +132,6 @@ def _refusal(
     shapes = {i: jax.ShapeDtypeStruct(two[axis] + graph.aval(i).shape, graph.aval(i).dtype) for i, axis in axes.items()}
     try:
         jax.eval_shape(jax.vmap(gradients, in_axes=(axes,)), shapes)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         return error
     return None

@@ -1,0 +1,49 @@
+"""Test the compiled programs of a run before its first step: `mechanism.self_test`, on a device of this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpdist.errors import InputError
+from dpdist.mechanism import self_test
+from dpdist.mechanism.step import Microbatch, StepPrograms
+
+
+def require_guards(
+    programs: StepPrograms,
+    params: Any,
+    example: dict[str, jax.ShapeDtypeStruct],
+    batch_sizes: Collection[int],
+    *,
+    clip_norm: float,
+    grid: float,
+) -> None:
+    """Check that the programs bound what one example adds, as compiled: a flag may tell XLA to drop what does.
+
+    Raises:
+        InputError: they do not.
+    """
+
+    position, device = next(iter(programs.local.items()))
+    key = jax.device_put(np.zeros(2, np.uint32), device)
+
+    def accumulate(params: Any, batch: dict[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
+        microbatch = jax.device_put(Microbatch(batch, mask, np.zeros(len(mask), np.int32)), device)
+        zeros = programs.slices(programs.zero_sums())[position]
+        sums = programs.accumulate(position, jax.device_put(params, device), zeros, microbatch, key)
+        return np.asarray(sums)[: programs.parameters] * grid
+
+    try:
+        self_test.check(accumulate, params, example, batch_sizes, clip_norm=clip_norm)
+    except self_test.BrokenGuardError as error:
+        raise InputError(
+            "XLA_FLAGS",
+            os.environ.get("XLA_FLAGS", ""),
+            f"{error}, so as compiled here nothing bounds one record; take out what lets XLA ignore NaNs and "
+            "infinities, such as --xla_cpu_enable_fast_math.",
+        ) from None

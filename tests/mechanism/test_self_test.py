@@ -1,0 +1,113 @@
+"""The self-test refuses programs whose guards a compiler has deleted, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_clipping import case, flat
+from zoo import ZOO
+
+from dpdist.mechanism import self_test
+from dpdist.mechanism.clipping import METHODS, clipped_grad_sum
+from dpdist.mechanism.self_test import BrokenGuardError
+
+CLIP_NORM = 0.3
+#: XLA may take out comparisons with NaN and infinity.
+FAST = {"xla_cpu_enable_fast_math": True} | dict.fromkeys(
+    ("xla_cpu_fast_math_honor_nans", "xla_cpu_fast_math_honor_infs"), False
+)
+GradSum = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+def compiled(grad_sum: GradSum, options: dict[str, Any]) -> self_test.Accumulate:
+    """Runs each shape as a program compiled with XLA's `options`."""
+    programs: dict[int, Any] = {}
+
+    def accumulate(params: Any, batch: dict[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
+        if len(mask) not in programs:
+            lowered = jax.jit(grad_sum).lower(params, batch, mask)
+            programs[len(mask)] = lowered.compile(compiler_options=options)
+        return flat(programs[len(mask)](params, batch, mask)[0])
+
+    return accumulate
+
+
+def check(name: str, sum_of: Callable[[Any], GradSum], options: dict[str, Any], *sizes: int) -> None:
+    loss_fn, params, batch = case(name) if name in ("mlp", "plain") else ZOO[name]()
+    example = {column: jax.ShapeDtypeStruct(values.shape[1:], values.dtype) for column, values in batch.items()}
+    self_test.check(compiled(sum_of(loss_fn), options), params, example, sizes, clip_norm=CLIP_NORM)
+
+
+def by(method: str) -> Callable[[Any], GradSum]:
+    return lambda loss_fn: clipped_grad_sum(loss_fn, clip_norm=CLIP_NORM, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["mlp", "tied embeddings", "odd corners", "slices", "own derivatives"])
+def test_programs_as_xla_compiles_them_pass(name: str, method: str) -> None:
+    check(name, by(method), {}, 1, 2, 3, 8)
+
+
+@pytest.mark.parametrize("method", ["per_example", "bookkeeping"])
+@pytest.mark.parametrize("name", ["mlp", "tied embeddings"])
+def test_programs_that_honour_no_nans_are_refused(name: str, method: str) -> None:
+    """Of images, and of tokens, which hold no NaN."""
+    with pytest.raises(BrokenGuardError, match="moved the sum of 8 rows by nan C"):
+        check(name, by(method), FAST, 8)
+
+
+def broken(weight: Callable[..., Any], keep: Callable[..., Any]) -> Callable[[Any], GradSum]:
+    """`per_example` with guards of its own."""
+
+    def sum_of(loss_fn: Any) -> GradSum:
+        def grad_sum(params: Any, batch: Any, mask: Any) -> tuple[Any, Any]:
+            grads = jax.vmap(jax.grad(loss_fn), (None, 0))(params, batch)
+            norms = jnp.sqrt(sum(jnp.sum(g.reshape(len(mask), -1) ** 2, axis=1) for g in jax.tree.leaves(grads)))
+            used, scale = keep(mask, norms), weight(norms)
+
+            def total(g: Any) -> Any:
+                at = (len(mask),) + (1,) * (g.ndim - 1)
+                return jnp.sum(jnp.where(used.reshape(at), g * scale.reshape(at), 0), axis=0)
+
+            return jax.tree.map(total, grads), norms
+
+        return grad_sum
+
+    return sum_of
+
+
+def clip(norms: Any) -> Any:
+    return jnp.minimum(1, CLIP_NORM * (1 - 1e-5) / norms)
+
+
+def guard(mask: Any, norms: Any) -> Any:
+    return (mask > 0) & jnp.isfinite(norms)
+
+
+def real(mask: Any, norms: Any) -> Any:
+    return mask > 0
+
+
+BROKEN = {
+    "no clipping": (jnp.ones_like, guard, "moved"),
+    "clipping to 1.01 C": (lambda norms: 1.01 * clip(norms), guard, "moved"),
+    "no mask": (clip, lambda mask, norms: jnp.isfinite(norms), "padding of"),
+    "no look at NaNs": (clip, real, "NaN"),
+    "neighbours dropped": (clip, lambda mask, norms: guard(mask, norms) & jnp.all(norms < 1e9), "moved"),
+}
+
+
+def test_guards_written_otherwise_pass() -> None:
+    check("mlp", broken(clip, guard), {}, 1, 2, 3, 8)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_every_guard_that_is_missing_is_noticed(name: str) -> None:
+    weight, keep, what = BROKEN[name]
+    with pytest.raises(BrokenGuardError, match=what):
+        check("mlp", broken(weight, keep), {}, 8)
