@@ -98,7 +98,11 @@ BROKEN = {
     "clipping to 1.01 C": (lambda norms: 1.01 * clip(norms), guard, "moved"),
     "no mask": (clip, lambda mask, norms: jnp.isfinite(norms), "padding of"),
     "no look at NaNs": (clip, real, "NaN"),
-    "neighbours dropped": (clip, lambda mask, norms: guard(mask, norms) & jnp.all(norms < 1e9), "moved"),
+    "neighbours dropped": (
+        clip,
+        lambda mask, norms: guard(mask, norms) & jnp.all((norms < 1e9) | (mask <= 0)),
+        "rows of",
+    ),
 }
 
 
