@@ -45,6 +45,12 @@ class PrivacyTerms:
     #: The Renyi order at which changes of the plan are charged: chosen with the first plan, and kept.
     renyi_order: int
 
+    def __post_init__(self) -> None:
+        if self.target_epsilon is not None and self.epsilon > self.target_epsilon:
+            raise ValueError(
+                f"epsilon {self.epsilon:.6g} is above its target {self.target_epsilon:g}: no such plan may be"
+            )
+
 
 _TERMS = tuple(term.name for term in fields(PrivacyTerms))
 
