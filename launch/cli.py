@@ -287,9 +287,10 @@ def _epsilon(options: argparse.Namespace) -> int:
 
 def _calibrate(options: argparse.Namespace) -> int:
     from dpdist.mechanism import accounting
+    from dpdist.run import calibration
 
     sigma = _privacy_answer(
-        lambda: accounting.calibrate(
+        lambda: calibration.calibrate(
             target_epsilon=options.target_epsilon,
             sampling_probability=options.sampling_probability,
             steps=options.steps,

@@ -105,9 +105,12 @@ class Privacy(Section):
     #: Noise standard deviation over the clipping norm. With `target_epsilon` too, training stops at it.
     noise_multiplier: Annotated[
         float | None,
-        Positive(
-            "give a positive, finite number, or target_epsilon to have it calibrated; for training without noise set "
-            "privacy.enabled=false."
+        Between(
+            1e-3,
+            1e6,
+            "both",
+            "give a positive number from 0.001 to 1e6, or target_epsilon to have it calibrated; for training without "
+            "noise set privacy.enabled=false.",
         ),
     ] = None
     #: Largest L2 norm an example's gradient keeps.

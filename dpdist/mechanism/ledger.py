@@ -209,7 +209,8 @@ class Ledger:
         """Write the plan of a new incarnation, before its first step; nothing to do where it is written already.
 
         Raises:
-            LedgerError: the file holds another plan under that number, or another incarnation has that nonce.
+            LedgerError: the file holds another plan under that number, another incarnation has that nonce, or the plan
+                costs more than its own target.
         """
         if self.plan == plan:
             return
@@ -217,6 +218,9 @@ class Ledger:
             raise LedgerError(f"{self.path} already holds another plan, for {len(self.plans)} incarnation(s)")
         if any(earlier.nonce == plan.nonce for earlier in self.plans):
             raise LedgerError(f"{self.path}: two incarnations must not share a nonce, or they would share their noise")
+        terms = plan.privacy
+        if terms is not None and terms.target_epsilon is not None and terms.epsilon > terms.target_epsilon:
+            raise LedgerError(f"a plan of epsilon {terms.epsilon:.6g} is above its target {terms.target_epsilon:g}")
         self._append({"record": "plan"} | plan.to_record(), stamp=True)
         self._add(plan, {})
 

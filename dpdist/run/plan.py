@@ -15,6 +15,7 @@ from dpdist.mechanism import accounting, composition
 from dpdist.mechanism.composition import ADAPTIVE, Phase, charged_phases, phase_of, total_cost
 from dpdist.mechanism.grid import choose_grid
 from dpdist.mechanism.ledger import Ledger, Plan, PrivacyTerms
+from dpdist.run import calibration
 
 
 def plan_run(config: Config, *, dataset_size: int, coordinates: int, nonce: bytes, environment: str) -> Plan:
@@ -74,7 +75,7 @@ def spending(ledger: Ledger) -> Callable[[int], float] | None:
             total,
             composition.adaptive_epsilon([*before, phase_of(plan, steps)], order=first_terms.renyi_order, delta=delta),
         )
-    curve = accounting.EpsilonCurve(
+    curve = calibration.EpsilonCurve(
         sampling_probability=first.sampling_probability,
         noise_multiplier=first_terms.noise_multiplier,
         steps=first.steps,
@@ -99,6 +100,8 @@ def _plain_plan(config: Config, *, dataset_size: int, coordinates: int, nonce: b
     steps = config.training.steps or round((config.training.epochs or 0) / q)
     if steps < 1:
         raise InputError("training.epochs", config.training.epochs, f"makes no whole step at q = {q:.3g}; give more.")
+    if steps > accounting.MOST_STEPS:
+        raise InputError("training.steps", steps, f"give at most {accounting.MOST_STEPS:.0e}.")
     privacy = config.privacy
     delta = privacy.delta if privacy.enabled and not privacy.allow_large_delta else None
     if delta is not None and delta >= 1 / dataset_size:
@@ -130,11 +133,11 @@ def _with_privacy(plan: Plan, config: Config) -> Plan:
     if sigma is None:
         target = _required("target_epsilon", target)
         try:
-            sigma = accounting.calibrate(target_epsilon=target, sampling_probability=q, steps=steps, delta=delta)
-        except accounting.UnreachableBudgetError as error:
+            sigma = calibration.calibrate(target_epsilon=target, sampling_probability=q, steps=steps, delta=delta)
+        except calibration.UnreachableBudgetError as error:
             raise _unreachable(target, error) from None
     elif target is not None:
-        steps = accounting.affordable_steps(
+        steps = calibration.affordable_steps(
             target_epsilon=target, sampling_probability=q, noise_multiplier=sigma, steps=steps, delta=delta
         )
         if steps == 0:
@@ -144,7 +147,7 @@ def _with_privacy(plan: Plan, config: Config) -> Plan:
                 f"cannot be reached: not even one step with noise_multiplier = {sigma} fits; raise either.",
             )
     spent = accounting.epsilon(sampling_probability=q, noise_multiplier=sigma, steps=steps, delta=delta)
-    order = composition.best_order(Phase(q, sigma, steps), delta)
+    order = calibration.best_order(Phase(q, sigma, steps), delta)
     return dataclasses.replace(plan, steps=steps, privacy=_terms(plan, config, sigma, spent, order))
 
 
@@ -156,10 +159,11 @@ def _paying_for_the_past(plan: Plan, config: Config, ledger: Ledger) -> Plan:
     wanted = plan.steps_asked - plan.start
     further = Phase(plan.sampling_probability, sigma, wanted)
     if target is not None:
-        affordable = composition.affordable_further_steps(
+        affordable = calibration.affordable_further_steps(
             before, further, target_epsilon=target, order=terms.renyi_order, delta=terms.delta
         )
-        if terms.epsilon <= target and further.alike(phase_of(first, first.steps)):
+        planned = phase_of(first, first.steps)
+        if further.alike(planned) and total_cost(first, [], planned).epsilon <= target:
             # The steps that the first plan still holds are paid for.
             affordable = max(affordable, first.steps - sum(phase.steps for phase in before))
         if affordable == 0:
@@ -190,7 +194,7 @@ def _further_noise(plan: Plan, config: Config, ledger: Ledger, before: Sequence[
     ):
         return last_terms.noise_multiplier
     try:
-        return composition.calibrate_further_steps(
+        return calibration.calibrate_further_steps(
             before,
             sampling_probability=plan.sampling_probability,
             steps=plan.steps_asked - plan.start,
@@ -198,7 +202,7 @@ def _further_noise(plan: Plan, config: Config, ledger: Ledger, before: Sequence[
             order=terms.renyi_order,
             delta=terms.delta,
         )
-    except accounting.UnreachableBudgetError as error:
+    except calibration.UnreachableBudgetError as error:
         raise _unreachable(target, error) from None
 
 
@@ -235,7 +239,7 @@ def _required(name: str, value: float | None) -> float:
     return value
 
 
-def _unreachable(target: float, error: accounting.UnreachableBudgetError) -> InputError:
+def _unreachable(target: float, error: calibration.UnreachableBudgetError) -> InputError:
     return InputError(
         "privacy.target_epsilon",
         target,
