@@ -39,7 +39,7 @@ from dataclasses import dataclass, replace
 from dpdist.mechanism.accounting import KEPT, Spent, divergences, epsilon
 from dpdist.mechanism.ledger import Ledger, Plan
 
-#: The accountant's name where what is stated holds whenever one stops, whatever was changed on seeing what was released.
+#: The accountant's name where what is stated holds whenever one stops, whatever was changed on seeing releases.
 ADAPTIVE = "renyi filter"
 
 

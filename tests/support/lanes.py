@@ -62,6 +62,7 @@ LANES = {
     "tests/program/test_device_rates.py": FAST,
     "tests/release": WAIT,
     "tests/run": COMPUTE,
+    "tests/run/test_calibration.py": FAST,
     "tests/run/test_failed_saves.py": WAIT,
     "tests/run/test_fingerprints.py": FAST,
     "tests/run/test_metrics.py": FAST,

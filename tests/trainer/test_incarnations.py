@@ -14,10 +14,11 @@ import userland
 from jobs import EVERY, STEPS, Ended, Jobs, Run, config_with
 
 from dpdist.mechanism.accounting import epsilon
-from dpdist.mechanism.composition import Phase, adaptive_epsilon, best_order
+from dpdist.mechanism.composition import Phase, adaptive_epsilon
 from dpdist.mechanism.keys import Keys, Secret
 from dpdist.mechanism.sampling import poisson_sample
 from dpdist.run import metrics
+from dpdist.run.calibration import best_order
 
 SIGMA, DELTA = 4.0, 1e-4
 OWN_SECRET = "privacy.insecure_seed=null"
