@@ -176,8 +176,8 @@ def _by_accountants(facts: dict[str, Any]) -> str:
     if facts["accountant"] == ADAPTIVE:
         return (
             f"{facts['epsilon']:.6g} by a Renyi filter of fixed order, as the plan was changed while the run went on: "
-            "one delta covers both the plan and its changes, whenever one stops and whatever released result the changes "
-            "rested on (mechanism/composition.py has the proof)."
+            "one delta covers both the plan and its changes, whenever one stops and whatever released result the "
+            "changes rested on (mechanism/composition.py has the proof)."
         )
     rdp = f"{facts['epsilon_rdp']:.6g} by Renyi differential privacy"
     if facts["epsilon_pld"] is None:
