@@ -64,7 +64,7 @@ LANES = {
     "tests/run": COMPUTE,
     "tests/run/test_calibration.py": FAST,
     "tests/run/test_failed_saves.py": WAIT,
-    "tests/run/test_plan.py": FAST,
+    "tests/run/test_targets.py": FAST,
     "tests/run/test_fingerprints.py": FAST,
     "tests/run/test_metrics.py": FAST,
     "tests/run/test_private_log.py": FAST,
