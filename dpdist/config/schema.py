@@ -109,7 +109,7 @@ class Privacy(Section):
             1e-3,
             1e6,
             "both",
-            "give a positive number from 0.001 to 1e6, or target_epsilon to have it calibrated; for training without "
+            "give a positive, finite number from 0.001 to 1e6, or target_epsilon to have it calibrated; for training without "
             "noise set privacy.enabled=false.",
         ),
     ] = None
