@@ -109,8 +109,8 @@ class Privacy(Section):
             1e-3,
             1e6,
             "both",
-            "give a positive, finite number from 0.001 to 1e6, or target_epsilon to have it calibrated; for training without "
-            "noise set privacy.enabled=false.",
+            "give a positive, finite number from 0.001 to 1e6, or target_epsilon to have it calibrated; for training "
+            "without noise set privacy.enabled=false.",
         ),
     ] = None
     #: Largest L2 norm an example's gradient keeps.

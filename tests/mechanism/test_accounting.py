@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import dp_accounting
 import numpy as np
 import pytest
+from exact_epsilon import cost, gaussian_epsilon
 from scipy import optimize, stats
 
 from dpdist.mechanism import accounting
-from dpdist.mechanism.accounting import INTERVALS, KEPT, Spent, epsilon
-
-
-@cache
-def cost(q: float, sigma: float, steps: int, delta: float) -> Spent:
-    return epsilon(sampling_probability=q, noise_multiplier=sigma, steps=steps, delta=delta)
-
-
-def gaussian_epsilon(sigma: float, delta: float) -> float:
-    """Compute the exact epsilon of one Gaussian mechanism (Balle and Wang 2018, Theorem 8)."""
-
-    def excess(eps: float) -> float:
-        tail = np.exp(eps + stats.norm.logcdf(-0.5 / sigma - eps * sigma))
-        return float(stats.norm.cdf(0.5 / sigma - eps * sigma) - tail - delta)
-
-    return float(optimize.brentq(excess, 0, 200, xtol=1e-12))
+from dpdist.mechanism.accounting import INTERVALS, KEPT, epsilon
 
 
 def subsampled_epsilon(q: float, sigma: float, delta: float) -> float:

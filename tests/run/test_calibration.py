@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from exact_epsilon import cost, gaussian_epsilon
 from scipy import optimize
-from test_accounting import cost, gaussian_epsilon
 
 from dpdist.mechanism.composition import Phase, adaptive_epsilon
 from dpdist.run.calibration import (
