@@ -84,6 +84,13 @@ def items() -> tuple[Source, Source]:
     return Items(train_columns()), Items(test_columns())
 
 
+def pictures() -> tuple[Source, None]:
+    """64 records of 96 x 96 pixels: sums over their pixels are long enough for XLA to cut them into parts."""
+    draw = np.random.default_rng(3)
+    image = draw.integers(0, 256, (64, 96, 96, 3), np.uint8)
+    return ArraySource({"image": image, "label": draw.integers(0, 4, 64).astype(np.int32)}), None
+
+
 def failing(index: int) -> tuple[Source, None]:
     """Reading example `index` raises an error that quotes it."""
 
@@ -190,6 +197,24 @@ def dropout(*, example: dict[str, jax.ShapeDtypeStruct], classes: int) -> Model:
         return plain.apply(params, {"image": image})
 
     return Model(init=plain.init, apply=apply, randomised=True)
+
+
+def pooling(*, example: dict[str, jax.ShapeDtypeStruct], classes: int) -> Model:
+    """A convolution, and the mean over all pixels."""
+    channels, draw = example["image"].shape[-1], np.random.default_rng(0)
+
+    def init(key: jax.Array) -> dict[str, np.ndarray]:
+        weights = {"a": draw.standard_normal((3, 3, channels, 32)) / 8, "b": draw.standard_normal((32, classes)) / 8}
+        return {name: value.astype(np.float32) for name, value in weights.items()}
+
+    def apply(params: Any, example: dict[str, jax.Array]) -> jax.Array:
+        image = example["image"].astype(jnp.float32)[None] / 255
+        hidden = jax.lax.conv_general_dilated(
+            image, params["a"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.mean(jnp.tanh(hidden), (0, 1, 2)) @ params["b"]
+
+    return Model(init=init, apply=apply)
 
 
 def searching(*, example: dict[str, jax.ShapeDtypeStruct], classes: int) -> Model:
