@@ -7,6 +7,7 @@ They are no part of the config: paced or not, it is the same run.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -82,6 +83,23 @@ def arrays() -> tuple[Source, Source]:
 
 def items() -> tuple[Source, Source]:
     return Items(train_columns()), Items(test_columns())
+
+
+class Noting(ArraySource):
+    """Arrays; which rows are read together is written to a file, a JSON list a line."""
+
+    def __init__(self, columns: Columns, file: str) -> None:
+        super().__init__(columns)
+        self.file = file
+
+    def take(self, indices: np.ndarray) -> Columns:
+        with Path(self.file).open("a") as file:
+            file.write(json.dumps(indices.tolist()) + "\n")
+        return super().take(indices)
+
+
+def noting(file: str) -> tuple[Source, None]:
+    return Noting(train_columns(), file), None
 
 
 def pictures() -> tuple[Source, None]:
