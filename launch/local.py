@@ -113,16 +113,13 @@ def run_local(
 
 
 def _with_fair_share_of_cores(environ: Mapping[str, str], devices: int) -> dict[str, str]:
-    """`environ`, and one thread for each process where the devices of all outnumber the cores.
+    """`environ`, and one thread of BLAS for each process where the devices of all outnumber the cores.
 
-    XLA and BLAS start a thread for every core in every process, which then fight for them. XLA reads the
-    size of its pool from NPROC; the often-copied `intra_op_parallelism_threads=1` is no XLA flag and is
-    ignored, and `xla_cpu_multi_thread_eigen=false` would compute other bits than jobs without it. What the user has set
-    stays.
+    BLAS starts a thread for every core in every process, which then fight for them. XLA's pool keeps its size, which
+    decides bits (see `dpdist.cluster.join.POOL_THREADS`). What the user has set stays.
     """
     environ = dict(environ)
     if devices > (os.cpu_count() or 1):
-        environ.setdefault("NPROC", "1")
         environ.setdefault("OMP_NUM_THREADS", "1")
     return environ
 

@@ -217,7 +217,7 @@ def _terms(
             dataset_size=plan.dataset_size,
         )
     except ValueError as error:
-        raise InputError("privacy.noise_multiplier", noise_multiplier, f"{error}; give a larger one.") from None
+        raise InputError("privacy.noise_multiplier", noise_multiplier, f"{error}; train fewer parameters.") from None
     return PrivacyTerms(
         clip_norm=config.privacy.clip_norm,
         noise_multiplier=noise_multiplier,

@@ -257,11 +257,11 @@ THREADS = "import os; print(*[os.environ.get(n) for n in ('NPROC', 'OMP_NUM_THRE
     ("devices", "flags", "expected"),
     [
         (1, "", "None|None|"),
-        (10_000, "", "1|1|"),
-        (10_000, "--xla_a=1", "1|1|--xla_a=1"),
+        (10_000, "", "None|1|"),
+        (10_000, "--xla_a=1", "None|1|--xla_a=1"),
     ],
 )
-def test_one_thread_a_process_where_devices_outnumber_the_cores(
+def test_one_thread_of_blas_a_process_where_devices_outnumber_the_cores(
     devices: int, flags: str, expected: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     environ = {k: v for k, v in os.environ.items() if k not in ("NPROC", "OMP_NUM_THREADS")}

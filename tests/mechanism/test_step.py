@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -285,6 +286,13 @@ def test_nothing_is_compiled_after_the_construction(rig: RigOf, compiled: list[s
     assert len(sizes) > 20
     assert {0} < sizes
     assert compiled == []
+
+
+def test_noise_without_a_grid_is_refused_instead_of_left_out(rig: RigOf) -> None:
+    """As an old ledger would have it, whose plan names no grid."""
+    without_grid = dataclasses.replace(rig(1).step._spec, grid=None)
+    with pytest.raises(ValueError, match="needs one"):
+        StepPrograms(without_grid)
 
 
 def test_another_shape_is_refused_instead_of_compiled(rig: RigOf) -> None:

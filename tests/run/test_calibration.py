@@ -6,7 +6,10 @@ import pytest
 from exact_epsilon import cost, gaussian_epsilon
 from scipy import optimize
 
+from dpdist.config import from_dict
+from dpdist.errors import InputError
 from dpdist.mechanism.composition import Phase, adaptive_epsilon
+from dpdist.mechanism.ledger import Plan
 from dpdist.run.calibration import (
     EpsilonCurve,
     UnreachableBudgetError,
@@ -16,6 +19,7 @@ from dpdist.run.calibration import (
     calibrate,
     calibrate_further_steps,
 )
+from dpdist.run.plan import plan_run
 
 PLAN, DELTA = Phase(0.02, 1.2, 500), 1e-5
 ORDER = best_order(PLAN, DELTA)
@@ -158,3 +162,14 @@ def test_a_target_that_no_noise_meets_is_refused(factor: float, words: str) -> N
         calibrate_further_steps(
             [PLAN], sampling_probability=0.05, steps=300, target_epsilon=target, order=ORDER, delta=DELTA
         )
+
+
+def test_a_run_that_no_grid_can_hold_is_refused_with_a_remedy_that_helps() -> None:
+    def planned(coordinates: int) -> Plan:
+        settings = {"privacy": {"noise_multiplier": 2.0, "delta": 1e-12}, "training": {"steps": 1}}
+        config = from_dict(settings | {"sampling": {"expected_batch_size": 10_000}})
+        return plan_run(config, dataset_size=2 * 10**9, coordinates=coordinates, nonce=b"", environment="")
+
+    with pytest.raises(InputError, match="train fewer parameters"):  # more noise would need a coarser grid still
+        planned(10**13)
+    assert planned(10**8).private_terms().grid

@@ -7,6 +7,7 @@ They are no part of the config: paced or not, it is the same run.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -82,6 +83,30 @@ def arrays() -> tuple[Source, Source]:
 
 def items() -> tuple[Source, Source]:
     return Items(train_columns()), Items(test_columns())
+
+
+class Noting(ArraySource):
+    """Arrays; which rows are read together is written to a file, a JSON list a line."""
+
+    def __init__(self, columns: Columns, file: str) -> None:
+        super().__init__(columns)
+        self.file = file
+
+    def take(self, indices: np.ndarray) -> Columns:
+        with Path(self.file).open("a") as file:
+            file.write(json.dumps(indices.tolist()) + "\n")
+        return super().take(indices)
+
+
+def noting(file: str) -> tuple[Source, None]:
+    return Noting(train_columns(), file), None
+
+
+def pictures() -> tuple[Source, None]:
+    """64 records of 96 x 96 pixels: sums over their pixels are long enough for XLA to cut them into parts."""
+    draw = np.random.default_rng(3)
+    image = draw.integers(0, 256, (64, 96, 96, 3), np.uint8)
+    return ArraySource({"image": image, "label": draw.integers(0, 4, 64).astype(np.int32)}), None
 
 
 def failing(index: int) -> tuple[Source, None]:
@@ -190,6 +215,24 @@ def dropout(*, example: dict[str, jax.ShapeDtypeStruct], classes: int) -> Model:
         return plain.apply(params, {"image": image})
 
     return Model(init=plain.init, apply=apply, randomised=True)
+
+
+def pooling(*, example: dict[str, jax.ShapeDtypeStruct], classes: int) -> Model:
+    """A convolution, and the mean over all pixels."""
+    channels, draw = example["image"].shape[-1], np.random.default_rng(0)
+
+    def init(key: jax.Array) -> dict[str, np.ndarray]:
+        weights = {"a": draw.standard_normal((3, 3, channels, 32)) / 8, "b": draw.standard_normal((32, classes)) / 8}
+        return {name: value.astype(np.float32) for name, value in weights.items()}
+
+    def apply(params: Any, example: dict[str, jax.Array]) -> jax.Array:
+        image = example["image"].astype(jnp.float32)[None] / 255
+        hidden = jax.lax.conv_general_dilated(
+            image, params["a"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.mean(jnp.tanh(hidden), (0, 1, 2)) @ params["b"]
+
+    return Model(init=init, apply=apply)
 
 
 def searching(*, example: dict[str, jax.ShapeDtypeStruct], classes: int) -> Model:

@@ -78,3 +78,15 @@ def test_accuracy_is_that_of_the_released_parameters_in_numpy(
     assert runs[name].summary["accuracy"] == np.mean(correct) == loaded[name]["accuracy"]
     assert runs[name].summary["accuracy"] > 0.5
     assert loaded[name]["step"] == STEPS
+
+
+def test_sums_that_xla_cuts_into_parts_have_the_same_bits_on_any_topology(jobs: Jobs) -> None:
+    """The parts are as many as its pool has threads, which were once as many as cores or devices."""
+    large = (
+        "data.source=userland:pictures", "model.name=userland:pooling", "privacy.delta=1e-3", "training.steps=1",
+        "sampling.expected_batch_size=24",
+    )  # fmt: skip
+    runs = {shape: jobs.new(f"pooling-{shape}") for shape in ((1, 1), (1, 4), (4, 1))}
+    for (processes, devices), run in runs.items():
+        wait_all([jobs.launch(run, processes, devices, *large, **COMPILED_ANEW)])
+    assert len({run.summary["params_sha256"] for run in runs.values()}) == 1
