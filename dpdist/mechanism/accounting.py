@@ -22,6 +22,7 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDp
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from dp_accounting.rdp import RdpAccountant
 from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
+from scipy import optimize
 
 from dpdist.mechanism.sampling import inclusion_probability
 
@@ -78,20 +79,29 @@ def epsilon(
     rdp, widest = (float(compute_epsilon(ORDERS, losses, tail)[0]) for tail in (fixed, 1e-15))
     # A single step's distribution reaches as far as ten standard deviations do, however rarely.
     reach = 10 / noise_multiplier + 0.5 / noise_multiplier**2
-    pld = _pld_epsilon(q, noise_multiplier, steps, fixed, max(_FINEST, widest / intervals, reach / (2 * intervals)))
+    interval = max(_FINEST, widest / intervals, reach / (2 * intervals))
+    pld = _pld_epsilon(q, noise_multiplier, steps, fixed, interval, rdp)
     return Spent(min(pld, rdp), delta, rdp, "pld" if pld <= rdp else "rdp")
 
 
-def _pld_epsilon(q: float, sigma: float, steps: int, delta: float, interval: float) -> float:
-    """By privacy loss distributions on a grid of `interval`; infinite where round-off is too large beside delta."""
+def _pld_epsilon(q: float, sigma: float, steps: int, delta: float, interval: float, most: float) -> float:
+    """By privacy loss distributions on a grid of `interval`; infinite above `most`, or where round-off is too large."""
     off = steps * _ROUND_OFF
     if off > delta / 10:
         return math.inf
     try:
         one = from_gaussian_mechanism(sigma, sampling_prob=q, value_discretization_interval=interval)
-        return float(one.self_compose(steps).get_epsilon_for_delta(delta - off))
     except OverflowError:  # losses beyond the largest float
         return math.inf
+    losses = one.self_compose(steps)
+
+    def excess(epsilon: float) -> float:
+        return float(losses.get_delta_for_epsilon(epsilon)) - (delta - off)
+
+    # The library's own inverse overflows where epsilon is over 700.
+    if excess(most) > 0:
+        return math.inf
+    return float(optimize.brentq(excess, 0.0, most, rtol=1e-9)) * (1 + 4e-9) if excess(0.0) > 0 else 0.0
 
 
 def divergences(sampling_probability: float, noise_multiplier: float, steps: int, orders: Sequence[int]) -> np.ndarray:

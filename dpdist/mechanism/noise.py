@@ -9,8 +9,9 @@ probability, whatever S is. That is not so where (each was tried, and can be tol
 - one float64 draw is rounded: beyond 4.5 standard deviations it leaves grid points out;
 - a float64 sum of two is rounded once: it ties to even.
 
-A float64 normal takes fewer than 2^53 values. That two of them, rounded, fill the grid evenly is a heuristic (to a
-relative error of about 2^-33), and one that the third, of which no point shares the period, makes safer still.
+A float64 normal takes fewer than 2^53 values, none beyond 8.3 standard deviations. That two of them, rounded, fill the
+grid evenly is a heuristic (to a relative error of about 2^-33), which the third, with steps of its own, makes safer; so
+is that what an ideal normal does beyond there, with a probability of 2^-53 a draw, is never seen.
 """
 
 from __future__ import annotations

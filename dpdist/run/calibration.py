@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
-from dpdist.mechanism.accounting import LARGEST_NOISE_MULTIPLIER, ORDERS, SMALLEST_NOISE_MULTIPLIER, epsilon
+from dpdist.mechanism.accounting import (
+    INTERVALS,
+    LARGEST_NOISE_MULTIPLIER,
+    ORDERS,
+    SMALLEST_NOISE_MULTIPLIER,
+    epsilon,
+)
 from dpdist.mechanism.composition import Phase, adaptive_epsilon
 
 #: A calibrated plan costs its target to within this part, unless epsilon jumps there.
 _CLOSE = 2e-4
 #: Relative width of the interval of noise multipliers in which epsilon is taken to jump.
 _JUMP = 1e-6
-#: Intervals of the accountant's grid for a number that is shown and not stated.
-_COARSE = 2**13
+#: Intervals of the accountant's grid for a number that is shown, or a first search, and not stated.
+_COARSE = 2**13, 2**16
 
 
 class UnreachableBudgetError(ValueError):
@@ -33,9 +40,13 @@ def calibrate(*, target_epsilon: float, sampling_probability: float, steps: int,
         ValueError: an argument out of range.
     """
 
-    def cost(noise_multiplier: float) -> float:
+    def cost(noise_multiplier: float, intervals: int) -> float:
         return epsilon(
-            sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps, delta=delta
+            sampling_probability=sampling_probability,
+            noise_multiplier=noise_multiplier,
+            steps=steps,
+            delta=delta,
+            intervals=intervals,
         ).epsilon
 
     if not target_epsilon > 0:
@@ -43,7 +54,7 @@ def calibrate(*, target_epsilon: float, sampling_probability: float, steps: int,
     if steps < 1:
         raise ValueError(f"the number of steps must be at least 1, not {steps!r}")
     return _least_noise(
-        cost,
+        [partial(cost, intervals=intervals) for intervals in (*_COARSE, INTERVALS)],
         target_epsilon,
         f"even noise_multiplier={LARGEST_NOISE_MULTIPLIER:g} costs more than epsilon={target_epsilon:g} at "
         f"delta={delta:g} over {steps} steps",
@@ -70,37 +81,61 @@ def calibrate_further_steps(
         return adaptive_epsilon([*before, further], order=order, delta=delta)
 
     return _least_noise(
-        cost,
+        [cost],
         target_epsilon,
         f"what was charged so far costs {adaptive_epsilon(before, order=order, delta=delta):.4g} at delta={delta:g}, "
         f"which leaves too little of epsilon={target_epsilon:g} for {steps} more steps, whatever the noise",
     )
 
 
-def _least_noise(cost: Callable[[float], float], target: float, too_little: str) -> float:
-    """Search between the least and the most noise, on logarithmic scales, by turns half-way and along the secant."""
+def _least_noise(costs: Sequence[Callable[[float], float]], target: float, too_little: str) -> float:
+    """Search between the least and the most noise by the last of `costs`; quick, rough ones before it say where."""
     low, high = SMALLEST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER
-    at_low, at_high = cost(low), cost(high)
-    if at_high > target:
+    if (at_high := costs[-1](high)) > target:
         raise UnreachableBudgetError(too_little)
-    if at_low <= target:
+    if (at_low := costs[-1](low)) <= target:
         raise UnreachableBudgetError(
             f"noise_multiplier={low:g} already costs less than epsilon={target:g}: the target asks for no real privacy"
         )
-    halve = True
-    while at_high < target * (1 - _CLOSE) and high > low * (1 + _JUMP):
-        share = 0.5
-        if not halve and at_high > 0:
-            # Aim a little below the target, so that the point found can be taken.
-            share = math.log(at_low / (target * (1 - _CLOSE / 2))) / math.log(at_low / at_high)
-        middle = low * (high / low) ** share
-        at_middle = cost(middle)
-        if at_middle <= target:
-            high, at_high = middle, at_middle
+    about = high
+    for cost in costs:
+        ends = _Bracket(target, low, at_low, high, at_high)
+        for factor in (1.0, 1 / 1.0005, 1 / 1.02, 1.02):
+            if ends.low < about * factor < ends.high:
+                ends.narrow(about * factor, cost)
+        ends.close(cost)
+        about = ends.high
+    return about
+
+
+@dataclass
+class _Bracket:
+    """Two noise multipliers between which the cost passes the target."""
+
+    target: float
+    low: float
+    at_low: float
+    high: float
+    at_high: float
+
+    def narrow(self, noise_multiplier: float, cost: Callable[[float], float]) -> None:
+        """Compute the cost of one in between, which replaces the end on its side of the target."""
+        spent = cost(noise_multiplier)
+        if spent <= self.target:
+            self.high, self.at_high = noise_multiplier, spent
         else:
-            low, at_low = middle, at_middle
-        halve = not halve
-    return high
+            self.low, self.at_low = noise_multiplier, spent
+
+    def close(self, cost: Callable[[float], float]) -> None:
+        """Search on logarithmic scales, by turns along the secant and half-way."""
+        halve = False
+        while self.at_high < self.target * (1 - _CLOSE) and self.high > self.low * (1 + _JUMP):
+            share = 0.5
+            if not halve and self.at_high > 0:
+                # Aim a little below the target, so that the point found can be taken.
+                share = math.log(self.at_low / (self.target * (1 - _CLOSE / 2))) / math.log(self.at_low / self.at_high)
+            self.narrow(self.low * (self.high / self.low) ** share, cost)
+            halve = not halve
 
 
 def affordable_steps(
@@ -181,7 +216,7 @@ class EpsilonCurve:
                 noise_multiplier=self._plan.noise_multiplier,
                 steps=upto,
                 delta=self._delta,
-                intervals=_COARSE,
+                intervals=_COARSE[0],
             )
             self._known[upto] = min(spent.epsilon, self._total)
         return self._known[upto]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from exact_epsilon import cost, gaussian_epsilon
 from scipy import optimize, stats
+from tilted_epsilon import tilted_epsilon
 
 from dpdist.mechanism import accounting
 from dpdist.mechanism.accounting import INTERVALS, KEPT, epsilon
@@ -114,6 +115,19 @@ def test_no_small_delta_is_stated_below_the_exact_value(steps: int, mu: float) -
         spent = cost(1.0, np.sqrt(steps) / mu, steps, delta)
         assert exact <= spent.epsilon <= 1.15 * exact
         assert spent.accountant == ("pld" if steps * 2.0**-49 <= delta * (1 - KEPT) / 10 else "rdp")
+
+
+@pytest.mark.parametrize("delta", [1e-3, 1e-6, 1e-9, 1e-12, 1e-15])
+@pytest.mark.parametrize(
+    ("q", "sigma", "steps"),
+    [(0.01, 1.0, 1000), (1e-3, 0.5, 10_000), (1e-5, 0.3, 100_000), (0.05, 50.0, 3000), (0.3, 0.2, 100), (1.0, 9.0, 50)],
+)
+def test_it_is_never_below_what_another_accountant_says(q: float, sigma: float, steps: int, delta: float) -> None:
+    """With sampling there is no closed form; at q = 1 there is, and the other accountant is held to it."""
+    known = tilted_epsilon(q, sigma, steps, delta)
+    if q == 1.0:
+        assert known == pytest.approx(gaussian_epsilon(sigma / np.sqrt(steps), delta), rel=1e-4)
+    assert cost(q, sigma, steps, delta).epsilon >= known * (1 - 3e-4)
 
 
 EXTREMES = [

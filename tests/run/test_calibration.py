@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from exact_epsilon import cost, gaussian_epsilon
 from scipy import optimize
 
 from dpdist.config import from_dict
 from dpdist.errors import InputError
+from dpdist.mechanism.accounting import INTERVALS, epsilon
 from dpdist.mechanism.composition import Phase, adaptive_epsilon
 from dpdist.mechanism.ledger import Plan
+from dpdist.run import calibration
 from dpdist.run.calibration import (
     EpsilonCurve,
     UnreachableBudgetError,
@@ -28,11 +32,29 @@ ORDER = best_order(PLAN, DELTA)
 
 
 @pytest.mark.parametrize("target", [0.01, 0.1, 1.0, 8.0, 51.0, 75.0, 300.0, 1000.0])
-@pytest.mark.parametrize(("q", "steps", "delta"), [(0.01, 1000, 1e-5), (1.0, 1, 1e-6)])
+@pytest.mark.parametrize(("q", "steps", "delta"), [(0.01, 1000, 1e-5), (1.0, 1, 1e-6), (0.5, 10_000, 1e-6)])
 def test_every_target_is_met_within_a_tenth_of_a_percent(target: float, q: float, steps: int, delta: float) -> None:
     """A target of 75 once came out as 29.4, and one of 51 as 26.0, after minutes."""
     sigma = calibrate(target_epsilon=target, sampling_probability=q, steps=steps, delta=delta)
     assert 0.999 * target < cost(q, sigma, steps, delta).epsilon <= target
+
+
+@pytest.mark.parametrize(("q", "steps", "delta"), [(0.01, 1000, 1e-5), (1e-4, 10, 0.999e-3)])
+def test_few_epsilons_are_computed_on_the_fine_grid(
+    q: float, steps: int, delta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes a second or two where sigma is small; 25 of them were more than is bearable."""
+    fine: list[float] = []
+
+    def counted(*, noise_multiplier: float, intervals: int = INTERVALS, **plan: Any) -> Any:
+        fine.extend([noise_multiplier] * (intervals == INTERVALS))
+        return epsilon(noise_multiplier=noise_multiplier, intervals=intervals, **plan)
+
+    monkeypatch.setattr(calibration, "epsilon", counted)
+    for target in (0.01, 1.0, 50.0):
+        fine.clear()
+        calibrate(target_epsilon=target, sampling_probability=q, steps=steps, delta=delta)
+        assert len(fine) <= 10
 
 
 def test_a_delta_next_to_the_number_of_samples_is_no_trap() -> None:
