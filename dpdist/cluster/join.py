@@ -38,8 +38,9 @@ PINNED = {
     "jax_enable_x64": False,
     "jax_numpy_dtype_promotion": "standard",
 }
-#: Threads of XLA's pool on CPU. Long sums are cut into as many parts, so one number for all jobs gives one result; more
-#: threads than cores cost nothing that could be measured (2 cores, CNN and ViT).
+#: Threads of XLA's pool on CPU. Long sums are cut into as many parts, so one number for all jobs gives one result. More
+#: threads than cores cost one process nothing that could be measured; five of two devices each on 2 cores took a sixth
+#: longer, beside other work.
 POOL_THREADS = 16
 #: Seconds by which process 0 outlives a failure, so that each process can name its own reason.
 _LAST_TO_LEAVE = 2.0
