@@ -13,17 +13,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from dpdist.mechanism.clipping.bookkeeping import REFUSALS
-from dpdist.mechanism.clipping.graph import FLAT, Graph, Node, bodies, trace
+from dpdist.mechanism.clipping.flatten import CALLS, FLAT, differentiable, inner, shape_of
+from dpdist.mechanism.clipping.graph import Graph, read, run, trace
 from dpdist.mechanism.clipping.paths import paths_of
-from dpdist.mechanism.clipping.separate import UnsupportedLossError
+from dpdist.mechanism.clipping.separate import UnsupportedLossError, source_of
 
 _REMEDY = "jax.custom_vjp to give it the rule that is missing"
 _REMEDIES = {
     "while": "lax.scan, or lax.fori_loop with a trip count known when it is traced",
     "pure_callback": "a vmap_method, and jax.custom_vjp to give it a derivative",
 }
+#: Primitives whose derivative is that of the jaxprs they hold, and the equation parameter that holds one or several.
+_BODIES = {**CALLS, "cond": "branches", "scan": "jaxpr"}
 _SHOWN = 8  # parameter paths listed in a message
 
 
@@ -49,89 +53,118 @@ def naming_the_fault(
 
 def unsupported(graph: Graph, params: Any) -> UnsupportedLossError | None:
     """Return an error that names the equation JAX cannot differentiate or batch; None if there is no such equation."""
-    reaching = {n: graph.values[n].leaves for n in (*graph.params, *graph.example)}
-    found = _fault(graph, [graph.loss], reaching)
+    inputs = [graph.origins[v].leaves for v in graph.params] + [frozenset()] * len(graph.example)
+    batched = [False] * len(graph.params) + [True] * len(graph.example)
+    found = _fault(graph.closed.jaxpr, graph.closed.consts, inputs, batched)
     return None if found is None else UnsupportedLossError(_message(*found, paths_of(params)))
 
 
-def _message(node: Node, leaves: Collection[int], refusal: Exception, paths: Sequence[str]) -> str:
+def _message(equation: JaxprEqn, leaves: Collection[int], refusal: Exception, paths: Sequence[str]) -> str:
     names = ", ".join(paths[n] for n in sorted(leaves)[:_SHOWN])
     more = f" and {len(leaves) - _SHOWN} more" if len(leaves) > _SHOWN else ""
     where = (
         f"which the gradient of {names}{more} goes through" if leaves else "which no parameter that trains goes into"
     )
     stop = ", or lax.stop_gradient on what goes in where no gradient is meant" if leaves else ""
+    name = equation.primitive.name
     return (
-        f"{node.name} at {node.source}, {where}, has no per-example derivative: "
-        f"use {_REMEDIES.get(node.name, _REMEDY)}{stop} (JAX: {str(refusal).removesuffix('.')})"
+        f"{name} at {source_of(equation)}, {where}, has no per-example derivative: "
+        f"use {_REMEDIES.get(name, _REMEDY)}{stop} (JAX: {str(refusal).removesuffix('.')})"
     )
 
 
+#: Numbers of the leaves that a gradient at a value flows to.
+_Leaves = frozenset[int]
+
+
 def _fault(
-    graph: Graph, outputs: Sequence[int], reaching: Mapping[int, frozenset[int]]
-) -> tuple[Node, frozenset[int], Exception] | None:
-    """Find the last node whose derivative is needed but does not exist; None if all exist.
+    jaxpr: Jaxpr, constants: Sequence[Any], inputs: Sequence[_Leaves], batched: Sequence[bool]
+) -> tuple[JaxprEqn, _Leaves, Exception] | None:
+    """Find the last equation whose derivative is needed but does not exist; None if all exist.
 
     Args:
-        outputs: the values to differentiate.
-        reaching: for every input of the graph, the numbers of the leaves that a gradient at it flows to.
+        inputs: the leaves behind each input of the jaxpr.
+        batched: whether each input is different for every example.
 
     Returns:
-        The node, the leaves whose gradient goes through it, and JAX's error.
+        The equation, the leaves whose gradient goes through it, and JAX's error.
     """
-    nodes, reaching = graph.nodes, dict(reaching)
-    for node in nodes:
-        leaves = _behind(node, reaching) if node.name not in FLAT else frozenset()
-        reaching |= {i: leaves if graph.values[i].differentiable else frozenset() for i in node.outputs}
-    if _refusal(graph, 0, outputs, reaching) is None:
-        return None
+    reaching: dict[Var, _Leaves] = dict.fromkeys(jaxpr.constvars, frozenset()) | dict(
+        zip(jaxpr.invars, inputs, strict=True)
+    )
+    axes = dict.fromkeys(jaxpr.constvars, False) | dict(zip(jaxpr.invars, batched, strict=True))
+    for equation in jaxpr.eqns:
+        leaves = _behind(equation, reaching) if equation.primitive.name not in FLAT else frozenset()
+        reaching |= {v: leaves if differentiable(v) else frozenset() for v in equation.outvars}
+        each = any(axes[v] for v in equation.invars if not isinstance(v, Literal))
+        axes |= dict.fromkeys(equation.outvars, each)
 
-    # A shorter tail needs fewer derivatives, so the node at fault comes just before the longest tail that has them all.
-    tails = range(1, len(nodes) + 1)
-    number = bisect_left(tails, True, key=lambda start: _refusal(graph, start, outputs, reaching) is None)
-    node, refusal = nodes[number], _refusal(graph, number, outputs, reaching)
-    if refusal is None:
+    def refusal(start: int) -> Exception | None:
+        return _refusal(jaxpr, constants, start, reaching, axes)
+
+    if refusal(0) is None:
         return None
-    leaves = _behind(node, reaching)
-    for body, results in bodies(node):
+    # A shorter tail needs fewer derivatives, so the one at fault comes just before the longest tail that has them all.
+    number = bisect_left(range(1, len(jaxpr.eqns) + 1), True, key=lambda start: refusal(start) is None)
+    equation, error = jaxpr.eqns[number], refusal(number)
+    if error is None:
+        return None
+    leaves = _behind(equation, reaching)
+    for body, own in _bodies(equation):
+        mine = equation.invars[len(equation.invars) - len(body.invars) :]  # without the branch index of a `cond`
         # A scan step's carry goes into the next step, so every input may depend on every parameter behind the scan.
-        own = node.inputs[len(node.inputs) - len(body.example) :]  # without the branch index of a `cond`
-        into = {
-            i: leaves if node.name == "scan" else reaching.get(n, frozenset())
-            for i, n in zip(body.example, own, strict=True)
-        }
-        inside = {i: behind if body.values[i].differentiable else frozenset() for i, behind in into.items()}
-        if (found := _fault(body, results, inside)) is not None:
+        into = [leaves if equation.primitive.name == "scan" else _behind_one(atom, reaching) for atom in mine]
+        inside = [behind if differentiable(v) else frozenset() for v, behind in zip(body.invars, into, strict=True)]
+        if (found := _fault(body, own, inside, [True] * len(inside))) is not None:
             return found
-    return node, leaves, refusal
+    return equation, leaves, error
 
 
-def _behind(node: Node, reaching: Mapping[int, frozenset[int]]) -> frozenset[int]:
-    return frozenset().union(*(reaching.get(i, frozenset()) for i in node.inputs))
+def _bodies(equation: JaxprEqn) -> Iterator[tuple[Jaxpr, Sequence[Any]]]:
+    """Yield the jaxprs that an equation runs, and their constants.
+
+    Yields nothing for one with its own derivative rule, nor for a while loop, which cannot be differentiated at all.
+    """
+    held = equation.params[_BODIES[equation.primitive.name]] if equation.primitive.name in _BODIES else ()
+    for each in held if isinstance(held, tuple) else (held,):
+        yield inner(each)
+
+
+def _behind(equation: JaxprEqn, reaching: Mapping[Var, _Leaves]) -> _Leaves:
+    return frozenset().union(*(_behind_one(atom, reaching) for atom in equation.invars))
+
+
+def _behind_one(atom: Any, reaching: Mapping[Var, _Leaves]) -> _Leaves:
+    return frozenset() if isinstance(atom, Literal) else reaching[atom]
 
 
 def _refusal(
-    graph: Graph, start: int, outputs: Sequence[int], reaching: Mapping[int, frozenset[int]]
+    jaxpr: Jaxpr,
+    constants: Sequence[Any],
+    start: int,
+    reaching: Mapping[Var, _Leaves],
+    axes: Mapping[Var, bool],
 ) -> Exception | None:
-    """Return JAX's error when it differentiates the nodes from `start` on by all their inputs; None if it can."""
-    tail = graph.nodes[start:]
-    later = {i for node in tail for i in node.outputs}
-    axes = {i: 0 if graph.values[i].data else None for i in reaching if i not in later}
+    """Return JAX's error when it differentiates the equations from `start` on by all their inputs; None if it can."""
+    tail = jaxpr.eqns[start:]
+    fixed = dict(zip(jaxpr.constvars, constants, strict=True))
+    before = [*jaxpr.invars, *(v for equation in jaxpr.eqns[:start] for v in equation.outvars)]
+    by = [v for v in before if reaching[v]]
 
-    def gradients(known: dict[int, Any]) -> Any:
-        def results(moved: dict[int, Any]) -> list[Any]:
-            values = graph.constants | known | moved
-            for node in tail:
-                values.update(zip(node.outputs, node.call(*(values[i] for i in node.inputs)), strict=True))
-            return [values[i] for i in outputs if graph.values[i].differentiable]
+    def gradients(known: list[Any]) -> Any:
+        def results(moved: list[Any]) -> list[Any]:
+            values = fixed | dict(zip(before, known, strict=True)) | dict(zip(by, moved, strict=True))
+            for equation in tail:
+                run(equation, values)
+            return read((v for v in jaxpr.outvars if isinstance(v, Literal) or differentiable(v)), values)
 
-        found, back = jax.vjp(results, {i: value for i, value in known.items() if reaching[i]})
+        found, back = jax.vjp(results, [value for v, value in zip(before, known, strict=True) if reaching[v]])
         return back([jnp.ones_like(value) for value in found])
 
-    two = {None: (), 0: (2,)}  # a batch of two examples is enough
-    shapes = {i: jax.ShapeDtypeStruct(two[axis] + graph.aval(i).shape, graph.aval(i).dtype) for i, axis in axes.items()}
-    try:
-        jax.eval_shape(jax.vmap(gradients, in_axes=(axes,)), shapes)
+    each = [(shape_of(v), axes[v]) for v in before]
+    two = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) if batched else x for x, batched in each]
+    try:  # a batch of two examples is enough
+        jax.eval_shape(jax.vmap(gradients, in_axes=([0 if batched else None for _, batched in each],)), two)
     except REFUSALS as error:
         return error
     return None

@@ -20,7 +20,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Float64
 
 from dpdist.mechanism.clipping.factors import Factors
-from dpdist.mechanism.clipping.graph import Graph, Use, trace
+from dpdist.mechanism.clipping.flatten import call, shape_of
+from dpdist.mechanism.clipping.graph import Graph, Use, Values, read, trace
 from dpdist.mechanism.clipping.norms import Side, squared_norm
 from dpdist.mechanism.clipping.paths import trainable
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
@@ -131,14 +132,8 @@ class _Pass:
         self._factors = {u: each for u, each in enumerate(factors) if each is not None}
         self._examples = examples
         self._shared = graph.compute_params(leaves)
-        zero = jnp.zeros((), graph.aval(graph.loss).dtype)  # the example's last leaf: see `trace`
-        shifts = [
-            [
-                jnp.zeros(graph.aval(use.node.outputs[j]).shape, graph.aval(use.node.outputs[j]).dtype)
-                for j in use.outputs
-            ]
-            for use in graph.uses
-        ]
+        zero = jnp.zeros_like(shape_of(graph.example[-1]))  # see `trace`
+        shifts = [[jnp.zeros_like(shape_of(use.equation.outvars[j])) for j in use.outputs] for use in graph.uses]
 
         def one_example(*columns: Array) -> tuple[Any, Any]:
             def loss(shifts: Any) -> tuple[Array, Any]:
@@ -148,7 +143,7 @@ class _Pass:
             value, back, operands = jax.vjp(loss, shifts, has_aux=True)
             return back(jnp.ones_like(value))[0], operands
 
-        #: For every use, the gradients at its outputs and its data operands by value number, with leading axis p.
+        #: For every use, the gradients at its outputs and its equation's data-derived inputs, with leading axis p.
         with deriving():
             self._at_outputs, self._operands = for_each(one_example, examples, *batch)
         self._instantiated = self._instantiate()
@@ -225,7 +220,7 @@ class _Pass:
         """Compute the gradient of every example, by leaf number, for the leaves whose strategy is `instantiate`."""
         wanted = [n for n, leaf in enumerate(self._strategies) if leaf.strategy == "instantiate"]
         found: dict[int, list[_Instantiated]] = {n: [] for n in wanted}
-        pending: dict[int, Array] = {}
+        pending: Values = {}
         for u, use in enumerate(self._graph.uses):
             if use.leaves.isdisjoint(wanted):
                 continue
@@ -234,8 +229,8 @@ class _Pass:
                 product = jax.vmap(partial(_product, factors))(*self._rows(u))
                 found[factors.view.leaf].append(_Instantiated(product, partial(_leaf_of, factors)))
                 continue
-            for number, gradient in self._at_operands(use, u).items():
-                pending[number] = pending[number] + gradient if number in pending else gradient
+            for variable, gradient in self._at_operands(use, u):
+                pending[variable] = pending[variable] + gradient if variable in pending else gradient
         for leaf, gradient in self._back_to_leaves(pending, wanted).items():
             found[leaf].append(_Instantiated(gradient, lambda x: x))
         return {n: self._sum_of_uses(n, parts) for n, parts in found.items()}
@@ -249,34 +244,30 @@ class _Pass:
             total = total + jax.vmap(part.to_leaf)(part.gradients)
         return _Instantiated(total, lambda x: x)
 
-    def _at_operands(self, use: Use, u: int) -> dict[int, Array]:
+    def _at_operands(self, use: Use, u: int) -> Iterator[tuple[Any, Array]]:
         """Compute every example's gradient at the parameter operands of a use, by the primitive's own derivative."""
-        node = use.node
+        equation, mine = use.equation, [self._shared[use.equation.invars[i]] for i in use.operands]
 
-        def one_example(operands: dict[int, Array], at_outputs: Sequence[Array]) -> list[Array]:
-            def outputs(*mine: Array) -> list[Array]:
-                known = self._shared | operands
-                inputs = [known[i] for i in node.inputs]
-                for position, value in zip(use.operands, mine, strict=True):
+        def one_example(operands: list[Any], at_outputs: Sequence[Array]) -> list[Array]:
+            def outputs(*values: Array) -> list[Array]:
+                inputs = [
+                    read([atom], self._shared)[0] if operand is None else operand
+                    for atom, operand in zip(equation.invars, operands, strict=True)
+                ]
+                for position, value in zip(use.operands, values, strict=True):
                     inputs[position] = value
-                results = node.call(*inputs)
+                results = call(equation, inputs)
                 return [results[j] for j in use.outputs]
 
-            mine = [self._shared[node.inputs[position]] for position in use.operands]
             return list(jax.vjp(outputs, *mine)[1](list(at_outputs)))
 
         with deriving():
             found = for_each(one_example, self._examples, self._operands[u], self._at_outputs[u])
-        gradients: dict[int, Array] = {}
-        for position, gradient in zip(use.operands, found, strict=True):
-            number = node.inputs[position]  # one value may be several operands of the same node
-            gradients[number] = gradients[number] + gradient if number in gradients else gradient
-        return gradients
+        return zip((equation.invars[i] for i in use.operands), found, strict=True)
 
-    def _back_to_leaves(self, pending: dict[int, Array], wanted: Sequence[int]) -> dict[int, Array]:
+    def _back_to_leaves(self, pending: Values, wanted: Sequence[int]) -> dict[int, Array]:
         """Carry gradients at parameter-derived values back to the leaves in `wanted`."""
-        numbers = list(pending)
-        reached = [n for n in wanted if any(n in self._graph.values[number].leaves for number in numbers)]
+        reached = [n for n in wanted if any(n in self._graph.origins[variable].leaves for variable in pending)]
         if not reached:
             return {}
 
@@ -284,13 +275,12 @@ class _Pass:
             leaves = list(self._leaves)
             for n, leaf in zip(reached, chosen, strict=True):
                 leaves[n] = leaf
-            known = self._graph.compute_params(leaves)
-            return [known[number] for number in numbers]
+            return read(pending, self._graph.compute_params(leaves))
 
         with deriving():
             _, back = jax.vjp(derived, *(self._leaves[n] for n in reached))
             # Rounded while still short: back at a float32 leaf, the cast to it would be half of a pair that XLA drops.
-            short = [rounded_float32(pending[number]).astype(pending[number].dtype) for number in numbers]
+            short = [rounded_float32(gradient).astype(gradient.dtype) for gradient in pending.values()]
             found = for_each(back, self._examples, short)
         return {n: rounded_float32(gradient) for n, gradient in zip(reached, found, strict=True)}
 

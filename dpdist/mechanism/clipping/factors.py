@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from dpdist.mechanism.clipping.flatten import shape_of
 from dpdist.mechanism.clipping.graph import Graph, Use
 from dpdist.mechanism.clipping.view import View
 
@@ -46,26 +47,24 @@ class Factors:
     right: Callable[[Any], Array]
     #: Rearranges [groups, m, n] to the shape of the view.
     arrange: Callable[[Array], Array]
-    #: The number of the data operand among the graph's values.
+    #: The position of the data operand among the equation's inputs.
     operand: int
 
 
 def factors_of(graph: Graph, use: Use) -> Factors | None:
     """Return the factors of a use; None if its gradient is not such a product for a view of one parameter."""
-    node = use.node
-    if len(use.operands) != 1 or len(use.outputs) != 1 or node.name not in _RULES:
+    equation = use.equation
+    rule = _RULES.get(equation.primitive.name)
+    if len(use.operands) != 1 or len(use.outputs) != 1 or rule is None:
         return None
     position = use.operands[0]
-    view = graph.values[node.inputs[position]].view
+    view = graph.views.get(equation.invars[position])
     if view is None:
         return None
-    avals = [graph.aval(i) for i in node.inputs]
-    return _RULES[node.name](node.params, position, avals, graph.aval(node.outputs[0]), view, node.inputs)
+    return rule(equation.params, position, [*map(shape_of, equation.invars)], shape_of(equation.outvars[0]), view)
 
 
-def _dot_general(
-    params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View, inputs: Sequence[int]
-) -> Factors:
+def _dot_general(params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View) -> Factors:
     (contract, batch) = params["dimension_numbers"]
     other = 1 - position
     data, parameter = avals[other], avals[position]
@@ -101,13 +100,11 @@ def _dot_general(
         left=lambda x: jnp.transpose(x, (*batch_data, *free_data, *contract_data)).reshape(groups, length, m),
         right=lambda g: jnp.transpose(g, (*batch_axes, *rows, *columns)).reshape(groups, length, n),
         arrange=arrange,
-        operand=inputs[other],
+        operand=other,
     )
 
 
-def _gather(
-    params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View, inputs: Sequence[int]
-) -> Factors | None:
+def _gather(params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View) -> Factors | None:
     """A lookup of whole rows, as in an embedding; None for any other gather."""
     table, indices, numbers = avals[0], avals[1], params["dimension_numbers"]
     row = table.shape[1:]
@@ -143,13 +140,11 @@ def _gather(
         left=left,
         right=lambda g: g.reshape(1, length, n),
         arrange=lambda product: product.reshape(table.shape),
-        operand=inputs[1],
+        operand=1,
     )
 
 
-def _convolution(
-    params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View, inputs: Sequence[int]
-) -> Factors | None:
+def _convolution(params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View) -> Factors | None:
     """A convolution, as a matrix product over the patches that its kernel sees."""
     if position != 1 or params["batch_group_count"] != 1:
         return None
@@ -197,7 +192,7 @@ def _convolution(
         left=left,
         right=right,
         arrange=arrange,
-        operand=inputs[0],
+        operand=0,
     )
 
 

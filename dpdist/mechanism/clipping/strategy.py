@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from dpdist.mechanism.clipping.factors import Factors, factors_of
+from dpdist.mechanism.clipping.flatten import shape_of
 from dpdist.mechanism.clipping.graph import Graph
 from dpdist.mechanism.clipping.paths import matching, paths_of
 from dpdist.mechanism.clipping.view import disjoint
@@ -67,7 +68,7 @@ def strategies_of(
         matching(params, [pattern])
     strategies = []
     for number, path in enumerate(paths_of(params)):
-        shape = tuple(graph.aval(graph.params[number]).shape)
+        shape = shape_of(graph.params[number]).shape
         own_uses = [u for u, use in enumerate(graph.uses) if number in use.leaves]
         groups, reason = _groups(own_uses, factors, graph)
         strategy: Strategy = "instantiate"
@@ -95,7 +96,7 @@ def _groups(
     """Group a parameter's uses by the region of it that they see; if `ghost` is impossible, return why instead."""
     if not uses:
         return (), "no example's loss depends on it"
-    no_factors = sorted({graph.uses[u].node.name for u in uses if factors[u] is None})
+    no_factors = sorted({graph.uses[u].equation.primitive.name for u in uses if factors[u] is None})
     if no_factors:
         return (), f"no ghost norm for its use in {', '.join(no_factors)}"
     groups: dict[Any, list[int]] = {}
