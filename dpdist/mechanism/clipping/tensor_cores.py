@@ -13,16 +13,20 @@ what is exact. All bounds hold for every input, whatever cancels, in any order o
        |A^T D|^2 = sum P'_ts <D_t, D_s> <= (u + 2^-23)^2 c^2 sum |P'_ts| b_t b_s, and sum |P'_ts| b_t b_s <= U^2 +
        gamma(m) R^2,
    and |A^T E| <= sum a_t |E_t| <= sqrt(n) 4 TINY sum a_t: c g, the product and what reads it lose at most TINY each.
-3. The accumulation of A^T W among all examples' terms: by the order's error bound, entry by entry, this example's
-   share is gamma(contracted) |A|^T |W|, of norm at most gamma(contracted) sum a_t |W_t|.
+3. The accumulation of A^T W, where the rows of all other examples are 0: they lose nothing, so this is gamma(t)
+   |A|^T |W| entry by entry, of norm at most gamma(t) sum a_t |W_t|.
+
+What other examples' rows do to the rounding of the sum, and this one's to theirs, is not in here: it is kappa of
+docs/rounding.md, for which sum a_t |W_t| of every example is capped.
 
 gamma(d) = ULPS (d + 16) 2^-24. A core adds N products and the accumulator at a time, aligned to the largest of them,
-truncated to 24 + x bits, and truncates the sum to 24 bits. The largest of the N + 1 is exact, so a step loses at most
-(N 2^-x + 1) 2^-23 of the sum of magnitudes: by product 2 (N 2^-x + 1) / N units of 2^-24. That is 2.5 for a V100 (N 4,
-x 0), 1.25 or 1.5 for an A100 (bfloat16 8, 1; TF32 4, 1), 0.63 or 0.75 for an H100 (16, 2; 8, 2); 1 for float32 rounded
-to nearest (Fasi et al. 2021, PeerJ CS 7:e330; Khattak and Mikaitis 2025, arXiv 2512.07004; for blocks of any order
-Blanchard et al. 2020, SIAM J. Sci. Comput. 42(3)). ULPS = 4 leaves 1.5 units a product for the additions of split-K,
-for those of a parameter's uses, and for higher orders: with x = 2.5 / 4 gamma, x / (1 - x) <= gamma if gamma <= 1/2.
+truncated to 24 + x bits, and truncates the sum to 24 bits. The largest is exact, so a step with j <= N products that
+are not 0 loses at most (j 2^-x + 1) 2^-23 of the sum of magnitudes: by product 2 (2^-x + 1 / j) units of 2^-24. With
+full steps that is 2.5 for a V100 (N 4, x 0), 1.25 or 1.5 for an A100 (bfloat16 8, 1; TF32 4, 1), 0.63 or 0.75 for an
+H100 (16, 2; 8, 2); at worst, j = 1, it is 4, 3 and 2.5, and for float32 rounded to nearest 1 (Fasi et al. 2021, PeerJ
+CS 7:e330; Khattak and Mikaitis 2025, arXiv 2512.07004; blocks of any order: Blanchard et al. 2020, SIAM J. Sci. Comput.
+42(3)). What ULPS = 4 and the 16 leave is for the additions of split-K, for those of a parameter's uses, and for higher
+orders: with full steps and y = 2.5 / 4 gamma, y / (1 - y) <= gamma if gamma <= 1/2.
 
 Underflow. An operand, a product or a sum below TINY = 2^-126 may be read or given as 0. An inner product then errs by
 up to sqrt(d) TINY (|A_t| + |A_s|) + underflow(d) more. `row_norms` adds FLOOR to norms, at most half of which is needed
@@ -34,7 +38,7 @@ Float64, in which all of this is computed, is covered by `_slack`. Infinite or N
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +54,7 @@ LONGEST, PIECE = 4096, 1024
 #: The smallest normal number of float32, bfloat16 and TF32, and what row norms are raised by for what is below it.
 TINY, FLOOR = 2.0**-126, 2.0**-40
 
-Found = Float64[Array, "..."]
+Found = Float64[Array | np.ndarray, "..."]
 
 
 def gamma(terms: int) -> float:
@@ -66,10 +70,10 @@ def underflow(terms: int) -> float:
     return 2 * (terms + 16) * TINY
 
 
-def row_norms(diagonal: Float[Array | np.ndarray, "*rows"], width: int) -> Float64[Array, "*rows"]:
+def row_norms(diagonal: Float[Array | np.ndarray, "..."], width: int) -> Found:
     """Return upper bounds of the norms of rows of `width` columns, given their computed squares."""
     with jax.enable_x64(True):
-        return jnp.sqrt(jnp.asarray(diagonal).astype(jnp.float64) / (1 - _row_gamma(width))) + FLOOR
+        return _root(diagonal.astype("float64") / (1 - _row_gamma(width))) + FLOOR
 
 
 class Terms(NamedTuple):
@@ -96,15 +100,14 @@ class Terms(NamedTuple):
     @property
     def magnitude(self) -> Found:
         """R: it bounds the sum of magnitudes of the terms of A^T G."""
-        with jax.enable_x64(True):
-            return jnp.sqrt(self.magnitudes)
+        return _root(self.magnitudes)
 
 
 def terms_of(
     P: Float[Array | np.ndarray, "*groups t s"],
     Q: Float[Array | np.ndarray, "*groups t s"],
-    a: tuple[Float64[Array, "*groups t"], Float64[Array, "*groups s"]],
-    b: tuple[Float64[Array, "*groups t"], Float64[Array, "*groups s"]],
+    a: tuple[Found, Found],
+    b: tuple[Found, Found],
     width_left: int,
     width_right: int,
     exact_left: bool = False,
@@ -114,26 +117,25 @@ def terms_of(
     Args:
         P: the computed inner products of the left factor's rows, float32, or float64 where pieces were added up.
         Q: those of the right factor's rows, whose entries the weight is folded into.
-        a: bounds of the norms of the left factor's rows t and of its rows s.
+        a: bounds of the norms of the left factor's rows t, [*groups, t], and of its rows s, [*groups, s].
         b: the same for the right factor.
         exact_left: P and the left norms are exact, as for one-hot rows, whose inner products only select.
     """
     with jax.enable_x64(True):
-        P, Q = (jnp.asarray(x).astype(jnp.float64) for x in (P, Q))
-        slack = _slack(P.shape[-2] * P.shape[-1])
+        P, Q, slack = P.astype("float64"), Q.astype("float64"), _slack(P.shape[-2] * P.shape[-1])
         lost_left, lost_right = 0.0 if exact_left else _row_gamma(width_left), _row_gamma(width_right)
-        magnitudes = jnp.sum(a[0] * b[0], -1) * jnp.sum(a[1] * b[1], -1) * slack
-        left = _sum(jnp.abs(P) * b[0][..., :, None] * b[1][..., None, :]) * slack + lost_left * magnitudes
-        right = _sum(jnp.abs(Q) * a[0][..., :, None] * a[1][..., None, :]) * slack
+        magnitudes = (a[0] * b[0]).sum(-1) * (a[1] * b[1]).sum(-1) * slack
+        left = _weighted(P, *b) * slack + lost_left * magnitudes
+        right = _weighted(Q, *a) * slack
         # |P_ts Q_ts| <= |P_ts| (1 + gamma) b_t b_s, so that `left` also bounds what float64 loses of the first sum.
         error = (lost_left * right + (lost_right + 2 * (slack - 1)) * left) * slack
-        return Terms(_sum(P * Q), error, left, magnitudes, jnp.sum(a[0], -1) * jnp.sum(a[1], -1) * slack)
+        return Terms((P * Q).sum((-2, -1)), error, left, magnitudes, a[0].sum(-1) * a[1].sum(-1) * slack)
 
 
 def norm_bound(terms: Terms) -> Found:
     """Return an upper bound of the norm of the exact A^T G."""
     with jax.enable_x64(True):
-        return jnp.sqrt(jnp.maximum(terms.square, 0) + terms.error) * _slack(1)
+        return _root(terms.square * (terms.square > 0) + terms.error) * _slack(1)
 
 
 def contribution_bound(terms: Terms, u: float, contracted: int, n: int, entries: int) -> tuple[Found, Found]:
@@ -144,16 +146,16 @@ def contribution_bound(terms: Terms, u: float, contracted: int, n: int, entries:
 
     Args:
         u: the unit roundoff of the format that c G is rounded to; its square if the rest is kept as a second piece.
-        contracted: the number of terms of the product that adds up all examples' rows, pieces and uses.
+        contracted: the number of this example's rows in the products that are added up, of all uses and pieces.
         n: the number of columns of G.
         entries: the number of entries of the gradient, of all groups together.
     """
     with jax.enable_x64(True):
         # |W| <= 1.01 c |G| + |E|: 1 + u + 2^-23 of one piece, 1 + 2 u + u^2 + 2^-23 of two together, with u <= 2^-8.
         summing = 1.01 * gamma(contracted) * terms.magnitude
-        relative = norm_bound(terms) + (u + 2.0**-23) * jnp.sqrt(terms.left) + summing
+        relative = norm_bound(terms) + (u + 2.0**-23) * _root(terms.left) + summing
         # Twice 2 above, since what underflows is summed with an error too.
-        absolute = 8 * TINY * n**0.5 * jnp.sqrt(terms.rows) + underflow(contracted) * entries**0.5
+        absolute = 8 * TINY * n**0.5 * _root(terms.rows) + underflow(contracted) * entries**0.5
         return relative * _slack(1), absolute * _slack(1)
 
 
@@ -161,8 +163,14 @@ def _row_gamma(width: int) -> float:
     return gamma(PIECE if width > LONGEST else width)
 
 
-def _sum(x: Found) -> Found:
-    return jnp.sum(x, axis=(-2, -1))
+def _weighted(products: Any, rows: Found, columns: Found) -> Found:
+    """Return sum |products_ts| rows_t columns_s."""
+    return (abs(products) * rows[..., :, None] * columns[..., None, :]).sum((-2, -1))
+
+
+def _root(x: Found) -> Found:
+    with jax.enable_x64(True):
+        return np.sqrt(x) if isinstance(x, np.ndarray) else jnp.sqrt(x)
 
 
 def _slack(count: int) -> float:
