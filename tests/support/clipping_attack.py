@@ -137,7 +137,7 @@ def one_mantissa_signed(random: Random, shape: Shape, bits: int) -> Factors:
 def underflowing(random: Random, shape: Shape, bits: int) -> Factors:
     """Squares and products, or the weighted g, below the smallest normal number."""
     a, g = gaussian(random, shape, bits)
-    low, high = random.integers(-75, 20, (shape[0], 1, 1)), random.integers(-70, 60, (shape[0], 1, 1))
+    low, high = random.integers(-75, 20, (shape[0], 1, 1)), random.integers(-70, 50, (shape[0], 1, 1))
     return a * 2.0**low, g * 2.0**high
 
 
