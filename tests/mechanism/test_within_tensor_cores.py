@@ -1,4 +1,4 @@
-"""What a record does to its neighbours' rounding on tensor cores: built attacks reach it, and it is within its bound."""
+"""What a record does to its neighbours' rounding on tensor cores: built attacks reach it, within its bound."""
 
 from __future__ import annotations
 
