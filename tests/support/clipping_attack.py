@@ -182,10 +182,9 @@ def attempts(random: Random, trials: int, batch: int, *, climb: float = 0.05) ->
         t, m, n = SHAPES[random.integers(len(SHAPES))]
         size = batch if t * max(t, m, n) < 1000 else batch // 16
         a, g = (rounded(x, core.bits) for x in family(random, (size, t, m, n), core.bits))
+        split, pieces = int(random.choice([1, 1, 2, 3])), int(random.choice([1, 1, 2]))
         before, after = (int(x) for x in random.integers(0, 40, 2) * random.integers(0, 2))
-        how = Product(
-            core, int(random.choice([1, 1, 2, 3])), bool(random.integers(2)), before, after, random.choice([1, 1, 2])
-        )
+        how = Product(core, split, bool(random.integers(2)), before, after, pieces)
         ratios = over_clip(a, g, _weights(random, g, core, family is underflowing), how)
         made += size
         if size == batch and random.random() < climb:
