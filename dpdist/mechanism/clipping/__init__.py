@@ -1,8 +1,9 @@
 """Sums of clipped per-example gradients, for any JAX loss of one example.
 
-Reading order: `per_example` (the reference) and `weights`; then `graph`, `view`, `factors`, `norms`, `strategy` and
-`bookkeeping`, which compute the same sums without storing the gradient of every example. `separate` keeps one example
-from seeing another in all of them.
+Reading order: `per_example` (the reference) and `weights`; then `flatten`, `graph`, `view`, `factors`, `norms`,
+`strategy` and `bookkeeping`, which compute the same sums without storing the gradient of every example, and
+`tensor_products` and `tensor_cores`, which do so in a short format. `separate` keeps one example from seeing another in
+all of them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from dpdist.mechanism.clipping.strategy import LeafStrategy, Preference, smaller
 #: f(params, batch, mask) -> (sums, norms); see `clipped_grad_sum`.
 GradSum = Callable[[Any, Any, Any], tuple[Any, Any]]
 METHODS = ("auto", "per_example", "ghost", "bookkeeping")
+PRECISIONS = ("highest", "tensor")
 
 __all__ = [
     "METHODS",
+    "PRECISIONS",
     "GradSum",
     "LeafStrategy",
     "Preference",
@@ -43,6 +46,7 @@ def clipped_grad_sum(
     *,
     clip_norm: float,
     method: str = "auto",
+    precision: str = "highest",
     prefer: Preference = smaller,
     strategies: Mapping[str, str] | None = None,
     frozen: Collection[str] = frozenset(),
@@ -56,6 +60,10 @@ def clipped_grad_sum(
             `grad`. `bookkeeping`: one forward and one backward pass; each parameter's gradient norm is computed by the
             strategy that needs less memory. `ghost`: the same with two forward and backward passes and less stored
             in between. `auto`: as `bookkeeping`, with the strategy that `prefer` chooses.
+        precision: `highest`: norms from factors in float64, sums in float32. `tensor`: both from factors in bfloat16,
+            where the loss computes in it, or TF32, on tensor cores: faster on GPUs that have them, and a little less
+            than C is added, by what rounding may lose (`tensor_cores`). `per_example` has no factors, so is not
+            affected; `ghost` runs one pass with `tensor`.
         prefer: chooses for `auto`, by memory unless given; `program.device_rates` has one that chooses by time.
         strategies: `ghost` or `instantiate` by parameter path (`layers/0/kernel`; `*` matches anything); overrides
             the method's choice. Not for `per_example`.
@@ -68,8 +76,8 @@ def clipped_grad_sum(
         privacy guarantee does not cover it. An example that is masked, or whose gradient is not finite, adds exactly 0.
 
     Raises:
-        ValueError: clip_norm is out of range or the method unknown; when `f` is called, also if a strategy is unknown
-            or a pattern matches no parameter.
+        ValueError: clip_norm is out of range, the method or the precision unknown; when `f` is called, also if a
+            strategy is unknown or a pattern matches no parameter.
         UnsupportedLossError: when `f` is called or traced: the loss is not a scalar, a parameter is complex, or an
             operation could let one example see another; the message names that equation and its source line. Where
             JAX lacks a derivative that is needed, its own error comes, which `program.diagnosis` explains.
@@ -78,6 +86,8 @@ def clipped_grad_sum(
         raise ValueError(f"clip_norm must be positive, between 1e-6 and 1e6, not {clip_norm!r}")
     if method not in METHODS:
         raise ValueError(f"unknown clipping method {method!r}; there are {', '.join(METHODS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; there are {' and '.join(PRECISIONS)}")
     if method == "per_example":
         return per_example_grad_sum(loss_fn, clip_norm=clip_norm, frozen=frozen)
     prefer = prefer if method == "auto" else smaller
@@ -86,6 +96,7 @@ def clipped_grad_sum(
         clip_norm=clip_norm,
         choose=lambda graph, params: strategies_of(graph, params, prefer, strategies or {}),
         two_passes=method == "ghost",
+        tensor=precision == "tensor",
         frozen=frozen,
     )
 

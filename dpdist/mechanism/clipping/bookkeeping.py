@@ -10,24 +10,34 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Float64
+from jaxtyping import Array, Bool, Float, Float32
 
 from dpdist.mechanism.clipping.factors import Factors
 from dpdist.mechanism.clipping.flatten import call, shape_of
 from dpdist.mechanism.clipping.graph import Graph, Use, Values, read, trace
-from dpdist.mechanism.clipping.norms import Side, squared_norm
+from dpdist.mechanism.clipping.norms import Product, Side, squared_norm
 from dpdist.mechanism.clipping.paths import trainable
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
 from dpdist.mechanism.clipping.separate import UnsupportedLossError, for_each
-from dpdist.mechanism.clipping.strategy import LeafStrategy, sides_swapped
-from dpdist.mechanism.clipping.weights import is_short, norms_of, rounded_float32, squares, weigh, weighted_sum
+from dpdist.mechanism.clipping.strategy import LeafStrategy, sides_swapped, size_of
+from dpdist.mechanism.clipping.tensor_cores import UNIT_ROUNDOFF, contribution_bound
+from dpdist.mechanism.clipping.tensor_products import Format, fitted, folded, format_of, product, terms_of_products
+from dpdist.mechanism.clipping.weights import (
+    Norms,
+    is_short,
+    norms_of,
+    norms_of_gradients,
+    rounded_float32,
+    weigh,
+    weighted_sum,
+)
 
 #: (graph, params) -> (the strategy of every leaf, the factors of every use); see `strategy.strategies_of`.
 ChooseStrategies = Callable[[Graph, Any], tuple[list[LeafStrategy], list[Factors | None]]]
@@ -56,6 +66,7 @@ def bookkeeping_grad_sum(
     clip_norm: float,
     choose: ChooseStrategies,
     two_passes: bool,
+    tensor: bool = False,
     frozen: Collection[str] = frozenset(),
 ) -> Callable[[Any, Any, Any], tuple[Any, Float32[Array, " p"]]]:
     """Make the function that `clipped_grad_sum` describes.
@@ -64,7 +75,8 @@ def bookkeeping_grad_sum(
         choose: decides the strategy of every leaf.
         two_passes: run forward and backward once for the norms and once more for the sum, as ghost clipping does
             (Li et al. 2022, arXiv 2110.05679): slower, but no gradient at an output is stored in between. A loss that
-            computes in a format shorter than float32 gets one pass.
+            computes in a format shorter than float32, and `tensor`, get one pass.
+        tensor: compute norms and sums from factors on tensor cores: see `tensor_products`.
     """
 
     def clipped_sum(params: Any, batch: Any, mask: Float[Array | np.ndarray, " p"]) -> tuple[Any, Float32[Array, " p"]]:
@@ -91,9 +103,9 @@ def bookkeeping_grad_sum(
     ) -> tuple[Any, Float32[Array, " p"]]:
         """Return (sums, norms) by one pass, or by two if `two_passes`."""
         leaves, structure = jax.tree.flatten(params)
-        first = _Pass(graph, strategies, factors, leaves, jax.tree.leaves(batch), mask.shape[0])
-        exact, bounds = first.squares()
-        scale, used = weigh(bounds, mask, clip_norm)
+        first = _Pass(graph, strategies, factors, leaves, jax.tree.leaves(batch), mask.shape[0], tensor)
+        norms = first.norms()
+        scale, used = weigh(norms, mask, clip_norm)
         second = first
         # What is rounded to a short format may differ by a unit in its last place between two passes that XLA compiles
         # differently, far more than the norm's margin: then the sum is that of the pass the norms are of.
@@ -102,8 +114,8 @@ def bookkeeping_grad_sum(
             # optimization barrier would not do: XLA drops it.)
             never = jnp.isnan(scale).any()
             columns = [jnp.where(never, jnp.zeros_like(column), column) for column in jax.tree.leaves(batch)]
-            second = _Pass(graph, strategies, factors, leaves, columns, mask.shape[0])
-        return trainable(jax.tree.unflatten(structure, second.weighted(scale, used)), frozen), norms_of(exact)
+            second = _Pass(graph, strategies, factors, leaves, columns, mask.shape[0], tensor)
+        return trainable(jax.tree.unflatten(structure, second.weighted(scale, used)), frozen), norms_of(norms.computed)
 
     return clipped_sum
 
@@ -126,8 +138,10 @@ class _Pass:
         leaves: Sequence[Array],
         batch: Sequence[Array],
         examples: int,
+        tensor: bool,
     ) -> None:
         self._graph, self._strategies, self._leaves = graph, strategies, leaves
+        self._tensor = tensor
         #: By use; a use without factors is instantiated through its derivative.
         self._factors = {u: each for u, each in enumerate(factors) if each is not None}
         self._examples = examples
@@ -151,23 +165,13 @@ class _Pass:
     @property
     def short(self) -> bool:
         """Whether a factor, or a gradient at an output, is in a format shorter than float32."""
-        return any(is_short(leaf.dtype) for leaf in jax.tree.leaves((self._at_outputs, self._operands)))
+        return self._tensor or any(is_short(leaf.dtype) for leaf in jax.tree.leaves((self._at_outputs, self._operands)))
 
-    def squares(self) -> tuple[Float64[Array, " p"], Float64[Array, " p"]]:
-        """Return |g_i|^2 over all leaves, and an upper bound that covers the rounding of the weighted sum."""
+    def norms(self) -> Norms:
+        """Return the norms of all examples' gradients, and bounds that cover the rounding of the weighted sum."""
+        stored = [each.gradients for each in self._instantiated.values()]
         ghosts = [group for leaf in self._strategies if leaf.strategy == "ghost" for group in leaf.groups]
-        found = [self._group_norm(group) for group in ghosts]
-        with jax.enable_x64(True):
-            exact = sum((squares(each.gradients) for each in self._instantiated.values()), jnp.zeros(self._examples))
-            bound = exact
-            for group, (square, terms) in zip(ghosts, found, strict=True):
-                # The weighted sum is a float32 product, rounded differently from the norm: over n terms, two more for
-                # the weight and the sum of uses, its error is at most n u / (1 - n u) times the sum of their
-                # magnitudes, with u = 2^-24 (Higham 2002, section 3.5).
-                lost = 2.0**-24 * (sum(self._factors[u].length for u in group if u in self._factors) + 2)
-                rounding = lost / (1 - lost) * terms
-                exact, bound = exact + square, bound + jnp.square(jnp.sqrt(square) + rounding)
-            return exact, bound
+        return reduce(add, map(self._group_norms, ghosts), norms_of_gradients(stored, self._examples))
 
     def weighted(self, scale: Float32[Array, " p"], used: Bool[Array, " p"]) -> list[Float32[Array, "..."]]:
         """Return, for every leaf, sum_i scale[i] g_i over the examples with used[i]."""
@@ -184,37 +188,48 @@ class _Pass:
         return sums
 
     def _weighted_use(self, u: int, scale: Float32[Array, " p"], used: Bool[Array, " p"]) -> Float32[Array, "..."]:
-        factors = self._factors[u]
+        factors, fmt = self._factors[u], self._format(u)
         left, right = self._rows(u)
-        here = used[:, None, None, None]
-        weights = jnp.where(here, right.astype(jnp.float32) * scale[:, None, None, None], 0.0)
+        weights = folded(scale, used, right, "float32" if factors.one_hot else fmt)
         if factors.one_hot:
             rows = jnp.where(used[:, None], left, -1).reshape(-1)
-            product = _product(factors, rows, weights.reshape(1, -1, factors.n))
+            found = _product(factors, rows, weights.reshape(1, -1, factors.n), "float32")
         else:
-            kept = jnp.where(here, left.astype(jnp.float32), 0.0)
-            product = jnp.einsum("pgtm,pgtn->gmn", kept, weights, precision=lax.Precision.HIGHEST)
-        return factors.view.to_leaf(factors.arrange(product))
+            kept = jnp.where(used[:, None, None, None], left, 0)
+            found = product("pgtm,pgtn->gmn", kept, weights, fmt)
+        return factors.view.to_leaf(factors.arrange(found))
+
+    def _format(self, u: int) -> Format:
+        """Return the format of the factors of use `u`: one for all uses of a parameter."""
+        if not self._tensor:
+            return "float32"
+        uses = [v for v, each in self._factors.items() if each.view.leaf == self._factors[u].view.leaf]
+        arrays = [self._at_outputs[v][0] for v in uses]
+        arrays += [self._operands[v][self._factors[v].operand] for v in uses if not self._factors[v].one_hot]
+        return format_of([each.dtype for each in arrays])
 
     def _rows(self, u: int) -> tuple[Array, Array]:
         """Return the left and right factor of use `u`, with leading axis p."""
-        factors = self._factors[u]
-        left = jax.vmap(factors.left)(rounded_float32(self._operands[u][factors.operand]))
-        return left, jax.vmap(factors.right)(rounded_float32(self._at_outputs[u][0]))
+        factors, fmt = self._factors[u], self._format(u)
+        operand, at_output = self._operands[u][factors.operand], self._at_outputs[u][0]
+        left = operand if factors.one_hot else fitted(operand, fmt)
+        return jax.vmap(factors.left)(left), jax.vmap(factors.right)(fitted(at_output, fmt))
 
-    def _group_norm(self, group: Sequence[int]) -> tuple[Float64[Array, " p"], Float64[Array, " p"]]:
-        """Return `squared_norm` of the summed gradients of all uses in a group."""
-        used = [self._factors[u] for u in group if u in self._factors]
+    def _group_norms(self, group: Sequence[int]) -> Norms:
+        """Return the norms of the summed gradients of all uses in a group."""
+        uses = [u for u in group if u in self._factors]
+        factors, fmt = [self._factors[u] for u in uses], self._format(uses[0])
+        bound = partial(_bounds_in_float64, factors) if fmt == "float32" else partial(_bounds_in, fmt, factors)
 
-        def one_example(rows: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+        def one_example(rows: list[tuple[Array, Array]]) -> Norms:
             products = []
-            for factors, (left, right) in zip(used, rows, strict=True):
-                sides = Side(left, factors.one_hot), Side(right, False)
-                swapped = len(used) > 1 and sides_swapped(used[0], factors)
-                products.append(sides[::-1] if swapped else sides)
-            return squared_norm(products)
+            for each, (left, right) in zip(factors, rows, strict=True):
+                sides = Side(left, each.one_hot), Side(right, False)
+                swapped = len(factors) > 1 and bool(sides_swapped(factors[0], each))
+                products.append(Product(*(sides[::-1] if swapped else sides), swapped))
+            return bound(products)
 
-        return jax.vmap(one_example)([self._rows(u) for u in group])
+        return jax.vmap(one_example)([self._rows(u) for u in uses])
 
     def _instantiate(self) -> dict[int, _Instantiated]:
         """Compute the gradient of every example, by leaf number, for the leaves whose strategy is `instantiate`."""
@@ -226,8 +241,8 @@ class _Pass:
                 continue
             if u in self._factors:
                 factors = self._factors[u]
-                product = jax.vmap(partial(_product, factors))(*self._rows(u))
-                found[factors.view.leaf].append(_Instantiated(product, partial(_leaf_of, factors)))
+                gradient = jax.vmap(partial(_product, factors, fmt=self._format(u)))(*self._rows(u))
+                found[factors.view.leaf].append(_Instantiated(gradient, partial(_leaf_of, factors)))
                 continue
             for variable, gradient in self._at_operands(use, u):
                 pending[variable] = pending[variable] + gradient if variable in pending else gradient
@@ -285,20 +300,48 @@ class _Pass:
         return {n: rounded_float32(gradient) for n, gradient in zip(reached, found, strict=True)}
 
 
-def _product(factors: Factors, left: Array, right: Array) -> Float32[Array, "groups rows columns"]:
+def _bounds_in_float64(factors: Sequence[Factors], products: Sequence[Product]) -> Norms:
+    """Return the norms of one example's gradient that is summed in float32."""
+    square, terms = squared_norm(products)
+    # The weighted sum is a float32 product, rounded differently from the norm: over n terms, two more for the weight
+    # and the sum of uses, its error is at most n u / (1 - n u) times the sum of their magnitudes, with u = 2^-24
+    # (Higham 2002, section 3.5).
+    lost = 2.0**-24 * (sum(each.length for each in factors) + 2)
+    with jax.enable_x64(True):
+        relative = jnp.square(jnp.sqrt(square) + lost / (1 - lost) * terms)
+        return Norms(square, relative, jnp.float64(0), jnp.square(terms))
+
+
+def _bounds_in(fmt: Format, factors: Sequence[Factors], products: Sequence[Product]) -> Norms:
+    """Return the norms of one example's gradient that is summed on tensor cores."""
+    terms = terms_of_products(products)
+    relative, absolute = contribution_bound(
+        terms,
+        0.0 if all(each.one_hot for each in factors) else UNIT_ROUNDOFF[fmt],
+        contracted=sum(each.length for each in factors),
+        n=max(each.n for each in factors),
+        entries=size_of(factors[0]),
+    )
+    with jax.enable_x64(True):
+        squared = jnp.maximum(terms.square, 0), jnp.square(relative), jnp.square(absolute), terms.magnitudes
+        return Norms(*map(jnp.asarray, squared))
+
+
+def _product(factors: Factors, left: Array, right: Array, fmt: Format) -> Float32[Array, "groups rows columns"]:
     """Compute sum_t left^T right of one example, transposed if m > n: a CPU's product is faster into long rows.
 
     Args:
         left: [groups, t, m], or integers [t] where it is one-hot.
         right: [groups, t, n].
     """
-    right = right.astype(jnp.float32)
     if factors.one_hot:
         # Row -1 means no row. Indexing would count it from the end, so move it out of range, where `drop` ignores it.
         rows = jnp.where(left >= 0, left, factors.m)
-        return jnp.zeros((1, factors.m, factors.n), jnp.float32).at[0, rows].add(right[0], mode="drop")
+        return (
+            jnp.zeros((1, factors.m, factors.n), jnp.float32).at[0, rows].add(right[0].astype(jnp.float32), mode="drop")
+        )
     order = "gtm,gtn->gnm" if _transposed(factors) else "gtm,gtn->gmn"
-    return jnp.einsum(order, left.astype(jnp.float32), right, precision=lax.Precision.HIGHEST)
+    return product(order, left, right, fmt)
 
 
 def _transposed(factors: Factors) -> bool:

@@ -7,14 +7,13 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from dpdist.mechanism.clipping.graph import refuse_complex
 from dpdist.mechanism.clipping.paths import trainable, with_frozen
 from dpdist.mechanism.clipping.separate import for_each
-from dpdist.mechanism.clipping.weights import norms_of, rounded_float32, squares, weigh, weighted_sum
+from dpdist.mechanism.clipping.weights import norms_of, norms_of_gradients, rounded_float32, weigh, weighted_sum
 
 
 def per_example_grad_sum(
@@ -29,9 +28,8 @@ def per_example_grad_sum(
         refuse_complex(params, frozen)
         grads = for_each(partial(jax.grad(loss), trainable(params, frozen)), mask.shape[0], batch)
         grads = jax.tree.map(rounded_float32, grads)
-        with jax.enable_x64(True):
-            total = sum(map(squares, jax.tree.leaves(grads)), jnp.zeros(mask.shape))
-        scale, used = weigh(total, mask, clip_norm)
-        return jax.tree.map(lambda g: weighted_sum(scale, used, g), grads), norms_of(total)
+        norms = norms_of_gradients(jax.tree.leaves(grads), mask.shape[0])
+        scale, used = weigh(norms, mask, clip_norm)
+        return jax.tree.map(lambda g: weighted_sum(scale, used, g), grads), norms_of(norms.computed)
 
     return clipped_sum

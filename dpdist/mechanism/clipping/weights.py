@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,23 +47,55 @@ def squares(gradients: Float[Array, "p ..."]) -> Float64[Array, " p"]:
         return jnp.sum(jnp.square(gradients.reshape(gradients.shape[0], -1).astype(jnp.float64)), axis=1)
 
 
+#: r: a weight is also capped so that c R <= r C, where R is the sum of an example's terms by magnitude. Else nothing
+#: would limit what an example whose terms cancel does to the rounding of the others in its product (docs/rounding.md).
+LARGEST_TERMS = 64.0
+
+
+class Norms(NamedTuple):
+    """Squares of norms over all parameters of each example: float64[p] each, which add up over parameters."""
+
+    #: |g|^2, as computed.
+    computed: Float64[Array, " p"]
+    #: An example with weight c adds at most c sqrt(relative) + sqrt(absolute) to the weighted sum.
+    relative: Float64[Array, " p"]
+    absolute: Float64[Array, " p"]
+    #: R^2: R bounds the sum of magnitudes of all the terms that the products behind g add up.
+    terms: Float64[Array, " p"]
+
+    def __add__(self, other: Norms) -> Norms:  # type: ignore[override]
+        """Return the sums of fields."""
+        with jax.enable_x64(True):
+            return Norms(*(x + y for x, y in zip(self, other, strict=True)))
+
+
+def norms_of_gradients(gradients: Sequence[Float[Array, "p ..."]], examples: int) -> Norms:
+    """Return the norms of stored gradients, which are summed as they are."""
+    with jax.enable_x64(True):
+        total = sum(map(squares, gradients), jnp.zeros(examples))
+        return Norms(total, total, jnp.zeros(examples), total)
+
+
 def norms_of(squares: Float64[Array, " p"]) -> Float32[Array, " p"]:
     """Return the root of float64 squares, infinite where they are beyond float32."""
     return jnp.sqrt(squares.astype(jnp.float32))
 
 
 def weigh(
-    squares: Float64[Array, " p"], mask: Float[Array | np.ndarray, " p"], clip_norm: float
+    norms: Norms, mask: Float[Array | np.ndarray, " p"], clip_norm: float
 ) -> tuple[Float32[Array, " p"], Bool[Array, " p"]]:
-    """Return every example's weight min(1, C / norm), given float64 squares of norms, and whether it is used.
+    """Return every example's weight, min(1, C / norm) or a little less, and whether it is used.
 
     An example is used if it is not masked and its norm is finite; an unused one has weight 0. A gradient whose square
     is beyond float32 has an infinite norm, so it is dropped: its weight would be too small to be exact.
     """
-    used = jnp.asarray(mask > 0) & jnp.isfinite(norms_of(squares))
+    used = jnp.asarray(mask > 0) & jnp.isfinite(norms_of(norms.relative))
     with jax.enable_x64(True):
-        bounds = jnp.maximum(jnp.sqrt(squares) * (1 + NORM_MARGIN), clip_norm * 1e-6)
-        scale = jnp.minimum(1.0, clip_norm / bounds).astype(jnp.float32)
+        least = clip_norm * 1e-6
+        bounds = jnp.maximum(jnp.sqrt(norms.relative) * (1 + NORM_MARGIN), least)
+        capped = LARGEST_TERMS * clip_norm / jnp.maximum(jnp.sqrt(norms.terms), least)
+        room = jnp.maximum(clip_norm - jnp.sqrt(norms.absolute), 0.0)
+        scale = jnp.minimum(jnp.minimum(1.0, room / bounds), capped).astype(jnp.float32)
     return jnp.where(used, scale, 0.0), used
 
 

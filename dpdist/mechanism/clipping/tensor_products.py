@@ -1,0 +1,116 @@
+"""Norms and weighted sums from factors in a short format, whose products run on tensor cores.
+
+Both factors are rounded once, to bfloat16 if the model computes in it and to TF32 otherwise; every product of them has
+float32 output, and `tensor_cores` bounds what it may lose. `Precision.HIGH` is TF32 on GPUs that have it and float32
+elsewhere: either multiplies TF32 numbers exactly. Long rows are multiplied in pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from itertools import combinations_with_replacement
+from operator import add
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float32
+
+from dpdist.mechanism.clipping.norms import Product, Side, blocks, inner_products, merged
+from dpdist.mechanism.clipping.tensor_cores import LONGEST, PIECE, Found, Terms, row_norms, terms_of
+from dpdist.mechanism.clipping.weights import rounded_float32
+
+#: `float32`: not for tensor cores, norms in float64 and sums in float32.
+Format = Literal["float32", "tf32", "bfloat16"]
+#: With fewer rows than this, one large product is faster on tensor cores than the ten small ones of four blocks.
+_SMALLEST_SPLIT = 1024
+
+
+def format_of(dtypes: Sequence[Any]) -> Format:
+    """Return the format that factors of these dtypes are rounded to: bfloat16, float16 and TF32 all fit TF32."""
+    return "bfloat16" if all(dtype == jnp.bfloat16 for dtype in dtypes) else "tf32"
+
+
+def fitted(x: Array, fmt: Format) -> Array:
+    """Round to the format by an operation that XLA keeps; TF32 numbers are held as float32."""
+    exact = rounded_float32(x).astype(jnp.float32)
+    if fmt == "float32":
+        return exact
+    rounded = lax.reduce_precision(exact, exponent_bits=8, mantissa_bits={"tf32": 10, "bfloat16": 7}[fmt])
+    return rounded.astype(jnp.bfloat16 if fmt == "bfloat16" else jnp.float32)
+
+
+def product(equation: str, a: Array, b: Array, fmt: Format) -> Float32[Array, "..."]:
+    """Return the `einsum` of two arrays that fit the format, with float32 output."""
+    precision = lax.Precision.HIGHEST if fmt == "float32" else lax.Precision.HIGH
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def folded(scale: Float32[Array, " p"], used: Bool[Array, " p"], right: Array, fmt: Format) -> Array:
+    """Return every example's right factor times its weight, rounded to the format; 0 where the example is not used."""
+    axes = (slice(None), *[None] * (right.ndim - 1))
+    return fitted(jnp.where(used[axes], right.astype(jnp.float32) * scale[axes], 0.0), fmt)
+
+
+def terms_of_products(products: Sequence[Product]) -> Terms:
+    """Return what bounds the norm of the sum of `left^T right` over all products of one example, whose factors fit."""
+    parts = [_Part(each) for each in blocks(merged(products), _SMALLEST_SPLIT)]
+    with jax.enable_x64(True):
+        found = [(a, b, _pair(a, b)) for a, b in combinations_with_replacement(parts, 2)]
+        twice = [terms if a is b else terms + terms for a, b, terms in found]
+        total = reduce(add, twice)
+        # The error of folding, |A^T D|, is at most the sum of that of the uses with the weight on either side.
+        alike = [[t.left for (a, b, _), t in zip(found, twice, strict=True) if a.swapped == b.swapped == side]
+                 for side in (False, True)]  # fmt: skip
+        left = jnp.square(sum(jnp.sqrt(sum(each, jnp.float64(0))) for each in alike))
+        rows = jnp.square(sum(jnp.sum(part.data_norms) for part in parts))
+        return total._replace(left=left, rows=rows)
+
+
+class _Part:
+    """A block of rows: the data's factor and the one that the weight is folded into, and what their diagonals tell."""
+
+    def __init__(self, product: Product) -> None:
+        self.swapped = product.swapped
+        self.left, self.right = product.left, product.right
+        self.own = inner_products(self.left, self.left, _inner), inner_products(self.right, self.right, _inner)
+        self.norms = _row_norms(self.left, self.own[0]), _row_norms(self.right, self.own[1])
+
+    @property
+    def data_norms(self) -> Found:
+        """The norms of the data's rows."""
+        return self.norms[self.swapped]
+
+
+def _pair(a: _Part, b: _Part) -> Terms:
+    """Return the terms of an ordered pair of blocks, with the data's factor first where both have it on one side."""
+    first, second = (1, 0) if a.swapped and b.swapped else (0, 1)
+    sides = [(a.left, b.left), (a.right, b.right)]
+    products = a.own if a is b else tuple(inner_products(x, y, _inner) for x, y in sides)
+    terms = terms_of(
+        products[first],
+        products[second],
+        (a.norms[first], b.norms[first]),
+        (a.norms[second], b.norms[second]),
+        sides[first][0].width,
+        sides[second][0].width,
+        exact_left=any(side.one_hot for side in sides[first]),
+    )
+    return Terms(*(jnp.sum(field) for field in terms))
+
+
+def _row_norms(side: Side, own: Array) -> Found:
+    if side.one_hot:
+        with jax.enable_x64(True):
+            return (side.rows >= 0)[None].astype(jnp.float64)
+    return row_norms(jnp.diagonal(own, axis1=1, axis2=2), side.width)
+
+
+def _inner(a: Array, b: Array) -> Array:
+    if a.shape[2] <= LONGEST:
+        return product("gtk,gsk->gts", a, b, "tf32")
+    pieces = range(0, a.shape[2], PIECE)
+    with jax.enable_x64(True):
+        return reduce(add, (_inner(a[..., i : i + PIECE], b[..., i : i + PIECE]).astype(jnp.float64) for i in pieces))
