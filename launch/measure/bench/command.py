@@ -65,6 +65,19 @@ def add_to(commands: Any) -> None:
     add("--to", type=path_argument, metavar="DIR", help="write clipping.json and clipping.md there as well")
     clipping.set_defaults(run=_clipping)
 
+    roofline = subjects.add_parser(
+        "roofline",
+        help="what clipping would cost on a GPU, predicted from its published rates; needs no GPU",
+        description="Predict the time of plain SGD and of DP-SGD from operations, bytes and assumed efficiencies; "
+        "docs/roofline.md explains the columns. Traces shapes only.",
+    )
+    roofline.add_argument(
+        "--device", default="A100,H100", help="separated by commas (%(default)s); all: every known one"
+    )
+    roofline.add_argument("--models", help="separated by commas (vit-b, vit-l, bert-base, gpt2-small, r50x1)")
+    roofline.add_argument("--json", action="store_true", help="print one JSON object")
+    roofline.set_defaults(run=_roofline)
+
 
 def _step(options: argparse.Namespace) -> int:
     from dpdist.config import file as configfile
@@ -98,6 +111,17 @@ def _clipping(options: argparse.Namespace) -> int:
         )
     )
     print(table.text(content), end="")
+    return 0
+
+
+def _roofline(options: argparse.Namespace) -> int:
+    from dpdist.program.device_rates import PEAK_RATES
+    from dpdist_launch.measure.bench import roofline
+
+    devices = tuple(PEAK_RATES) if options.device == "all" else _names(options.device)
+    models = roofline.MODELS if options.models is None else _names(options.models)
+    content = roofline.roofline(devices=devices, models=models)
+    print(json.dumps(content) if options.json else roofline.text(content), end="\n" if options.json else "")
     return 0
 
 

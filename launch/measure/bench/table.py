@@ -39,7 +39,8 @@ def text(content: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; all columns but the first are aligned to the right."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -112,7 +113,7 @@ def _by_arm(models: dict[str, Any], arms: list[str], cell: Cell, *, best: Best) 
             shown = "" if arm is None else "failed" if "failed" in arm else cell(arm, found["arms"])
             row.append(f"**{shown}**" if winners[model] == name else shown)
         rows.append(row)
-    return _table(["arm", *(f"{name} b{model['batch']}" for name, model in models.items())], rows)
+    return markdown(["arm", *(f"{name} b{model['batch']}" for name, model in models.items())], rows)
 
 
 def _ratio_and_time(arm: Found, others: dict[str, Found]) -> str:
@@ -173,4 +174,4 @@ def _details(models: dict[str, Any], arms: list[str]) -> str:
                 ]
             )
     head = "model,arm,ratio quartiles,compile s,temporary MiB,of SGD's,GFLOP,of SGD's,difference"
-    return _table(head.split(","), rows)
+    return markdown(head.split(","), rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -65,6 +65,13 @@ class Problem:
     def size(self) -> int:
         """The physical batch size p."""
         return self.mask.shape[0]
+
+
+def in_dtype(task: Task, dtype: str) -> Task:
+    """Return the task with its model's products in `dtype`, as far as the model has that option."""
+    if dtype == "float32":  # every model's own
+        return task
+    return replace(task, model=replace(task.model, options={**task.model.options, "dtype": dtype}))
 
 
 def problem_of(task: Task, size: int) -> Problem:
