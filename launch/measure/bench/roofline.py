@@ -336,5 +336,5 @@ def text(content: dict[str, Any]) -> str:
                 ways,
             ]
         )
-    head = "model,device,format,rates,sgd us an example,highest / sgd,tensor / sgd,fused / sgd,target for tensor,parameters"
+    head = "model,device,format,rates,sgd us an example,highest / sgd,tensor / sgd,fused / sgd,target for tensor,ways"
     return markdown(head.split(","), lines) + "\n"
