@@ -1,9 +1,13 @@
-"""Device rates by the device name JAX reports, for choosing between ways to compute a gradient norm.
+"""Device rates by the device name JAX reports: `DeviceRates` to choose by, `PeakRates` to predict with.
 
-This is a table, not a measurement at run time: equal devices must choose equally, or two runs would not agree bit for
-bit. The H100's rates are those that float64 inner products and a copy reached on one (see docs/results/gpu-h100);
-the H200 has the same chip and more bandwidth. The others are the published peak rates of float64 matrix products and of
-memory, which flatter `ghost`: with them the H100 took 1.2 to 1.3 times as long.
+`DeviceRates` choose between ways to compute a gradient norm. They are a table, not a measurement at run time: equal
+devices must choose equally, or two runs would not agree bit for bit. The H100's rates are those that float64 inner
+products and a copy reached on one (see docs/results/gpu-h100); the H200 has the same chip and more bandwidth. The
+others are the published peak rates of float64 matrix products and of memory, which flatter `ghost`: with them the H100
+took 1.2 to 1.3 times as long.
+
+`PeakRates` are the dense rates (without sparsity) of NVIDIA's data sheets, for the SXM modules (V100 of 32 GB, A100 of
+40 GB, H100, H200) and the L40S. No choice of training depends on them; `dpdist bench roofline` predicts with them.
 """
 
 from __future__ import annotations
@@ -26,6 +30,20 @@ class DeviceRates:
     bandwidth: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class PeakRates:
+    """Published dense peak rates of a device: operations per second by format, bytes per second of memory."""
+
+    #: Matrix products on tensor cores with float32 accumulation; None where the cores do not have the format.
+    bfloat16: float | None
+    tf32: float | None
+    #: Float32 outside of tensor cores.
+    float32: float
+    #: Matrix products in float64, on tensor cores where these have it.
+    float64: float
+    bandwidth: float
+
+
 #: Two CPU cores of 2024: the rates of any CPU.
 TWO_CORES = DeviceRates(flops_float64=4e10, bandwidth=1e10)
 _BY_NAME = {
@@ -33,6 +51,13 @@ _BY_NAME = {
     "A100": DeviceRates(flops_float64=19.5e12, bandwidth=1.6e12),
     "H100": DeviceRates(flops_float64=9.5e12, bandwidth=2.6e12),
     "H200": DeviceRates(flops_float64=9.5e12, bandwidth=3.8e12),
+}
+PEAK_RATES = {
+    "V100": PeakRates(bfloat16=None, tf32=None, float32=15.7e12, float64=7.8e12, bandwidth=0.9e12),
+    "A100": PeakRates(bfloat16=312e12, tf32=156e12, float32=19.5e12, float64=19.5e12, bandwidth=1.56e12),
+    "H100": PeakRates(bfloat16=989e12, tf32=495e12, float32=67e12, float64=67e12, bandwidth=3.35e12),
+    "H200": PeakRates(bfloat16=989e12, tf32=495e12, float32=67e12, float64=67e12, bandwidth=4.8e12),
+    "L40S": PeakRates(bfloat16=362e12, tf32=183e12, float32=91.6e12, float64=1.43e12, bandwidth=0.864e12),
 }
 #: Any other GPU: most GPUs that are not made for data centres are slow in float64.
 _OTHER_GPU = DeviceRates(flops_float64=0.5e12, bandwidth=0.6e12)
@@ -43,6 +68,11 @@ def device_rates(device_kind: str, platform: str) -> DeviceRates:
     if platform == "cpu":
         return TWO_CORES
     return next((rates for name, rates in _BY_NAME.items() if name in device_kind), _OTHER_GPU)
+
+
+def table_name(device_kind: str) -> str | None:
+    """Return the name in `PEAK_RATES` of a device, such as A100 of `NVIDIA A100-SXM4-80GB`; None if it is not there."""
+    return next((name for name in PEAK_RATES if name in device_kind), None)
 
 
 def faster(rates: DeviceRates) -> Preference:

@@ -83,8 +83,15 @@ def all_versions(*, peers: bool) -> dict[str, str]:
     """Return `versions`, the versions of the other libraries in a benchmark, and this project's commit."""
     found = versions() | {name: version(name) for name in ("flax", "numpy")}
     if peers:
-        found |= {name: version(name) for name in ("jax-privacy", "torch", "opacus")}
+        found |= {name: _installed(name) for name in ("jax-privacy", "torch", "opacus")}
     return found | {"commit": _commit()}
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _peak_resident_bytes() -> int:

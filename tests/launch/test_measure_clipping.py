@@ -103,6 +103,12 @@ def test_a_turn_is_the_mean_of_the_calls_that_fill_it_without_the_first() -> Non
     assert times == {"a": [2.0, 4.0]}
 
 
+def test_rounds_end_in_time_but_not_before_the_first() -> None:
+    clock = Clock()
+    assert interleaved({"a": clock.run(forever(1.0))}, rounds=9, seconds=0.0, clock=clock, until=5.0)["a"] == [1.0] * 3
+    assert interleaved({"a": clock.run(forever(1.0))}, rounds=9, seconds=0.0, clock=clock, until=0.0)["a"] == [1.0]
+
+
 def test_ratios_compare_within_a_round() -> None:
     found = ratios([1.1, 22.0, 3.6, 1.3, 1.4], [1.0, 20.0, 3.0, 1.0, 1.0])
     assert found == pytest.approx({"ratio": 1.2, "ratio_p25": 1.1, "ratio_p75": 1.3})
@@ -148,6 +154,55 @@ def test_every_arm_is_compared_with_the_plain_sgd_of_its_own_framework() -> None
     assert numbers["broken"] == {"framework": "torch", "private": True, "failed": "ValueError: cannot"}
     assert found["batch"] == 6
     assert found["parameters"] == 256 * 8 + 8 + 8 * 10 + 10
+
+
+def test_where_time_is_short_the_first_arms_are_measured_and_kept_as_they_come() -> None:
+    clock = Clock()
+    measured = [fake("sgd", 2.0, clock), fake("auto", 3.0, clock), fake("ghost", 5.0, clock), fake("late", 1.0, clock)]
+    seen: list[list[str]] = []
+
+    def after_arm(found: dict[str, Any]) -> None:
+        seen.append([name for name, arm in found["arms"].items() if "second_call_seconds" in arm])
+
+    found = measure(
+        MLP, 6, measured, naive=False, rounds=3, seconds=0.0, time_limit=19.0, clock=clock, after_arm=after_arm
+    )
+    # Two calls each: at 4 s, 10 s and 20 s the first three are ready, and the fourth is not begun.
+    assert seen == [["sgd"], ["sgd", "auto"], ["sgd", "auto", "ghost"]]
+    assert found["arms"]["late"]["failed"] == clipping.NO_TIME
+    assert [len(found["arms"][name]["seconds_by_round"]) for name in ("sgd", "auto", "ghost")] == [1, 1, 1]
+
+
+def test_products_in_bfloat16_or_full_float32_are_what_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "tiny", VIT)
+    programs = {}
+    for form in clipping.FORMATS:
+        seen: list[str] = []
+
+        def arms_of(request: Request, seen: list[str] = seen) -> list[Arm]:
+            def prepare(problem: Problem) -> Program:
+                seen.append(
+                    str(jax.make_jaxpr(problem.loss)(problem.params, {k: v[0] for k, v in problem.batch.items()}))
+                )
+                return arms.jax_arm("sgd").prepare(problem)
+
+            return [Arm(name="sgd", framework="jax", private=False, prepare=prepare)]
+
+        monkeypatch.setattr(clipping, "arms_of", arms_of)
+        request = Request(models=["tiny"], methods=["sgd"], format=form, rounds=1, seconds=0)
+        assert clipping.bench_clipping(request)["settings"]["format"] == form
+        programs[form] = seen[0]
+    assert "bf16" in programs["bf16"]
+    assert "bf16" not in programs["tf32"] + programs["float32"]
+    assert "HIGHEST" in programs["float32"]
+    assert "HIGHEST" not in programs["tf32"]
+
+
+def test_peers_that_are_installed_are_measured_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    assert peers.peer_arms(installed=True) == []
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +299,8 @@ def test_a_batch_that_the_compiler_refuses_does_not_fit() -> None:
         (["--batch", "0"], ["--batch", "at least 1"]),
         (["--rounds", "0"], ["--rounds", "at least 1"]),
         (["--seconds", "nan"], ["--seconds"]),
+        (["--format", "fp16"], ["--format", "'fp16'", "bf16"]),
+        (["--time-limit", "0"], ["--time-limit"]),
         (["--largest-batch", "--memory", "0"], ["--memory"]),
     ],
 )
@@ -315,7 +372,9 @@ def test_the_table_shows_the_best_what_failed_and_wrong_sums() -> None:
 
     found = {
         "sgd": arm(1.0, private=False, temp_bytes=2**20, flops=1e9),
-        "auto": arm(1.25, temp_bytes=2**21, flops=3e9, compile_seconds=4.0, ratio_p25=1.2, ratio_p75=1.3),
+        "auto": arm(
+            1.25, temp_bytes=2**21, peak_bytes=5 * 2**20, flops=3e9, compile_seconds=4.0, ratio_p25=1.2, ratio_p75=1.3
+        ),
         "per_example": arm(1.5, difference=0.5),
         "opacus": {"framework": "torch", "private": True, "failed": "RuntimeError: no"},
     }
@@ -323,7 +382,7 @@ def test_the_table_shows_the_best_what_failed_and_wrong_sums() -> None:
         "command": ["dpdist", "bench"],
         "started": "then",
         "written": "now",
-        "settings": {"rounds": 3, "seconds_a_turn": 0.3, "memory_limit": None},
+        "settings": {"format": "bf16", "rounds": 3, "seconds_a_turn": 0.3, "memory_limit": None},
         "machine": {"platform": "cpu", "device_kind": "cpu", "cpu": "X", "cores": 2, "memory_bytes": 2**34},
         "versions": {"jax": "0"},
         "about": {name: "what it is" for name in found},
@@ -336,7 +395,7 @@ def test_the_table_shows_the_best_what_failed_and_wrong_sums() -> None:
     assert "| per_example | 1.50 · 150 ms |" in page
     assert "| opacus | failed |" in page
     assert "| auto | **32.0 · 1.25** |" in page
-    assert "| m | auto | 1.20 to 1.30 | 4.0 | 2 | 2.00 | 3 | 3.00 | 0e+00 |" in page
+    assert "| m | auto | 1.20 to 1.30 | 4.0 | 2 | 2.00 | 5 | 3 | 3.00 | 0e+00 |" in page
     assert "opacus failed on m: RuntimeError: no" in page
     assert "per_example computes ANOTHER SUM on m" in page
     assert "fastDP was not measured: not installable from a registry." in page

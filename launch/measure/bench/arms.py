@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from dpdist.mechanism.clipping import GradSum, clipped_grad_sum
-from dpdist.program.device_rates import TWO_CORES, faster
+from dpdist.program.device_rates import device_rates, faster
 from dpdist.program.plain_gradients import plain_grad_sum
 from dpdist_launch.measure.bench.program import Arm, jax_program
 from dpdist_launch.measure.bench.tasks import Problem
@@ -46,7 +46,9 @@ def grad_sum(name: str, problem: Problem) -> GradSum:
         return plain_grad_sum(problem.loss)
     if name == MASKED:
         return masked_grad_sum(problem.loss, clip_norm=problem.clip_norm)
-    return clipped_grad_sum(problem.loss, clip_norm=problem.clip_norm, method=name, prefer=faster(TWO_CORES))
+    device = jax.devices()[0]
+    prefer = faster(device_rates(device.device_kind, device.platform))  # as training chooses
+    return clipped_grad_sum(problem.loss, clip_norm=problem.clip_norm, method=name, prefer=prefer)
 
 
 def masked_grad_sum(loss_fn: Callable[[Any, Any], Array], *, clip_norm: float) -> GradSum:

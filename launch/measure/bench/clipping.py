@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -26,9 +27,17 @@ from dpdist_launch.measure.bench import arms, peers, table
 from dpdist_launch.measure.bench.naive import naive_series
 from dpdist_launch.measure.bench.program import Arm, Program, Sums, largest_batch
 from dpdist_launch.measure.bench.rounds import Clock, interleaved, ratios
-from dpdist_launch.measure.bench.tasks import TASKS, Problem, Task, problem_of
+from dpdist_launch.measure.bench.tasks import TASKS, Problem, Task, in_dtype, problem_of
 
 Progress = Callable[[str], None]
+TF32, FLOAT32 = "tf32", "float32"
+#: Format of the products -> (dtype of the model, JAX's precision of float32 products).
+FORMATS: dict[str, tuple[str, str | None]] = {
+    "bf16": ("bfloat16", None),
+    TF32: ("float32", None),  # the default: TF32 on GPUs that have it, float32 elsewhere
+    FLOAT32: ("float32", "highest"),
+}
+NO_TIME = "no time left"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +50,19 @@ class Request:
     methods: Sequence[str] = tuple(arms.ARMS)
     #: Physical batch size by model; the others use the task's.
     batches: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    #: Also measure other projects' implementations.
-    peers: bool = False
+    #: The format of the models' products, of `FORMATS`.
+    format: str = TF32
+    #: Also measure other projects' implementations: `all`, or those `installed`.
+    peers: str | None = None
     rounds: int = 15
     #: Length of a turn in seconds.
     seconds: float = 0.3
     #: Also find each compiled arm's largest batch that fits into this many bytes; None skips the search.
     memory_limit: float | None = None
-    #: Directory to write `clipping.json` and `clipping.md` to after every model.
+    #: Compile no further arm of a model, and begin no further round, after so many seconds of it: an arm is left out if
+    #: it would not be ready by then, should it take as long as the slowest before it.
+    time_limit: float | None = None
+    #: Directory to write `clipping.json` to after every arm, and `clipping.md` after every model.
     to: Path | None = None
     #: The command line, to be recorded.
     command: Sequence[str] = ()
@@ -56,6 +70,7 @@ class Request:
     def __post_init__(self) -> None:
         _known("--models", self.models, TASKS)
         _known("--methods", self.methods, arms.ARMS)
+        _known("--format", [self.format], FORMATS)
         for model, size in self.batches.items():
             _known("--batch", [model], TASKS)
             if size < 1:
@@ -66,6 +81,8 @@ class Request:
             raise InputError("--seconds", self.seconds, "give 0 (one call a turn) or more.")
         if self.memory_limit is not None and not self.memory_limit > 0:
             raise InputError("--memory", self.memory_limit / 2**30, "give a number of GiB above 0.")
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise InputError("--time-limit", self.time_limit, "give a number of seconds above 0.")
 
 
 def _known(flag: str, names: Sequence[str], choices: Mapping[str, Any]) -> None:
@@ -97,16 +114,23 @@ def bench_clipping(request: Request, *, progress: Progress = _to_stderr) -> dict
         "what": "the gradient sum of one physical batch, by every arm; ratios are to the same framework's plain SGD",
         "command": list(request.command),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {"rounds": request.rounds, "seconds_a_turn": request.seconds, "memory_limit": request.memory_limit},
+        "settings": {
+            "format": request.format,
+            "rounds": request.rounds,
+            "seconds_a_turn": request.seconds,
+            "memory_limit": request.memory_limit,
+            "time_limit": request.time_limit,
+        },
         "machine": machine.this_machine(),
-        "versions": machine.all_versions(peers=request.peers),
+        "versions": machine.all_versions(peers=request.peers is not None),
         "about": about,
         "absent": dict(peers.ABSENT) if request.peers else {},
         "models": {},
     }
-    with _without_compilation_cache():
+    dtype, precision = FORMATS[request.format]
+    with _without_compilation_cache(), jax.default_matmul_precision(precision):
         for name in dict.fromkeys(request.models):
-            task = TASKS[name]
+            task = in_dtype(TASKS[name], dtype)
             size = request.batches.get(name, task.batch)
             content["models"][name] = measure(
                 task,
@@ -116,14 +140,23 @@ def bench_clipping(request: Request, *, progress: Progress = _to_stderr) -> dict
                 rounds=request.rounds,
                 seconds=request.seconds,
                 memory_limit=request.memory_limit,
+                time_limit=request.time_limit,
                 progress=partial(_named, progress, name),
+                after_arm=partial(_write, request.to, content, name),
             )
-            content["written"] = datetime.now(UTC).isoformat(timespec="seconds")
-            if request.to is not None:  # after every model: the next may take an hour, or run out of memory
-                request.to.mkdir(parents=True, exist_ok=True)
-                write_atomically(request.to / "clipping.json", json.dumps(content, indent=2) + "\n")
+            _write(request.to, content, name, content["models"][name])
+            if request.to is not None:
                 write_atomically(request.to / "clipping.md", table.text(content))
     return content
+
+
+def _write(to: Path | None, content: dict[str, Any], model: str, found: dict[str, Any]) -> None:
+    """Write what is known so far: what comes next may take an hour, be cut off, or run out of memory."""
+    content["models"][model] = found
+    content["written"] = datetime.now(UTC).isoformat(timespec="seconds")
+    if to is not None:
+        to.mkdir(parents=True, exist_ok=True)
+        write_atomically(to / "clipping.json", json.dumps(content, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -143,7 +176,7 @@ def arms_of(request: Request) -> list[Arm]:
     """Return the arms to measure in turns, always with plain SGD, the baseline."""
     found = [arms.jax_arm(name) for name in arms.ARMS if name == arms.SGD or name in request.methods]
     found = [arm for arm in found if arm.name != arms.NAIVE]
-    return found + (peers.peer_arms() if request.peers else [])
+    return found + (peers.peer_arms(installed=request.peers == "installed") if request.peers else [])
 
 
 def measure(
@@ -155,18 +188,29 @@ def measure(
     rounds: int,
     seconds: float,
     memory_limit: float | None = None,
+    time_limit: float | None = None,
     clock: Clock = time.perf_counter,
     progress: Progress = lambda line: None,
+    after_arm: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
     """Measure all arms on one model; return its batch, its parameter count and every arm's numbers or error."""
     load = os.getloadavg()[0]
+    until = math.inf if time_limit is None else clock() + time_limit
     problem = problem_of(task, size)
-    programs, results = _prepare(problem, measured, progress)
+    found: dict[str, Any] = {
+        "batch": size,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(problem.params)),
+        "load_before": load,
+        "arms": {arm.name: {"framework": arm.framework, "private": arm.private} for arm in measured},
+    }
+    results = found["arms"]
+    programs = _prepare(problem, measured, results, until, clock, progress, lambda: after_arm(found))
     times = interleaved(
         {name: program.run for name, program in programs.items()},
         rounds=rounds,
         seconds=seconds,
         clock=clock,
+        until=until,
         after_round=lambda number: progress(f"round {number + 1} of {rounds}"),
     )
     baselines = {arm.framework: times[arm.name] for arm in measured if not arm.private and arm.name in times}
@@ -179,57 +223,79 @@ def measure(
         if arm.framework in baselines:
             results[arm.name] |= ratios(own, baselines[arm.framework])
         compile_at = programs[arm.name].compile_at
-        if memory_limit is not None and compile_at is not None:
+        if memory_limit is not None and compile_at is not None and clock() < until:
             progress(f"{arm.name}: looking for its largest batch")
             results[arm.name]["largest_batch"] = largest_batch(compile_at, limit=memory_limit, start=size)
     if naive:
         progress(f"{arms.NAIVE}: a series that compiles")
-        found: dict[str, Any] = {"framework": arms.JAX, "private": True}
+        series: dict[str, Any] = {"framework": arms.JAX, "private": True}
         try:
-            found |= naive_series(arms.grad_sum("per_example", problem), problem, clock=clock)
-            found["ratio"] = found["seconds"] / float(np.median(baselines[arms.JAX]))
+            series |= naive_series(arms.grad_sum("per_example", problem), problem, clock=clock)
+            series["ratio"] = series["seconds"] / float(np.median(baselines[arms.JAX]))
         except Exception as error:
-            found["failed"] = _reason(error)
-        results[arms.NAIVE] = found
-    return {
-        "batch": size,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(problem.params)),
-        "load_before": load,
-        "arms": results,
-    }
+            series["failed"] = _reason(error)
+        results[arms.NAIVE] = series
+    return found
 
 
 def _prepare(
-    problem: Problem, measured: Sequence[Arm], progress: Progress
-) -> tuple[dict[str, Program], dict[str, dict[str, Any]]]:
-    """Compile every arm, run it once and compare its sum with the reference; record the error of an arm that fails."""
+    problem: Problem,
+    measured: Sequence[Arm],
+    results: dict[str, dict[str, Any]],
+    until: float,
+    clock: Clock,
+    progress: Progress,
+    after_arm: Callable[[], None],
+) -> dict[str, Program]:
+    """Compile every arm, run it twice and compare its sum with the reference; what is found goes into `results`.
+
+    An arm that fails, or would not be ready by `until`, gets `failed` there.
+    """
     programs: dict[str, Program] = {}
-    results: dict[str, dict[str, Any]] = {
-        arm.name: {"framework": arm.framework, "private": arm.private} for arm in measured
-    }
     references: dict[bool, Sums] = {}
-    # The reference method first: the others are compared with it, and only its sums need to be kept.
-    for arm in sorted(measured, key=lambda arm: arm.name != "per_example"):
+    slowest = 0.0
+    # The reference method first: the others are compared with it, and only its sums need to be kept. Where time is
+    # short, it must not cost us the arms that matter more.
+    for arm in sorted(measured, key=lambda arm: until == math.inf and arm.name != "per_example"):
+        result, began = results[arm.name], clock()
+        if programs and began + slowest >= until:
+            result["failed"] = NO_TIME
+            continue
         try:
             program = arm.prepare(problem)
+            before = _peak_bytes()
             sums = program.read(program.run())
+            peak = _peak_bytes()
         except Exception as error:  # a model that an arm cannot run is a result too
-            results[arm.name]["failed"] = _reason(error)
-            progress(f"{arm.name}: {results[arm.name]['failed']}")
+            result["failed"] = _reason(error)
+            progress(f"{arm.name}: {result['failed']}")
             continue
         programs[arm.name] = program
-        results[arm.name]["difference"] = distance(sums, references.setdefault(arm.private, sums))
+        result["difference"] = distance(sums, references.setdefault(arm.private, sums))
+        if peak is not None and peak > (before or 0):  # otherwise an earlier arm, or compiling, needed as much
+            result["peak_bytes"] = peak
         if program.compiled is not None:
-            results[arm.name] |= {
+            result |= {
                 "compile_seconds": program.compiled.seconds,
                 "temp_bytes": program.compiled.temp_bytes,
                 "memory_bytes": program.compiled.memory,
                 "flops": program.compiled.flops,
             }
             progress(f"{arm.name}: compiled in {program.compiled.seconds:.1f} s")
+        called = clock()
+        program.run()
+        result["second_call_seconds"] = clock() - called
+        slowest = max(slowest, clock() - began)
+        after_arm()
     if arms.SGD not in programs:
         raise RuntimeError(f"plain SGD does not run: {results[arms.SGD]['failed']}")
-    return programs, results
+    return programs
+
+
+def _peak_bytes() -> int | None:
+    """Return the most device memory that this process has used so far; None where the device does not count."""
+    peak: int | None = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return peak
 
 
 def _reason(error: Exception) -> str:

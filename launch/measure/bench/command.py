@@ -57,13 +57,41 @@ def add_to(commands: Any) -> None:
     add(
         "--batch", metavar="N", help="physical batch size, or sizes by model: vit-ti=8,vit-s=4 (each model's usual one)"
     )
-    add("--peers", action="store_true", help="also jax_privacy and Opacus, from the extra `peers`")
+    add(
+        "--format",
+        default="tf32",
+        help="of the models' products: bf16, float32, or tf32, which is JAX's default for "
+        "float32: TF32 on GPUs that have it, float32 elsewhere (%(default)s)",
+    )
+    add(
+        "--peers",
+        nargs="?",
+        const="all",
+        choices=["all", "installed"],
+        help="also jax_privacy and Opacus, from the extra `peers`; all of them, or those that are installed",
+    )
     add("--rounds", type=int, default=15, help="turns of every arm (15)")
     add("--seconds", type=float, default=0.3, help="length of a turn, after one call that is not timed (0.3)")
     add("--largest-batch", action="store_true", help="also the largest batch that fits; compiles several more programs")
     add("--memory", type=float, default=8.0, metavar="GIB", help="memory that the largest batch must fit into (8)")
+    add(
+        "--time-limit", type=float, metavar="S", help="begin no arm and no round of a model after so many seconds of it"
+    )
     add("--to", type=path_argument, metavar="DIR", help="write clipping.json and clipping.md there as well")
     clipping.set_defaults(run=_clipping)
+
+    roofline = subjects.add_parser(
+        "roofline",
+        help="what clipping would cost on a GPU, predicted from its published rates; needs no GPU",
+        description="Predict the time of plain SGD and of DP-SGD from operations, bytes and assumed efficiencies; "
+        "docs/roofline.md explains the columns. Traces shapes only.",
+    )
+    roofline.add_argument(
+        "--device", default="A100,H100", help="separated by commas (%(default)s); all: every known one"
+    )
+    roofline.add_argument("--models", help="separated by commas (vit-b, vit-l, bert-base, gpt2-small, r50x1)")
+    roofline.add_argument("--json", action="store_true", help="print one JSON object")
+    roofline.set_defaults(run=_roofline)
 
 
 def _step(options: argparse.Namespace) -> int:
@@ -89,7 +117,9 @@ def _clipping(options: argparse.Namespace) -> int:
             models=models,
             methods=tuple(ARMS) if options.methods is None else _names(options.methods),
             batches=_batches(options.batch, models),
+            format=options.format,
             peers=options.peers,
+            time_limit=options.time_limit,
             rounds=options.rounds,
             seconds=options.seconds,
             memory_limit=options.memory * 2**30 if options.largest_batch else None,
@@ -98,6 +128,17 @@ def _clipping(options: argparse.Namespace) -> int:
         )
     )
     print(table.text(content), end="")
+    return 0
+
+
+def _roofline(options: argparse.Namespace) -> int:
+    from dpdist.program.device_rates import PEAK_RATES
+    from dpdist_launch.measure.bench import roofline
+
+    devices = tuple(PEAK_RATES) if options.device == "all" else _names(options.device)
+    models = roofline.MODELS if options.models is None else _names(options.models)
+    content = roofline.roofline(devices=devices, models=models)
+    print(json.dumps(content) if options.json else roofline.text(content), end="\n" if options.json else "")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,16 +17,19 @@ def interleaved(
     rounds: int,
     seconds: float,
     clock: Clock = time.perf_counter,
+    until: float = math.inf,
     after_round: Callable[[int], None] = lambda number: None,
 ) -> dict[str, list[float]]:
     """Return the seconds per call of every run, for each round.
 
     In a round each run has one turn; the next round starts with the next run. A turn is one call that is not timed, so
     that caches and another framework's threads settle, followed by timed calls until `seconds` have passed, at least
-    one.
+    one. No round but the first begins after `until` on the clock.
     """
     names, times = list(runs), {name: list[float]() for name in runs}
     for number in range(rounds):
+        if number and clock() >= until:
+            break
         first = number % len(names)
         for name in names[first:] + names[:first]:
             times[name].append(_turn(runs[name], seconds, clock))

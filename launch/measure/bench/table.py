@@ -31,7 +31,8 @@ def text(content: dict[str, Any]) -> str:
         "## What is behind it",
         "Quartiles of the ratio over rounds. Temporary memory and FLOPs are XLA's own analysis of the compiled "
         "program, beside those of plain SGD. Difference: of the clipped sum from that of `per_example` (or the first "
-        "private arm), of plain SGD's from JAX's, relative, in L2.",
+        "private arm), of plain SGD's from JAX's, relative, in L2. Peak: the most memory that the process has used on "
+        "the device, where this arm set it; `-` where an earlier arm, or compiling, had used more, or nothing counts it.",
         _details(models, arms),
         "## The arms",
         "\n".join(f"- `{name}`: {about}" for name, about in content["about"].items()),
@@ -39,7 +40,8 @@ def text(content: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; all columns but the first are aligned to the right."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -50,7 +52,7 @@ def _conditions(content: dict[str, Any]) -> str:
     lines = {
         "command": f"`{shlex.join(content['command'])}`",
         "measured": f"{content['started']} to {content['written']}, {settings['rounds']} rounds, turns of "
-        f"{settings['seconds_a_turn']:g} s",
+        f"{settings['seconds_a_turn']:g} s, products in {settings['format']}",
         "hardware": f"{machine['device_kind']} ({machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB), load before each model {', '.join(loads)}",
         "versions": ", ".join(f"{name} {found}" for name, found in content["versions"].items()),
@@ -112,7 +114,7 @@ def _by_arm(models: dict[str, Any], arms: list[str], cell: Cell, *, best: Best) 
             shown = "" if arm is None else "failed" if "failed" in arm else cell(arm, found["arms"])
             row.append(f"**{shown}**" if winners[model] == name else shown)
         rows.append(row)
-    return _table(["arm", *(f"{name} b{model['batch']}" for name, model in models.items())], rows)
+    return markdown(["arm", *(f"{name} b{model['batch']}" for name, model in models.items())], rows)
 
 
 def _ratio_and_time(arm: Found, others: dict[str, Found]) -> str:
@@ -157,6 +159,7 @@ def _details(models: dict[str, Any], arms: list[str]) -> str:
             arm = found["arms"].get(name)
             if arm is None or "failed" in arm:
                 continue
+            peak = arm.get("peak_bytes")
             memory, flops = arm.get("temp_bytes"), arm.get("flops")
             spread = f"{arm['ratio_p25']:.2f} to {arm['ratio_p75']:.2f}" if "ratio_p25" in arm else "-"
             rows.append(
@@ -167,10 +170,11 @@ def _details(models: dict[str, Any], arms: list[str]) -> str:
                     _or_dash(arm.get("compile_seconds"), ".1f"),
                     _or_dash(memory / _MIB if memory is not None else None, ",.0f"),
                     _or_dash(memory / plain["temp_bytes"] if memory is not None else None, ".2f"),
+                    _or_dash(peak / _MIB if peak is not None else None, ",.0f"),
                     _or_dash(flops / 1e9 if flops else None, ",.4g"),
                     _or_dash(flops / plain["flops"] if flops and plain["flops"] else None, ".2f"),
                     _or_dash(arm.get("difference"), ".0e"),
                 ]
             )
-    head = "model,arm,ratio quartiles,compile s,temporary MiB,of SGD's,GFLOP,of SGD's,difference"
-    return _table(head.split(","), rows)
+    head = "model,arm,ratio quartiles,compile s,temporary MiB,of SGD's,peak MiB,GFLOP,of SGD's,difference"
+    return markdown(head.split(","), rows)

@@ -19,19 +19,25 @@ PEERS = {
 ABSENT = {"fastDP": "not installable from a registry"}
 
 
-def peer_arms() -> list[Arm]:
-    """Return all peer arms, each framework's plain SGD before its private arms.
+def peer_arms(*, installed: bool = False) -> list[Arm]:
+    """Return all peer arms, each framework's plain SGD before its private arms; or those that are `installed` here.
 
     Raises:
-        InputError: packages are missing; it names all of them.
+        InputError: packages are missing, and not `installed`; it names all of them.
     """
     missing = [name for name in ("jax_privacy", "torch", "opacus") if find_spec(name) is None]
-    if missing:
+    if missing and not installed:
         raise InputError("--peers", ", ".join(missing), "is not installed here: pip install -e .[peers].")
     # PyTorch's threads spin while they wait for each other. On cores shared with any other process that made its times
     # twenty times longer (measured). OpenMP reads this variable when it is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from dpdist_launch.measure.bench.peers.jax_privacy_arm import jax_privacy_arm
-    from dpdist_launch.measure.bench.peers.torch_arms import torch_arms
+    found = []
+    if "jax_privacy" not in missing:
+        from dpdist_launch.measure.bench.peers.jax_privacy_arm import jax_privacy_arm
 
-    return [jax_privacy_arm(), *torch_arms()]
+        found.append(jax_privacy_arm())
+    if not {"torch", "opacus"} & set(missing):
+        from dpdist_launch.measure.bench.peers.torch_arms import torch_arms
+
+        found += torch_arms()
+    return found

@@ -29,9 +29,7 @@ TORCH_SGD, OPACUS, OPACUS_GHOST = "torch sgd", "opacus", "opacus ghost"
 
 def torch_arms() -> list[Arm]:
     """Return all arms of PyTorch, plain SGD first."""
-    # As many threads as XLA uses, and the same precision: XLA's default on a GPU is TF32 too.
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA uses
     # The warning is about layers whose input needs no gradient: embeddings, and the first layer.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     methods = {TORCH_SGD: _plain, OPACUS: _per_sample, OPACUS_GHOST: _ghost}
@@ -46,6 +44,11 @@ Method = Callable[[nn.Module, dict[str, Tensor], Tensor, float], Callable[[], li
 
 
 def _program(method: Method, problem: Problem) -> Program:
+    if problem.task.model.options.get("dtype", "float32") != "float32":
+        raise ValueError("the PyTorch models are in float32 alone")
+    # The same precision as XLA, whose default on a GPU is TF32 too.
+    tf32 = jax.config.jax_default_matmul_precision != "highest"  # type: ignore[attr-defined, unused-ignore]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
     module = torch_model(problem.task).to(device)
     paths = dict(zip(paths_of(problem.params), map(np.asarray, jax.tree.leaves(problem.params)), strict=True))

@@ -1,0 +1,185 @@
+"""What one example costs: the matrix products of a loss and the uses of its parameters, found by tracing shapes.
+
+Nothing is computed and no parameter gets memory, so that a model of any size can be looked at anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpdist.mechanism.clipping import choose_strategies
+from dpdist.mechanism.clipping.factors import Factors
+from dpdist.mechanism.clipping.strategy import Strategy
+from dpdist.models import build, example_loss
+from dpdist_launch.measure.bench.tasks import TASKS, in_dtype
+
+#: The uses of one parameter by group, as a `Preference` gets them.
+Groups = tuple[tuple[Factors, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """A parameter: its size, and its uses where its gradient has factors."""
+
+    path: str
+    size: int
+    #: Empty where the gradient has no factors, so that it can only be instantiated.
+    groups: Groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The forward pass of one example, as far as a roofline looks at it."""
+
+    leaves: tuple[Leaf, ...]
+    #: Operations (two a multiply-add) of products of data with parameters.
+    parameter_flops: float
+    #: Operations of products of data with data: attention.
+    data_flops: float
+    #: Bytes of data-derived operands and results of all these products.
+    moved: float
+
+    @property
+    def sharing(self) -> dict[int, int]:
+        """Return how many uses have the same data operand, by the operand's number."""
+        counts: dict[int, int] = {}
+        for leaf in self.leaves:
+            for use in (use for group in leaf.groups for use in group if not use.one_hot):
+                counts[use.operand] = counts.get(use.operand, 0) + 1
+        return counts
+
+
+def workload_of(loss: Callable[[Any, Any], Any], params: Any, example: Any) -> Workload:
+    """Trace `loss(params, example)`; both arguments are pytrees of shapes, of one example."""
+    found: list[Groups] = []
+
+    def record(groups: Sequence[Sequence[Factors]]) -> tuple[Strategy, dict[str, float]]:
+        found.append(tuple(map(tuple, groups)))
+        return "instantiate", {}
+
+    # `choose_strategies` asks the preference about the parameters whose gradients have factors, in their order.
+    leaves = []
+    for leaf in choose_strategies(loss, params, example, prefer=record):
+        leaves.append(Leaf(path=leaf.path, size=math.prod(leaf.shape), groups=() if leaf.reason else found.pop(0)))
+    closed = jax.make_jaxpr(loss)(params, example)
+    kinds = [_PARAMETER] * len(jax.tree.leaves(params)) + [_DATA] * len(jax.tree.leaves(example))
+    products = list(_products(closed.jaxpr, kinds, 1))
+    return Workload(
+        leaves=tuple(leaves),
+        parameter_flops=sum(each.flops for each in products if not each.data_only),
+        data_flops=sum(each.flops for each in products if each.data_only),
+        moved=sum(each.moved for each in products),
+    )
+
+
+#: What a value comes from: the larger of its inputs' kinds.
+_CONSTANT, _PARAMETER, _DATA = range(3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Product:
+    flops: float
+    #: True if both operands are data-derived, False if one comes from parameters.
+    data_only: bool
+    #: Bytes of the data-derived operands and of the result.
+    moved: float
+
+
+def _products(jaxpr: Any, kinds: Sequence[int], times: int) -> Iterator[_Product]:
+    """Yield the matrix products and convolutions of a jaxpr that runs `times` times and has inputs of these kinds.
+
+    What its equations call is looked into. Products without data are the same for all examples, and those of data with
+    constants (to resize an image) have no gradient: neither is yielded.
+    """
+    known = dict(zip(jaxpr.invars, kinds, strict=True))
+    for equation in jaxpr.eqns:
+        inputs = [_CONSTANT if hasattr(atom, "val") else known.get(atom, _CONSTANT) for atom in equation.invars]
+        kind = max(inputs, default=_CONSTANT)
+        for inner in _called(equation):
+            # A branch of `cond` has no operand for the index; what else does not fit gets the equation's own kind.
+            fits = len(inner.invars) <= len(inputs)
+            passed = inputs[len(inputs) - len(inner.invars) :] if fits else [kind] * len(inner.invars)
+            yield from _products(inner, passed, times * equation.params.get("length", 1))
+        is_product = equation.primitive.name in ("dot_general", "conv_general_dilated")
+        if is_product and kind == _DATA and min(inputs[:2]) != _CONSTANT:
+            yield _product(equation, [each == _DATA for each in inputs[:2]], times)
+        known.update(dict.fromkeys(equation.outvars, kind))
+
+
+def _called(equation: Any) -> Iterator[Any]:
+    """Yield the jaxprs that an equation runs. A rule of derivation (`custom_vjp`) is a function, and not among them."""
+    for held in equation.params.values():
+        for each in held if isinstance(held, tuple) else (held,):
+            inner = getattr(each, "jaxpr", each)
+            if hasattr(inner, "eqns"):
+                yield inner
+
+
+def _product(equation: Any, data: Sequence[bool], times: int) -> _Product:
+    left, right = (atom.aval for atom in equation.invars[:2])
+    out = equation.outvars[0].aval
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        terms = math.prod(left.shape[axis] for axis in contracted)
+    else:
+        terms = math.prod(right.shape) // right.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+    moved = sum(_bytes(aval) for aval, derived in ((left, data[0]), (right, data[1]), (out, True)) if derived)
+    return _Product(flops=times * 2.0 * math.prod(out.shape) * terms, data_only=all(data), moved=float(times * moved))
+
+
+def _bytes(aval: Any) -> int:
+    return math.prod(aval.shape) * int(jnp.dtype(aval.dtype).itemsize)
+
+
+#: A model that is not in dpdist yet; see `_gpt2_loss`.
+GPT2 = "gpt2-small"
+#: What `named` takes.
+NAMES = (*TASKS, GPT2)
+#: Models without an option `dtype`.
+FLOAT32_ONLY = frozenset({"mnist-cnn"})
+
+
+def named(name: str, dtype: str) -> Workload:
+    """Return the workload of a model of `NAMES` whose products are in `dtype`, `float32` or `bfloat16`."""
+    if name == GPT2:
+        return _gpt2(dtype)
+    task = in_dtype(TASKS[name], dtype)
+    model = build(task.model, example=task.shapes(), classes=task.classes)
+    return workload_of(example_loss(model), jax.eval_shape(model.init, jax.random.key(0)), task.shapes())
+
+
+def _gpt2(dtype: str, *, depth: int = 12, width: int = 768, vocabulary: int = 50257, length: int = 1024) -> Workload:
+    """The sizes of GPT-2 small (Radford et al. 2019), typed by hand: the model is not in `dpdist.models` yet."""
+    layer = {"qkv": (width, 3 * width), "out": (width, width), "grow": (width, 4 * width), "shrink": (4 * width, width)}
+    vectors = {"biases": (9 * width,), "norms": (4 * width,)}
+    shapes: dict[str, Any] = {"table": (vocabulary, width), "positions": (length, width)}
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes | {"layers": [layer | vectors] * depth},
+        is_leaf=lambda shape: isinstance(shape, tuple),
+    )
+    tokens = {"ids": jax.ShapeDtypeStruct((length,), jnp.int32)}
+    return workload_of(lambda params, example: _gpt2_loss(params, example, jnp.dtype(dtype)), params, tokens)
+
+
+def _gpt2_loss(params: Any, example: Mapping[str, Any], dtype: Any) -> Any:
+    """GPT-2's products, tied embeddings included, with sums of vectors in the place of biases and layer norms."""
+    table = params["table"].astype(dtype)
+    x = table[example["ids"]] + params["positions"].astype(dtype)
+    length, width = x.shape
+    for layer in params["layers"]:
+        small = (jnp.sum(layer["biases"]) + jnp.sum(layer["norms"])).astype(dtype)
+        q, k, v = jnp.split((x + small) @ layer["qkv"].astype(dtype), 3, axis=-1)
+        q, k, v = (part.reshape(length, width // 64, 64) for part in (q, k, v))
+        scores = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=jnp.float32)
+        mixed = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores).astype(dtype), v).reshape(length, width)
+        x = x + mixed @ layer["out"].astype(dtype)
+        x = x + jax.nn.gelu(x @ layer["grow"].astype(dtype)) @ layer["shrink"].astype(dtype)
+    logits = jnp.einsum("td,vd->tv", x, table, preferred_element_type=jnp.float32)
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
