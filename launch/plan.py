@@ -84,6 +84,7 @@ def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int 
         "memory": _memory(setup, memory_limit(config, world), noisy=plan.privacy is not None),
         "clipping": {
             "method": "none" if plan.privacy is None else config.training.clipping,
+            "precision": None if plan.privacy is None else setup.precision,
             "parameters": [dataclasses.asdict(leaf) | {"seconds": dict(leaf.seconds)} for leaf in leaves],
         },
     }
@@ -123,7 +124,7 @@ def text(report: dict[str, Any]) -> str:
         f"parameters  {memory['parameters']:,}, of which {memory['trainable_parameters']:,} train",
         f"memory      a device: {_size(memory['state_bytes'])} state, {_size(memory['sums_and_noise_bytes'])} sums and "
         f"noise, {_size(memory['temporary_bytes'])} temporary (limit {_size(memory['limit_bytes'])})",
-        f"clipping    {clipping['method']}",
+        "clipping    " + ", precision ".join(filter(None, [clipping["method"], clipping["precision"]])),
     ]
     rows = [
         (leaf["path"], "x".join(map(str, leaf["shape"])) or "scalar", leaf["strategy"], _why(leaf))

@@ -157,6 +157,10 @@ class Training(Section):
     physical_batch_size: Annotated[int | Literal["auto"], AtLeast(1, "give at least 1, or auto.")] = "auto"
     #: How clipped sums are computed: the same sum in all; `auto` takes what is fastest for each parameter.
     clipping: Literal["auto", "per_example", "ghost", "bookkeeping"] = "auto"
+    #: Of gradient norms and clipped sums. `highest`: float64 norms, float32 sums. `tensor`: both from factors in
+    #: bfloat16 (a model of `dtype: bfloat16`) or TF32, on tensor cores; C is lowered by what rounding may lose. `auto`:
+    #: `tensor` on GPUs that have these formats.
+    precision: Literal["auto", "highest", "tensor"] = "auto"
     #: `ghost` or `instantiate` by parameter path (`*` is anything), instead of what `clipping` would choose.
     clipping_strategies: dict[str, str] = field(default_factory=dict)
     #: Steps between evaluations; null evaluates whenever a checkpoint is due.

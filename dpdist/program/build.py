@@ -64,6 +64,8 @@ class TrainingSetup:
     tail: int
     #: How the gradient norm of each parameter is computed, by path; None where every gradient is instantiated.
     strategies: dict[str, str] | None
+    #: `highest` or `tensor`: the precision of norms and sums.
+    precision: str
 
     def decisions(self) -> dict[str, Any]:
         """What a checkpoint keeps so that a resumed or loaded run compiles the same programs, as JSON."""
@@ -74,6 +76,7 @@ class TrainingSetup:
             "classes": self.classes,
             "example": example,
             "clipping": self.strategies,
+            "precision": self.precision,
             "leaves": {
                 jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
                 for path, leaf in jax.tree_util.tree_leaves_with_path(self.initial)
@@ -202,6 +205,7 @@ def build_setup(
         tail=tail_of(physical),
         classes=opened.classes,
         strategies=gradients.strategies,
+        precision=gradients.precision,
     )
 
 

@@ -4,7 +4,7 @@
 devices must choose equally, or two runs would not agree bit for bit. The H100's rates are those that float64 inner
 products and a copy reached on one (see docs/results/gpu-h100); the H200 has the same chip and more bandwidth. The
 others are the published peak rates of float64 matrix products and of memory, which flatter `ghost`: with them the H100
-took 1.2 to 1.3 times as long.
+took 1.2 to 1.3 times as long. On tensor cores, small products are taken to reach half of the published TF32 rate.
 
 `PeakRates` are the dense rates (without sparsity) of NVIDIA's data sheets, for the SXM modules (V100 of 32 GB, A100 of
 40 GB, H100, H200) and the L40S. No choice of training depends on them; `dpdist bench roofline` predicts with them.
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import jax
 
 from dpdist.mechanism.clipping import Preference
 from dpdist.mechanism.clipping.factors import Factors
@@ -26,6 +28,8 @@ class DeviceRates:
 
     #: Floating-point operations per second in a float64 matrix product.
     flops_float64: float
+    #: The same of float32 products on tensor cores (TF32, or faster), in many small ones; as `flops_float64` elsewhere.
+    flops_tensor: float
     #: Bytes per second read from or written to the device's memory.
     bandwidth: float
 
@@ -45,12 +49,12 @@ class PeakRates:
 
 
 #: Two CPU cores of 2024: the rates of any CPU.
-TWO_CORES = DeviceRates(flops_float64=4e10, bandwidth=1e10)
+TWO_CORES = DeviceRates(flops_float64=4e10, flops_tensor=8e10, bandwidth=1e10)
 _BY_NAME = {
-    "V100": DeviceRates(flops_float64=7.8e12, bandwidth=0.9e12),
-    "A100": DeviceRates(flops_float64=19.5e12, bandwidth=1.6e12),
-    "H100": DeviceRates(flops_float64=9.5e12, bandwidth=2.6e12),
-    "H200": DeviceRates(flops_float64=9.5e12, bandwidth=3.8e12),
+    "V100": DeviceRates(flops_float64=7.8e12, flops_tensor=7.8e12, bandwidth=0.9e12),
+    "A100": DeviceRates(flops_float64=19.5e12, flops_tensor=78e12, bandwidth=1.6e12),
+    "H100": DeviceRates(flops_float64=9.5e12, flops_tensor=247e12, bandwidth=2.6e12),
+    "H200": DeviceRates(flops_float64=9.5e12, flops_tensor=247e12, bandwidth=3.8e12),
 }
 PEAK_RATES = {
     "V100": PeakRates(bfloat16=None, tf32=None, float32=15.7e12, float64=7.8e12, bandwidth=0.9e12),
@@ -60,7 +64,7 @@ PEAK_RATES = {
     "L40S": PeakRates(bfloat16=362e12, tf32=183e12, float32=91.6e12, float64=1.43e12, bandwidth=0.864e12),
 }
 #: Any other GPU: most GPUs that are not made for data centres are slow in float64.
-_OTHER_GPU = DeviceRates(flops_float64=0.5e12, bandwidth=0.6e12)
+_OTHER_GPU = DeviceRates(flops_float64=0.5e12, flops_tensor=30e12, bandwidth=0.6e12)
 
 
 def device_rates(device_kind: str, platform: str) -> DeviceRates:
@@ -70,23 +74,36 @@ def device_rates(device_kind: str, platform: str) -> DeviceRates:
     return next((rates for name, rates in _BY_NAME.items() if name in device_kind), _OTHER_GPU)
 
 
+def has_tensor_cores(device: jax.Device) -> bool:
+    """Return whether a device has tensor cores for bfloat16 and TF32: NVIDIA GPUs from compute capability 8 on."""
+    capability = str(getattr(device, "compute_capability", "0"))
+    return device.platform == "gpu" and capability[0].isdigit() and int(capability.split(".")[0]) >= 8
+
+
 def table_name(device_kind: str) -> str | None:
     """Return the name in `PEAK_RATES` of a device, such as A100 of `NVIDIA A100-SXM4-80GB`; None if it is not there."""
     return next((name for name in PEAK_RATES if name in device_kind), None)
 
 
-def faster(rates: DeviceRates) -> Preference:
-    """Prefer the strategy that takes less time on `rates`: operations and bytes, each divided by its rate, added up."""
+def faster(rates: DeviceRates, *, tensor: bool = False) -> Preference:
+    """Prefer the strategy that takes less time on `rates`: operations and bytes, each divided by its rate, added up.
+
+    Args:
+        tensor: whether inner products run on tensor cores, from short factors, or in float64.
+    """
+    flops = rates.flops_tensor if tensor else rates.flops_float64
+    # Bytes a factor's entry and a pair of rows: in float64, factors are converted, and both [t, t] products are written
+    # and read; on tensor cores the factors are read once more and the products are float32.
+    entry, pair = (4, 16) if tensor else (12, 32)
 
     def prefer(groups: Sequence[Sequence[Factors]]) -> tuple[Strategy, dict[str, float]]:
         ghost = instantiate = 0.0
         for group in groups:
             t, f = length_of(group), group[0]
             wide = (0 if f.one_hot else f.m) + f.n
-            inner = t * (t + 1) * wide * f.groups
-            # Both factors are converted to float64, and the two [t, t] products are written and read.
-            moved = 12 * t * wide * f.groups + 32 * t * t * f.groups
-            ghost += inner / rates.flops_float64 + moved / rates.bandwidth
+            inner = (2 if tensor else 1) * t * (t + 1) * wide * f.groups  # in float64, each pair of rows is taken once
+            moved = entry * t * wide * f.groups + pair * t * t * f.groups
+            ghost += inner / flops + moved / rates.bandwidth
             # The product that `instantiate` computes is not counted: `ghost` computes it too, for the weighted sum.
             instantiate += 12 * size_of(f) / rates.bandwidth
         return ("ghost" if ghost < instantiate else "instantiate"), {"ghost": ghost, "instantiate": instantiate}

@@ -24,7 +24,7 @@ from dpdist.mechanism.clipping import (
     paths_of,
 )
 from dpdist.mechanism.ledger import Plan
-from dpdist.program.device_rates import device_rates, faster
+from dpdist.program.device_rates import device_rates, faster, has_tensor_cores
 from dpdist.program.diagnosis import naming_the_fault
 from dpdist.program.plain_gradients import plain_grad_sum
 
@@ -50,6 +50,8 @@ class Gradients:
     frozen: frozenset[str]
     #: `ghost` or `instantiate` by path; None where every gradient is instantiated, or nothing is clipped.
     strategies: dict[str, str] | None
+    #: `highest` or `tensor`: see `clipped_grad_sum`.
+    precision: str
 
 
 def frozen_paths(model: config_module.Model, params: Any) -> frozenset[str]:
@@ -62,6 +64,13 @@ def frozen_paths(model: config_module.Model, params: Any) -> frozenset[str]:
         return frozenset(paths_of(params)) - matching(params, model.trainable)
     except ValueError as error:
         raise InputError("model.trainable", model.trainable, f"{error}.") from None
+
+
+def precision_for(config: Config, world: World) -> str:
+    """`highest` or `tensor`: what `training.precision` says, or what this job's devices are made for."""
+    if config.training.precision != "auto":
+        return config.training.precision
+    return "tensor" if has_tensor_cores(world.mesh.devices.flat[0]) else "highest"
 
 
 def strategies_for(config: Config, loss: ExampleLoss, world: World) -> list[LeafStrategy]:
@@ -77,7 +86,9 @@ def strategies_for(config: Config, loss: ExampleLoss, world: World) -> list[Leaf
             loss.params,
             loss.example,
             method=config.training.clipping,
-            prefer=faster(device_rates(device.device_kind, device.platform)),
+            prefer=faster(
+                device_rates(device.device_kind, device.platform), tensor=precision_for(config, world) == "tensor"
+            ),
             strategies=config.training.clipping_strategies,
             frozen=frozen_paths(config.model, loss.params),
         )
@@ -102,8 +113,9 @@ def build_gradients(
     if plan.privacy is None:
         plain = plain_grad_sum(loss.loss_fn, frozen=frozen)
         _require_supported(plain, loss, config, frozen)
-        return Gradients(grad_sum=plain, frozen=frozen, strategies=None)
+        return Gradients(grad_sum=plain, frozen=frozen, strategies=None, precision="highest")
     method, strategies = config.training.clipping, None
+    precision = earlier["precision"] if earlier is not None else decide(world, lambda: precision_for(config, world))
     if method != "per_example":
 
         def choose() -> dict[str, str]:
@@ -111,10 +123,15 @@ def build_gradients(
 
         strategies = earlier["clipping"] if earlier is not None else decide(world, choose)
     grad_sum = clipped_grad_sum(
-        loss.loss_fn, clip_norm=plan.privacy.clip_norm, method=method, strategies=strategies, frozen=frozen
+        loss.loss_fn,
+        clip_norm=plan.privacy.clip_norm,
+        method=method,
+        precision=precision,
+        strategies=strategies,
+        frozen=frozen,
     )
     _require_supported(grad_sum, loss, config, frozen)
-    return Gradients(grad_sum=grad_sum, frozen=frozen, strategies=strategies)
+    return Gradients(grad_sum=grad_sum, frozen=frozen, strategies=strategies, precision=precision)
 
 
 def _require_supported(grad_sum: GradSum, loss: ExampleLoss, config: Config, frozen: frozenset[str]) -> None:

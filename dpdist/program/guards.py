@@ -1,4 +1,4 @@
-"""Test the compiled programs of a run before its first step: `mechanism.self_test`, on a device of this process."""
+"""Test the compiled programs of a run before its first step: `self_test`, on a device of this process."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from dpdist.errors import InputError
-from dpdist.mechanism import self_test
 from dpdist.mechanism.step import Microbatch, StepPrograms
+from dpdist.program import self_test
 
 
 def require_guards(

@@ -84,38 +84,30 @@ def bookkeeping_grad_sum(
         example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
         graph = trace(loss_fn, params, example, frozen)
         strategies, factors = choose(graph, params)
+        leaves, structure = jax.tree.flatten(params)
+
+        def run_once(columns: Sequence[Array]) -> _Pass:
+            return _Pass(graph, strategies, factors, leaves, columns, mask.shape[0], tensor)
+
         try:
-            return passes(graph, strategies, factors, params, batch, mask)
+            first = second = run_once(jax.tree.leaves(batch))
+            norms = first.norms()
+            scale, used = weigh(norms, mask, clip_norm)
+            # What is rounded to a short format may differ by a unit in its last place between two passes that XLA
+            # compiles differently, far more than the norm's margin: then the sum is that of the pass of the norms.
+            if two_passes and not first.short:
+                # No weight is ever NaN, but XLA cannot prove it and so cannot merge the two passes into one. (An
+                # optimization barrier would not do: XLA drops it.)
+                never = jnp.isnan(scale).any()
+                second = run_once([jnp.where(never, jnp.zeros_like(x), x) for x in jax.tree.leaves(batch)])
+            sums = jax.tree.unflatten(structure, second.weighted(scale, used))
+            return trainable(sums, frozen), norms_of(norms.computed)
         except NoDerivativeError as error:
             # JAX may be able to differentiate the loss itself, if not with shifts: they need one more derivative where
             # an equation that is not inlined stops the gradient inside.
             found = per_example_grad_sum(loss_fn, clip_norm=clip_norm, frozen=frozen)(params, batch, mask)
             warnings.warn(f"clipping falls back to the slower method per_example: {error}", stacklevel=1)
             return found
-
-    def passes(
-        graph: Graph,
-        strategies: Sequence[LeafStrategy],
-        factors: Sequence[Factors | None],
-        params: Any,
-        batch: Any,
-        mask: Any,
-    ) -> tuple[Any, Float32[Array, " p"]]:
-        """Return (sums, norms) by one pass, or by two if `two_passes`."""
-        leaves, structure = jax.tree.flatten(params)
-        first = _Pass(graph, strategies, factors, leaves, jax.tree.leaves(batch), mask.shape[0], tensor)
-        norms = first.norms()
-        scale, used = weigh(norms, mask, clip_norm)
-        second = first
-        # What is rounded to a short format may differ by a unit in its last place between two passes that XLA compiles
-        # differently, far more than the norm's margin: then the sum is that of the pass the norms are of.
-        if two_passes and not first.short:
-            # No weight is ever NaN, but XLA cannot prove it and so cannot merge the two passes into one. (An
-            # optimization barrier would not do: XLA drops it.)
-            never = jnp.isnan(scale).any()
-            columns = [jnp.where(never, jnp.zeros_like(column), column) for column in jax.tree.leaves(batch)]
-            second = _Pass(graph, strategies, factors, leaves, columns, mask.shape[0], tensor)
-        return trainable(jax.tree.unflatten(structure, second.weighted(scale, used)), frozen), norms_of(norms.computed)
 
     return clipped_sum
 

@@ -16,11 +16,12 @@ from dpdist_launch.measure.bench.program import Arm, jax_program
 from dpdist_launch.measure.bench.tasks import Problem
 
 JAX = "jax"
-SGD, MASKED, NAIVE = "sgd", "jax-masked", "naive"
+SGD, TENSOR, MASKED, NAIVE = "sgd", "tensor", "jax-masked", "naive"
 #: Every arm that `--methods` can name, with its description.
 ARMS = {
     SGD: "plain SGD: one backward pass over the summed losses, no privacy",
     "auto": "dpdist, each parameter's norm in the way that is faster on the machine",
+    TENSOR: "dpdist as `auto`, norms and sums from bfloat16 or TF32 factors on tensor cores",
     "bookkeeping": "dpdist, one forward and one backward pass, each norm in the way that needs less memory",
     "ghost": "dpdist, the same with two backward passes and less kept between them",
     "per_example": "dpdist's reference: `vmap` of `grad`, then one product with the clip factors",
@@ -47,8 +48,11 @@ def grad_sum(name: str, problem: Problem) -> GradSum:
     if name == MASKED:
         return masked_grad_sum(problem.loss, clip_norm=problem.clip_norm)
     device = jax.devices()[0]
-    prefer = faster(device_rates(device.device_kind, device.platform))  # as training chooses
-    return clipped_grad_sum(problem.loss, clip_norm=problem.clip_norm, method=name, prefer=prefer)
+    prefer = faster(device_rates(device.device_kind, device.platform), tensor=name == TENSOR)  # as training chooses
+    method, precision = ("auto", "tensor") if name == TENSOR else (name, "highest")
+    return clipped_grad_sum(
+        problem.loss, clip_norm=problem.clip_norm, method=method, precision=precision, prefer=prefer
+    )
 
 
 def masked_grad_sum(loss_fn: Callable[[Any, Any], Array], *, clip_norm: float) -> GradSum:

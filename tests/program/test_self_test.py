@@ -12,9 +12,9 @@ import pytest
 from test_clipping import case, flat
 from zoo import ZOO
 
-from dpdist.mechanism import self_test
+from dpdist.program import self_test
 from dpdist.mechanism.clipping import METHODS, clipped_grad_sum
-from dpdist.mechanism.self_test import BrokenGuardError
+from dpdist.program.self_test import BrokenGuardError
 
 CLIP_NORM = 0.3
 #: XLA may take out comparisons with NaN and infinity.

@@ -1,8 +1,10 @@
-"""Show that the compiled programs of a run bound every example: a compiler may delete the guards that do.
+"""Show that the programs of a run, as compiled for its devices, bound every example: what they rest on may not hold.
 
 Whether an example whose gradient is not finite adds nothing is decided by a comparison with infinity and a selection.
 A compiler that is told to honour no NaNs (`--xla_cpu_enable_fast_math`, say) may take both out: one record then turns
 all parameters to NaN. So before the first step, the programs themselves sum batches of rows that must not get through.
+
+And the bound of `clipping.tensor_cores` assumes how much a product of short factors may lose: that is measured.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from dpdist.mechanism.clipping.tensor_cores import gamma
+from dpdist.mechanism.clipping.tensor_products import Format, fitted, product
 
 #: f(params, batch, mask) -> the sum of clipped gradients, as one vector: runs a compiled program on one physical batch.
 Accumulate = Callable[[Any, dict[str, np.ndarray], np.ndarray], np.ndarray]
@@ -79,6 +84,36 @@ def check(
         ):
             moved = jax.tree.map(lambda x, f=factor, o=offset: _moved(x, f, o), params)
             require(what, accumulate(moved, plain, mask), int(mask.sum()))
+
+
+def largest_loss(fmt: Format) -> float:
+    """Return the largest error of long products in a format on JAX's default device, over what the bound allows.
+
+    The products are of rows that are all positive, and of one large entry with many that vanish beside it: what a
+    float32 accumulator loses adds up in both. It is at most 1 on a device that the bound is for.
+    """
+    worst, random = 0.0, np.random.default_rng(0)
+    for length in (64, 1024, 4096, 16384):
+        positive, large = random.uniform(1, 2, (2, 64, length)), np.ones((64, length))
+        swamped = np.exp2(-random.uniform(20, 27, (64, 1)) - random.uniform(0, 1, (64, length)))
+        swamped[:, 0] = 1
+        for left, right in (positive, (large, swamped), (swamped, large)):
+            a, b = fitted(jnp.asarray(left, jnp.float32), fmt), fitted(jnp.asarray(right, jnp.float32), fmt)
+            found = np.asarray(jax.jit(product, static_argnums=(0, 3))("tk,sk->ts", a, b, fmt), np.float64)
+            x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            worst = max(worst, float(np.max(np.abs(found - x @ y.T) / (np.abs(x) @ np.abs(y).T))) / gamma(length))
+    return worst
+
+
+def check_products(formats: Collection[Format]) -> None:
+    """Measure products in each format on JAX's default device.
+
+    Raises:
+        BrokenGuardError: they lose more than the bound of what an example adds allows for.
+    """
+    for fmt in formats:
+        if not (found := largest_loss(fmt)) <= 1:
+            raise BrokenGuardError(f"long products in {fmt} lose {found:.3g} times what the bound on them assumes")
 
 
 def _like(dtype: Any, value: float) -> float:
