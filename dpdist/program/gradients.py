@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,14 @@ from dpdist.errors import InputError
 from dpdist.mechanism.clipping import (
     GradSum,
     LeafStrategy,
+    Preference,
     UnsupportedLossError,
-    choose_strategies,
     clipped_grad_sum,
     matching,
     paths_of,
 )
+from dpdist.mechanism.clipping.graph import trace
+from dpdist.mechanism.clipping.strategy import smaller, strategies_of
 from dpdist.mechanism.ledger import Plan
 from dpdist.program.device_rates import device_rates, faster, has_tensor_cores
 from dpdist.program.diagnosis import naming_the_fault
@@ -71,6 +73,32 @@ def precision_for(config: Config, world: World) -> str:
     if config.training.precision != "auto":
         return config.training.precision
     return "tensor" if has_tensor_cores(world.mesh.devices.flat[0]) else "highest"
+
+
+def choose_strategies(
+    loss_fn: Callable[[Any, Any], Any],
+    params: Any,
+    example: Any,
+    *,
+    method: str = "auto",
+    prefer: Preference = smaller,
+    strategies: Mapping[str, str] | None = None,
+    frozen: Collection[str] = frozenset(),
+) -> list[LeafStrategy]:
+    """Return the strategy that `clipped_grad_sum` uses for each parameter that trains.
+
+    Args:
+        params: pytree of arrays or shapes.
+        example: pytree of arrays or shapes of one example, without a batch axis.
+
+    Raises:
+        ValueError: a strategy is unknown or a pattern matches no parameter.
+        UnsupportedLossError: the loss is not a scalar, or a parameter that trains is complex.
+    """
+    prefer = prefer if method == "auto" else smaller
+    params, example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, example))
+    chosen, _ = strategies_of(trace(loss_fn, params, example, frozen), params, prefer, strategies or {})
+    return [leaf for leaf in chosen if leaf.path not in frozen]
 
 
 def strategies_for(config: Config, loss: ExampleLoss, world: World) -> list[LeafStrategy]:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 
 from dpdist.config import Model
-from dpdist.mechanism.clipping import choose_strategies
 from dpdist.models import build, example_loss
 from dpdist.program.device_rates import PEAK_RATES, device_rates, faster, table_name
+from dpdist.program.gradients import choose_strategies
 from dpdist_launch.cli import main
 from dpdist_launch.measure.bench import roofline, workload
 from dpdist_launch.measure.bench.roofline import ASSUMED, Setting

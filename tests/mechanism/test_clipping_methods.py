@@ -15,8 +15,9 @@ from jax.sharding import Mesh, PartitionSpec
 from test_clipping import clipped, flat, one_by_one
 from zoo import EXAMPLES, ZOO, Case, mixed_precision, normal
 
-from dpdist.mechanism.clipping import UnsupportedLossError, choose_strategies, clipped_grad_sum, trainable
+from dpdist.mechanism.clipping import UnsupportedLossError, clipped_grad_sum, trainable
 from dpdist.mechanism.clipping.norms import Side, squared_norm
+from dpdist.program.gradients import choose_strategies
 
 #: Method, strategies, and the relative error allowed: ghost, forced on long products, has a wider margin.
 WAYS = {

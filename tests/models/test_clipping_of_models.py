@@ -11,7 +11,8 @@ import pytest
 import tiny
 
 from dpdist import config, models
-from dpdist.mechanism.clipping import GradSum, choose_strategies, clipped_grad_sum
+from dpdist.mechanism.clipping import GradSum, clipped_grad_sum
+from dpdist.program.gradients import choose_strategies
 from dpdist.program.plain_gradients import plain_grad_sum
 
 MASK = np.array([1, 1, 0, 1], np.float32)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpdist.mechanism.clipping import choose_strategies
 from dpdist.program.device_rates import TWO_CORES, device_rates, faster
+from dpdist.program.gradients import choose_strategies
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 from test_clipping import case, flat
 from zoo import ZOO
 
-from dpdist.program import self_test
 from dpdist.mechanism.clipping import METHODS, clipped_grad_sum
+from dpdist.program import self_test
 from dpdist.program.self_test import BrokenGuardError
 
 CLIP_NORM = 0.3

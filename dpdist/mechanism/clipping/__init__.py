@@ -11,10 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import jax
-
 from dpdist.mechanism.clipping.bookkeeping import bookkeeping_grad_sum
-from dpdist.mechanism.clipping.graph import trace
 from dpdist.mechanism.clipping.paths import matching, paths_of, trainable, with_frozen
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
 from dpdist.mechanism.clipping.separate import UnsupportedLossError
@@ -32,7 +29,6 @@ __all__ = [
     "LeafStrategy",
     "Preference",
     "UnsupportedLossError",
-    "choose_strategies",
     "clipped_grad_sum",
     "matching",
     "paths_of",
@@ -99,29 +95,3 @@ def clipped_grad_sum(
         tensor=precision == "tensor",
         frozen=frozen,
     )
-
-
-def choose_strategies(
-    loss_fn: Callable[[Any, Any], Any],
-    params: Any,
-    example: Any,
-    *,
-    method: str = "auto",
-    prefer: Preference = smaller,
-    strategies: Mapping[str, str] | None = None,
-    frozen: Collection[str] = frozenset(),
-) -> list[LeafStrategy]:
-    """Return the strategy that `clipped_grad_sum` uses for each parameter that trains.
-
-    Args:
-        params: pytree of arrays or shapes.
-        example: pytree of arrays or shapes of one example, without a batch axis.
-
-    Raises:
-        ValueError: a strategy is unknown or a pattern matches no parameter.
-        UnsupportedLossError: the loss is not a scalar, or a parameter that trains is complex.
-    """
-    prefer = prefer if method == "auto" else smaller
-    params, example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, example))
-    chosen, _ = strategies_of(trace(loss_fn, params, example, frozen), params, prefer, strategies or {})
-    return [leaf for leaf in chosen if leaf.path not in frozen]

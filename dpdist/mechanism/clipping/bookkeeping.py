@@ -132,8 +132,7 @@ class _Pass:
         examples: int,
         tensor: bool,
     ) -> None:
-        self._graph, self._strategies, self._leaves = graph, strategies, leaves
-        self._tensor = tensor
+        self._graph, self._strategies, self._leaves, self._tensor = graph, strategies, leaves, tensor
         #: By use; a use without factors is instantiated through its derivative.
         self._factors = {u: each for u, each in enumerate(factors) if each is not None}
         self._examples = examples
@@ -195,10 +194,9 @@ class _Pass:
         """Return the format of the factors of use `u`: one for all uses of a parameter."""
         if not self._tensor:
             return "float32"
-        uses = [v for v, each in self._factors.items() if each.view.leaf == self._factors[u].view.leaf]
-        arrays = [self._at_outputs[v][0] for v in uses]
-        arrays += [self._operands[v][self._factors[v].operand] for v in uses if not self._factors[v].one_hot]
-        return format_of([each.dtype for each in arrays])
+        uses = [(v, each) for v, each in self._factors.items() if each.view.leaf == self._factors[u].view.leaf]
+        operands = [self._operands[v][each.operand] for v, each in uses if not each.one_hot]
+        return format_of([each.dtype for each in (*operands, *(self._at_outputs[v][0] for v, _ in uses))])
 
     def _rows(self, u: int) -> tuple[Array, Array]:
         """Return the left and right factor of use `u`, with leading axis p."""
@@ -257,10 +255,8 @@ class _Pass:
 
         def one_example(operands: list[Any], at_outputs: Sequence[Array]) -> list[Array]:
             def outputs(*values: Array) -> list[Array]:
-                inputs = [
-                    read([atom], self._shared)[0] if operand is None else operand
-                    for atom, operand in zip(equation.invars, operands, strict=True)
-                ]
+                of_data = {v: x for v, x in zip(equation.invars, operands, strict=True) if x is not None}
+                inputs = read(equation.invars, self._shared | of_data)
                 for position, value in zip(use.operands, values, strict=True):
                     inputs[position] = value
                 results = call(equation, inputs)

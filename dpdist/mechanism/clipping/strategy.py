@@ -79,12 +79,7 @@ def strategies_of(
             strategy = "ghost" if asked == "ghost" else "instantiate"
         strategies.append(
             LeafStrategy(
-                path=path,
-                shape=shape,
-                strategy=strategy,
-                groups=groups,
-                reason=reason,
-                seconds=tuple(seconds.items()),
+                path=path, shape=shape, strategy=strategy, groups=groups, reason=reason, seconds=tuple(seconds.items())
             )
         )
     return strategies, factors

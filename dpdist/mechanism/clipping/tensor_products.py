@@ -56,56 +56,38 @@ def folded(scale: Float32[Array, " p"], used: Bool[Array, " p"], right: Array, f
 
 def terms_of_products(products: Sequence[Product]) -> Terms:
     """Return what bounds the norm of the sum of `left^T right` over all products of one example, whose factors fit."""
-    parts = [_Part(each) for each in blocks(merged(products), _SMALLEST_SPLIT)]
+    parts = blocks(merged(products), _SMALLEST_SPLIT)
     with jax.enable_x64(True):
-        found = [(a, b, _pair(a, b)) for a, b in combinations_with_replacement(parts, 2)]
-        twice = [terms if a is b else terms + terms for a, b, terms in found]
-        total = reduce(add, twice)
+        norms = [tuple(_row_norms(side) for side in (part.left, part.right)) for part in parts]
+        total, folding = None, {False: jnp.float64(0), True: jnp.float64(0)}
+        for (a, norms_a), (b, norms_b) in combinations_with_replacement(zip(parts, norms, strict=True), 2):
+            terms = _pair(a, b, norms_a, norms_b)
+            terms = terms if a is b else terms + terms
+            total = terms if total is None else total + terms
+            if a.swapped == b.swapped:
+                folding[a.swapped] += terms.left
+        assert total is not None
         # The error of folding, |A^T D|, is at most the sum of that of the uses with the weight on either side.
-        alike = [[t.left for (a, b, _), t in zip(found, twice, strict=True) if a.swapped == b.swapped == side]
-                 for side in (False, True)]  # fmt: skip
-        left = jnp.square(sum(jnp.sqrt(sum(each, jnp.float64(0))) for each in alike))
-        rows = jnp.square(sum(jnp.sum(part.data_norms) for part in parts))
+        left = jnp.square(jnp.sqrt(folding[False]) + jnp.sqrt(folding[True]))
+        rows = jnp.square(sum(jnp.sum(own[part.swapped]) for part, own in zip(parts, norms, strict=True)))
         return total._replace(left=left, rows=rows)
 
 
-class _Part:
-    """A block of rows: the data's factor and the one that the weight is folded into, and what their diagonals tell."""
-
-    def __init__(self, product: Product) -> None:
-        self.swapped = product.swapped
-        self.left, self.right = product.left, product.right
-        self.own = inner_products(self.left, self.left, _inner), inner_products(self.right, self.right, _inner)
-        self.norms = _row_norms(self.left, self.own[0]), _row_norms(self.right, self.own[1])
-
-    @property
-    def data_norms(self) -> Found:
-        """The norms of the data's rows."""
-        return self.norms[self.swapped]
-
-
-def _pair(a: _Part, b: _Part) -> Terms:
+def _pair(a: Product, b: Product, norms_a: Sequence[Found], norms_b: Sequence[Found]) -> Terms:
     """Return the terms of an ordered pair of blocks, with the data's factor first where both have it on one side."""
-    first, second = (1, 0) if a.swapped and b.swapped else (0, 1)
-    sides = [(a.left, b.left), (a.right, b.right)]
-    products = a.own if a is b else tuple(inner_products(x, y, _inner) for x, y in sides)
-    terms = terms_of(
-        products[first],
-        products[second],
-        (a.norms[first], b.norms[first]),
-        (a.norms[second], b.norms[second]),
-        sides[first][0].width,
-        sides[second][0].width,
-        exact_left=any(side.one_hot for side in sides[first]),
-    )
-    return Terms(*(jnp.sum(field) for field in terms))
+    pairs = [(a.left, b.left, norms_a[0], norms_b[0]), (a.right, b.right, norms_a[1], norms_b[1])]
+    (x, y, x_norms, y_norms), (z, w, z_norms, w_norms) = reversed(pairs) if a.swapped and b.swapped else pairs
+    data, output = inner_products(x, y, _inner), inner_products(z, w, _inner)
+    exact = x.one_hot or y.one_hot
+    found = terms_of(data, output, (x_norms, y_norms), (z_norms, w_norms), x.width, z.width, exact_left=exact)
+    return Terms(*(jnp.sum(field) for field in found))
 
 
-def _row_norms(side: Side, own: Array) -> Found:
+def _row_norms(side: Side) -> Found:
     if side.one_hot:
-        with jax.enable_x64(True):
-            return (side.rows >= 0)[None].astype(jnp.float64)
-    return row_norms(jnp.diagonal(own, axis1=1, axis2=2), side.width)
+        return (side.rows >= 0)[None].astype(jnp.float64)
+    # XLA computes the product that the terms need once.
+    return row_norms(jnp.diagonal(inner_products(side, side, _inner), axis1=1, axis2=2), side.width)
 
 
 def _inner(a: Array, b: Array) -> Array:

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpdist.mechanism.clipping import choose_strategies
 from dpdist.mechanism.clipping.factors import Factors
 from dpdist.mechanism.clipping.strategy import Strategy
 from dpdist.models import build, example_loss
+from dpdist.program.gradients import choose_strategies
 from dpdist_launch.measure.bench.tasks import TASKS, in_dtype
 
 #: The uses of one parameter by group, as a `Preference` gets them.
