@@ -119,6 +119,21 @@ def test_every_part_of_the_bound_is_needed(mutant: str, monkeypatch: pytest.Monk
     assert over_clip(*example) > 1
 
 
+def test_the_bound_holds_where_all_products_are_as_wrong_as_they_may_be() -> None:
+    """Ten equal rows of norm 1: the gradient's norm is 10."""
+    width, ones = 4096, np.ones((1, 10))
+    products = np.full((1, 10, 10), 1 - gamma(width))
+    found = tensor_cores.terms_of(products, products, (ones, ones), (ones, ones), width, width)
+    assert 10 <= tensor_cores.norm_bound(found)[0] < 10 * (1 + 1e-11)
+    assert 100 <= found.left[0] < 100 * (1 + 1e-11)
+    assert 10 <= found.magnitude[0] < 10 * (1 + 1e-11)
+    assert 1 <= tensor_cores.row_norms(products, width).min() <= 1 + 2.0**-39
+
+
+def test_long_rows_are_taken_in_pieces() -> None:
+    assert tensor_cores.row_norms(np.ones(1), tensor_cores.LONGEST + 1)[0] < 1 + gamma(tensor_cores.PIECE)
+
+
 @pytest.mark.parametrize("core", CORES[1:], ids=lambda core: core.name)
 def test_ordinary_examples_reach_99_percent_of_clip_norm(core: Core) -> None:
     """A ViT's shape: rows with a mean, as of activations, and gradients at outputs with a smaller one."""
