@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from clipping_attack import FAMILIES, Factors, Product, aimed, attempts, over_clip
 from clipping_attack import bounds as bounds_of
-from tensor_cores import CORES, Core, inner_products, rounded, terms
+from tensor_cores import CORES, Core, inner_products, product, rounded, terms
 
 from dpdist.mechanism.clipping import tensor_cores
 
@@ -24,6 +24,18 @@ def test_no_example_adds_more_than_clip_norm() -> None:
     assert {each.core for each in found} == {core.name for core in CORES}
     assert max(each.ratios.max() for each in found) <= 1
     assert max(each.ratios.max() for each in found) > 0.9999  # they are attacks
+
+
+@pytest.mark.parametrize("core", CORES, ids=lambda core: core.name)
+def test_the_emulator_loses_what_is_below_the_last_place_and_nothing_else(core: Core) -> None:
+    last = 2.0 ** -(23 + core.extra_bits)
+    ones, whole = np.ones((1, 1, 100)), np.arange(100.0)[None, :, None]
+    assert product(ones, whole, core) == product(ones, whole, core, split=3) == 99 * 100 / 2
+    small = np.full((1, 100, 1), 0.875 * last)
+    small[0, 0] = 1
+    assert product(ones, small, core) == 1
+    small[0, 0] = 0.5
+    assert product(ones, small, core) > 0.5
 
 
 class Example(NamedTuple):
@@ -57,7 +69,7 @@ def _long_rows() -> Example:
 
 def _long_product() -> Example:
     """The sum loses all rows but the first, which the others should make smaller."""
-    return _single([[1.0]] * 4000, [[1.25], *[[-1.25 * 2.0**-26]] * 3999], Product(A100_TF32))
+    return _single([[1.0]] * 1500, [[1.25], *[[-1.09375 * 2.0**-24]] * 1499], Product(A100_TF32))
 
 
 def _square_of_zero() -> Example:
@@ -105,6 +117,21 @@ def test_every_part_of_the_bound_is_needed(mutant: str, monkeypatch: pytest.Monk
     assert over_clip(*example) <= 1
     monkeypatch.setattr(tensor_cores, name, value)
     assert over_clip(*example) > 1
+
+
+def test_the_bound_holds_where_all_products_are_as_wrong_as_they_may_be() -> None:
+    """Ten equal rows of norm 1: the gradient's norm is 10."""
+    width, ones = 4096, np.ones((1, 10))
+    products = np.full((1, 10, 10), 1 - gamma(width))
+    found = tensor_cores.terms_of(products, products, (ones, ones), (ones, ones), width, width)
+    assert 10 <= tensor_cores.norm_bound(found)[0] < 10 * (1 + 1e-11)
+    assert 100 <= found.left[0] < 100 * (1 + 1e-11)
+    assert 10 <= found.magnitude[0] < 10 * (1 + 1e-11)
+    assert 1 <= tensor_cores.row_norms(products, width).min() <= 1 + 2.0**-39
+
+
+def test_long_rows_are_taken_in_pieces() -> None:
+    assert tensor_cores.row_norms(np.ones(1), tensor_cores.LONGEST + 1)[0] < 1 + gamma(tensor_cores.PIECE)
 
 
 @pytest.mark.parametrize("core", CORES[1:], ids=lambda core: core.name)

@@ -1,6 +1,6 @@
 """How far one record can move the rounding of the others in a product on tensor cores, by attacks built for that.
 
-`PYTHONPATH=tests/support python tests/mechanism/within_tensor_cores.py` prints the table of docs/rounding.md.
+`PYTHONPATH=tests/support python tests/mechanism/within_tensor_cores.py` prints the table.
 
 A product adds up p records of T rows each, in emulated cores; no record's gradient is longer than C = 1, and its terms
 add up to at most `ratio` in magnitude. What counts is how far the sums with and without one record lie apart, beyond

@@ -24,9 +24,12 @@ Shape = tuple[int, int, int, int]  # trials, t, m, n
 
 
 class Product(NamedTuple):
-    """How a core computes: split-K, underflow to 0, and how many rows of zeros stand before and after the example's.
+    """How a core computes the sum of an example's rows and of others', which are 0 here.
 
-    `pieces` is the number of arrays that the weighted right factor is rounded to.
+    Args:
+        flush: what underflows is 0.
+        before, after, between: the number of zero rows before and after the example's, and after each of its rows.
+        pieces: the number of arrays that the weighted right factor is rounded to.
     """
 
     core: Core
@@ -34,6 +37,7 @@ class Product(NamedTuple):
     flush: bool = False
     before: int = 0
     after: int = 0
+    between: int = 0
     pieces: int = 1
 
 
@@ -54,11 +58,17 @@ def weights(relative: np.ndarray, absolute: np.ndarray, clip: np.ndarray) -> np.
 
 def contributions(a: np.ndarray, g: np.ndarray, weight: np.ndarray, how: Product) -> np.ndarray:
     """Return the norm of what each example adds to the sum with a weight, [trials]."""
-    zeros = ((0, 0), (how.before, how.after), (0, 0))
     pieces = folded(weight, g, how.core, pieces=how.pieces, flush=how.flush)
-    left, right = (np.concatenate([np.pad(x, zeros) for x in xs], axis=1) for xs in ([a] * how.pieces, pieces))
+    left, right = (
+        np.concatenate([_among_zeros(x, how) for x in parts], axis=1) for parts in ([a] * how.pieces, pieces)
+    )
     found = product(left.swapaxes(1, 2), right, how.core, split=how.split, flush=how.flush)
     return np.sqrt(np.square(found).sum(axis=(1, 2)))
+
+
+def _among_zeros(rows: np.ndarray, how: Product) -> np.ndarray:
+    spread = np.pad(rows[:, :, None], ((0, 0), (0, 0), (0, how.between), (0, 0))).reshape(len(rows), -1, rows.shape[2])
+    return np.pad(spread, ((0, 0), (how.before, how.after), (0, 0)))
 
 
 def aimed(g: np.ndarray, size: np.ndarray, core: Core) -> np.ndarray:
@@ -184,7 +194,8 @@ def attempts(random: Random, trials: int, batch: int, *, climb: float = 0.05) ->
         a, g = (rounded(x, core.bits) for x in family(random, (size, t, m, n), core.bits))
         split, pieces = int(random.choice([1, 1, 2, 3])), int(random.choice([1, 1, 2]))
         before, after = (int(x) for x in random.integers(0, 40, 2) * random.integers(0, 2))
-        how = Product(core, split, bool(random.integers(2)), before, after, pieces)
+        between = int(random.choice([0, 0, 1, 15]))
+        how = Product(core, split, bool(random.integers(2)), before, after, between, pieces)
         ratios = over_clip(a, g, _weights(random, g, core, family is underflowing), how)
         made += size
         if size == batch and random.random() < climb:

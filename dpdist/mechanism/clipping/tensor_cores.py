@@ -133,9 +133,9 @@ def terms_of(
 
 
 def norm_bound(terms: Terms) -> Found:
-    """Return an upper bound of the norm of the exact A^T G."""
+    """Return an upper bound of the norm of the exact A^T G. (`square` may be negative, its sum with `error` cannot.)"""
     with jax.enable_x64(True):
-        return _root(terms.square * (terms.square > 0) + terms.error) * _slack(1)
+        return _root(terms.square + terms.error) * _slack(1)
 
 
 def contribution_bound(terms: Terms, u: float, contracted: int, n: int, entries: int) -> tuple[Found, Found]:
