@@ -126,7 +126,7 @@ def test_the_bound_holds_where_all_products_are_as_wrong_as_they_may_be() -> Non
     found = tensor_cores.terms_of(products, products, (ones, ones), (ones, ones), width, width)
     assert 10 <= tensor_cores.norm_bound(found)[0] < 10 * (1 + 1e-11)
     assert 100 <= found.left[0] < 100 * (1 + 1e-11)
-    assert 10 <= found.magnitude[0] < 10 * (1 + 1e-11)
+    assert 10 <= np.sqrt(found.magnitudes[0]) < 10 * (1 + 1e-11)
     assert 1 <= tensor_cores.row_norms(products, width).min() <= 1 + 2.0**-39
 
 

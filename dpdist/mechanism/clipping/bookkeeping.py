@@ -92,7 +92,7 @@ def bookkeeping_grad_sum(
         try:
             first = second = run_once(jax.tree.leaves(batch))
             norms = first.norms()
-            scale, used = weigh(norms, mask, clip_norm)
+            scale, used = weigh(norms, mask, clip_norm, first.rows)
             # What is rounded to a short format may differ by a unit in its last place between two passes that XLA
             # compiles differently, far more than the norm's margin: then the sum is that of the pass of the norms.
             if two_passes and not first.short:
@@ -158,11 +158,20 @@ class _Pass:
         """Whether a factor, or a gradient at an output, is in a format shorter than float32."""
         return self._tensor or any(is_short(leaf.dtype) for leaf in jax.tree.leaves((self._at_outputs, self._operands)))
 
+    @property
+    def ghosts(self) -> list[tuple[int, ...]]:
+        """The groups of uses whose gradients are not stored."""
+        return [group for leaf in self._strategies if leaf.strategy == "ghost" for group in leaf.groups]
+
+    @property
+    def rows(self) -> int:
+        """The most rows of one example in a weighted sum."""
+        return max((self._factors[u].length for group in self.ghosts for u in group), default=1)
+
     def norms(self) -> Norms:
         """Return the norms of all examples' gradients, and bounds that cover the rounding of the weighted sum."""
         stored = [each.gradients for each in self._instantiated.values()]
-        ghosts = [group for leaf in self._strategies if leaf.strategy == "ghost" for group in leaf.groups]
-        return reduce(add, map(self._group_norms, ghosts), norms_of_gradients(stored, self._examples))
+        return reduce(add, map(self._group_norms, self.ghosts), norms_of_gradients(stored, self._examples))
 
     def weighted(self, scale: Float32[Array, " p"], used: Bool[Array, " p"]) -> list[Float32[Array, "..."]]:
         """Return, for every leaf, sum_i scale[i] g_i over the examples with used[i]."""

@@ -88,7 +88,7 @@ class Terms(NamedTuple):
     error: Found
     #: A bound of sum |P'_ts| b_t b_s. If G is on the left in some uses of a parameter only, it needs `magnitudes` here.
     left: Found
-    #: sum a_t a_s b_t b_s = R^2, and sum a_t a_s.
+    #: sum a_t a_s b_t b_s = R^2, where R bounds the sum of magnitudes of the terms of A^T G; and sum a_t a_s.
     magnitudes: Found
     rows: Found
 
@@ -96,11 +96,6 @@ class Terms(NamedTuple):
         """Return the sums of fields."""
         with jax.enable_x64(True):
             return Terms(*(x + y for x, y in zip(self, other, strict=True)))
-
-    @property
-    def magnitude(self) -> Found:
-        """R: it bounds the sum of magnitudes of the terms of A^T G."""
-        return _root(self.magnitudes)
 
 
 def terms_of(
@@ -152,7 +147,7 @@ def contribution_bound(terms: Terms, u: float, contracted: int, n: int, entries:
     """
     with jax.enable_x64(True):
         # |W| <= 1.01 c |G| + |E|: 1 + u + 2^-23 of one piece, 1 + 2 u + u^2 + 2^-23 of two together, with u <= 2^-8.
-        summing = 1.01 * gamma(contracted) * terms.magnitude
+        summing = 1.01 * gamma(contracted) * _root(terms.magnitudes)
         relative = norm_bound(terms) + (u + 2.0**-23) * _root(terms.left) + summing
         # Twice 2 above, since what underflows is summed with an error too.
         absolute = 8 * TINY * n**0.5 * _root(terms.rows) + underflow(contracted) * entries**0.5

@@ -114,8 +114,6 @@ def whole(leaf: int, shape: tuple[int, ...]) -> View:
     return View(leaf, tuple(shape), tuple(shape), (), axes, tuple((0, size) for size in shape))
 
 
-def disjoint(a: Region, b: Region) -> bool:
+def disjoint(one: Region, other: Region) -> bool:
     """True if no entry lies in both regions."""
-    return any(
-        stop_a <= start_b or stop_b <= start_a for (start_a, stop_a), (start_b, stop_b) in zip(a, b, strict=True)
-    )
+    return any(stop <= first or last <= start for (start, stop), (first, last) in zip(one, other, strict=True))

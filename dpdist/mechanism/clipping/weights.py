@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,9 +48,13 @@ def squares(gradients: Float[Array, "p ..."]) -> Float64[Array, " p"]:
         return jnp.sum(jnp.square(gradients.reshape(gradients.shape[0], -1).astype(jnp.float64)), axis=1)
 
 
-#: r: a weight is also capped so that c R <= r C, where R is the sum of an example's terms by magnitude. Else nothing
-#: would limit what an example whose terms cancel does to the rounding of the others in its product (docs/rounding.md).
-LARGEST_TERMS = 64.0
+def largest_terms(rows: int) -> float:
+    """Return r: a weight is also capped so that c R <= r C, where R sums an example's terms by magnitude.
+
+    Else nothing would limit what an example whose terms cancel does to the rounding of the others in its product
+    (docs/rounding.md). R is about sqrt(rows) norms where rows are independent, so that this caps no ordinary example.
+    """
+    return max(16.0, 2 * math.sqrt(rows))
 
 
 class Norms(NamedTuple):
@@ -82,18 +87,21 @@ def norms_of(squares: Float64[Array, " p"]) -> Float32[Array, " p"]:
 
 
 def weigh(
-    norms: Norms, mask: Float[Array | np.ndarray, " p"], clip_norm: float
+    norms: Norms, mask: Float[Array | np.ndarray, " p"], clip_norm: float, rows: int = 1
 ) -> tuple[Float32[Array, " p"], Bool[Array, " p"]]:
     """Return every example's weight, min(1, C / norm) or a little less, and whether it is used.
 
     An example is used if it is not masked and its norm is finite; an unused one has weight 0. A gradient whose square
     is beyond float32 has an infinite norm, so it is dropped: its weight would be too small to be exact.
+
+    Args:
+        rows: the most rows that an example has in a product.
     """
     used = jnp.asarray(mask > 0) & jnp.isfinite(norms_of(norms.relative))
     with jax.enable_x64(True):
         least = clip_norm * 1e-6
         bounds = jnp.maximum(jnp.sqrt(norms.relative) * (1 + NORM_MARGIN), least)
-        capped = LARGEST_TERMS * clip_norm / jnp.maximum(jnp.sqrt(norms.terms), least)
+        capped = largest_terms(rows) * clip_norm / jnp.maximum(jnp.sqrt(norms.terms), least)
         room = jnp.maximum(clip_norm - jnp.sqrt(norms.absolute), 0.0)
         scale = jnp.minimum(jnp.minimum(1.0, room / bounds), capped).astype(jnp.float32)
     return jnp.where(used, scale, 0.0), used
