@@ -184,7 +184,15 @@ def build_setup(
     physical = _physical_batch(config, plan, world, earlier, needed)
     if terms is not None and terms.grid is not None:
         sizes = (physical, tail_of(physical))
-        require_guards(compiled(physical), initial.params, example, sizes, clip_norm=terms.clip_norm, grid=terms.grid)
+        require_guards(
+            compiled(physical),
+            initial.params,
+            example,
+            sizes,
+            clip_norm=terms.clip_norm,
+            grid=terms.grid,
+            precision=gradients.precision,
+        )
     evaluator = None
     if dataset.test is not None:
         evaluator = Evaluator(

@@ -22,12 +22,23 @@ def require_guards(
     *,
     clip_norm: float,
     grid: float,
+    precision: str,
 ) -> None:
     """Check that the programs bound what one example adds, as compiled: a flag may tell XLA to drop what does.
+
+    Args:
+        precision: if `tensor`, also that products lose no more than the bound on them assumes.
 
     Raises:
         InputError: they do not.
     """
+    if precision == "tensor":
+        try:
+            self_test.check_products(("bfloat16", "tf32"))
+        except self_test.BrokenGuardError as error:
+            raise InputError(
+                "training.precision", precision, f"{error} on this device; give training.precision=highest."
+            ) from None
 
     position, device = next(iter(programs.local.items()))
     key = jax.device_put(np.zeros(2, np.uint32), device)

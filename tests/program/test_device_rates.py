@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpdist.program.device_rates import TWO_CORES, device_rates, faster
+from dpdist.program.device_rates import TWO_CORES, device_rates, faster, has_tensor_cores
 from dpdist.program.gradients import choose_strategies
 
 
@@ -44,3 +46,25 @@ def test_an_h100_chooses_what_was_faster_on_one(length: int, m: int, n: int, str
     example = jax.ShapeDtypeStruct((length, m), np.float32)
     (leaf,) = choose_strategies(lambda p, x: jnp.sum(jnp.tanh(x @ p["w"])), params, example, prefer=faster(rates))
     assert leaf.strategy == strategy
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "has"),
+    [("gpu", "7.0", False), ("gpu", "8.0", True), ("gpu", "9.0", True), ("gpu", "gfx942", False), ("cpu", None, False)],
+)
+def test_tensor_cores_for_short_formats_came_with_compute_capability_8(
+    platform: str, capability: str | None, has: bool
+) -> None:
+    device = SimpleNamespace(platform=platform, **({} if capability is None else {"compute_capability": capability}))
+    assert has_tensor_cores(device) is has
+
+
+def test_an_h100_takes_inner_products_on_tensor_cores_where_it_instantiates_in_float64() -> None:
+    rates = device_rates("NVIDIA H100 80GB HBM3", "gpu")
+    params, example = {"w": np.zeros((768, 3072), np.float32)}, jax.ShapeDtypeStruct((197, 768), np.float32)
+    loss = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]))  # noqa: E731
+    chosen = [
+        choose_strategies(loss, params, example, prefer=faster(rates, tensor=tensor))[0].strategy
+        for tensor in (False, True)
+    ]
+    assert chosen == ["instantiate", "ghost"]

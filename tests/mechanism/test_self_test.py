@@ -115,3 +115,24 @@ def test_every_guard_that_is_missing_is_noticed(name: str) -> None:
     weight, keep, what = BROKEN[name]
     with pytest.raises(BrokenGuardError, match=what):
         check("mlp", broken(weight, keep), {}, 8)
+
+
+@pytest.mark.parametrize("fmt", ["bfloat16", "tf32"])
+def test_products_of_this_device_lose_no_more_than_the_bound_assumes(fmt: Any) -> None:
+    assert 0 < self_test.largest_loss(fmt) <= 1
+
+
+def test_a_device_whose_products_lose_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that accumulates in bfloat16 would."""
+
+    def coarse(equation: str, a: Any, b: Any, fmt: Any) -> Any:
+        blocks = [product(equation, a[:, i : i + 64], b[:, i : i + 64], fmt) for i in range(0, a.shape[1], 64)]
+        total = jnp.zeros_like(blocks[0])
+        for block in blocks:
+            total = jax.lax.reduce_precision(total + block, exponent_bits=8, mantissa_bits=15)
+        return total
+
+    product = self_test.product
+    monkeypatch.setattr(self_test, "product", coarse)
+    with pytest.raises(BrokenGuardError, match=r"long products in tf32 lose .* times what the bound"):
+        self_test.check_products(["tf32"])

@@ -1,0 +1,154 @@
+"""`precision="tensor"`: the sums of every loss of the zoo, no example over C, and what is compiled for it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import Literal
+from test_clipping import clipped, flat
+from test_clipping_methods import MASK, reference
+from zoo import EXAMPLES, ZOO, mixed_precision, normal
+
+from dpdist.mechanism.clipping import clipped_grad_sum
+from dpdist.mechanism.clipping.flatten import Origin, flatten
+from dpdist.mechanism.clipping.separate import source_of
+from dpdist.mechanism.clipping.tensor_cores import LONGEST
+from dpdist.mechanism.clipping.weights import largest_terms
+
+#: Two roundings to TF32 an entry, and what the bound takes off C.
+TOLERANCE = 2.0**-9
+
+
+def tensor(loss_fn: Any, clip_norm: float, strategy: str = "ghost") -> Any:
+    return jax.jit(clipped_grad_sum(loss_fn, clip_norm=clip_norm, precision="tensor", strategies={"*": strategy}))
+
+
+def alone(function: Any, params: Any, batch: Any) -> np.ndarray:
+    """Return the norm in float64 of what each example adds where all others are masked."""
+    masks = np.eye(len(jax.tree.leaves(batch)[0]), dtype=np.float32)
+    return np.array([np.linalg.norm(flat(function(params, batch, mask)[0])) for mask in masks])
+
+
+@pytest.mark.parametrize("strategy", ["ghost", "instantiate"])
+@pytest.mark.parametrize("name", ZOO)
+def test_sums_are_close_to_the_references_and_no_example_adds_more_than_c(name: str, strategy: str) -> None:
+    (loss_fn, params, batch), gradients, norms, clip_norm = reference(name)
+    function = tensor(loss_fn, clip_norm, strategy)
+    expected = clipped(gradients, MASK, clip_norm)
+    sums, found = function(params, batch, MASK)
+    assert np.linalg.norm(flat(sums) - expected) <= TOLERANCE * np.linalg.norm(expected)
+    assert np.abs(np.asarray(found) / norms - 1).max() < TOLERANCE
+    added = alone(function, params, batch)
+    assert added.max() <= clip_norm
+    assert (added[norms > clip_norm] >= (1 - TOLERANCE) * clip_norm).all()
+    if any(np.issubdtype(column.dtype, np.floating) for column in batch.values()):
+        bad = {k: x.copy() for k, x in batch.items()}
+        for column in (x for x in bad.values() if np.issubdtype(x.dtype, np.floating)):
+            column[3] = np.nan
+        expected = clipped(gradients, MASK * (np.arange(EXAMPLES) != 3), clip_norm)
+        assert np.linalg.norm(flat(function(params, bad, MASK)[0]) - expected) <= TOLERANCE * np.linalg.norm(expected)
+
+
+def test_a_model_in_bfloat16_is_clipped_from_bfloat16_factors() -> None:
+    loss_fn, params, batch = mixed_precision()
+    function = tensor(loss_fn, 0.05)
+    added = alone(function, params, batch)
+    assert added.max() <= 0.05
+    assert added.min() >= 0.05 * (1 - 2.0**-5)
+    products = factor_products(function, params, batch, MASK)
+    # Of the dense layer's rows of 6 and of 8 columns, and of the convolution's: patches of 24, and 4 channels.
+    shapes = {(each.invars[0].aval.dtype.name, each.invars[0].aval.shape[-1]) for each in products}
+    assert shapes >= {("bfloat16", 6), ("bfloat16", 8), ("bfloat16", 24), ("bfloat16", 4)}
+    assert {dtype for dtype, _ in shapes} == {"bfloat16"}
+
+
+def test_rows_longer_than_a_product_may_be_are_multiplied_in_pieces() -> None:
+    params = {"w": normal(1, LONGEST + 900, 3)}
+    batch = {"x": normal(2, 4, 2, LONGEST + 900)}
+    loss_fn = lambda p, e: jnp.sum(jnp.tanh(e["x"] @ p["w"]) ** 2)  # noqa: E731
+    function = tensor(loss_fn, 0.5)
+    exact = jax.jit(clipped_grad_sum(loss_fn, clip_norm=0.5))
+    mask = np.ones(4, np.float32)
+    sums, expected = flat(function(params, batch, mask)[0]), flat(exact(params, batch, mask)[0])
+    assert np.linalg.norm(sums - expected) <= TOLERANCE * np.linalg.norm(expected)
+    assert alone(function, params, batch).max() <= 0.5
+
+
+@pytest.mark.parametrize("precision", ["highest", "tensor"])
+def test_the_terms_of_an_example_whose_rows_cancel_are_capped(precision: str) -> None:
+    """Two rows that cancel but for one part in 300: weighted by C over its norm, its terms would be 300 C and more."""
+    rows = np.array([[1.0], [-1.0]], np.float32) * np.ones((1, 8), np.float32)
+    rows[0] *= 1 + 2.0**-7
+    batch = {"a": np.stack([np.ones((2, 8), np.float32)] * 2), "b": np.stack([rows, 0.01 * rows])}
+    loss_fn = lambda p, e: jnp.sum((e["a"] @ p) * e["b"])  # noqa: E731
+    clip_norm = 0.01
+    function = clipped_grad_sum(loss_fn, clip_norm=clip_norm, precision=precision, strategies={"*": "ghost"})
+    terms = 8 * (2 + 2.0**-7)
+    for size, mask in ((1.0, [1.0, 0.0]), (0.01, [0.0, 1.0])):
+        norm = 8 * 2.0**-7 * size
+        assert norm > clip_norm or size < 1
+        weight = min(1.0, clip_norm / norm, largest_terms(2) * clip_norm / (terms * size))
+        found = np.linalg.norm(flat(jax.jit(function)(np.zeros((8, 8), np.float32), batch, np.float32(mask))[0]))
+        assert found == pytest.approx(weight * norm, rel=2e-2)
+        assert weight * terms * size <= largest_terms(2) * clip_norm * (1 + 1e-9)
+
+
+def attention_like() -> tuple[Any, Any, Any]:
+    """Three products of the same 5 rows of 7 columns."""
+    params = {name: normal(seed, 7, 9) for seed, name in enumerate("qkv")}
+
+    def loss(p: Any, e: Any) -> Any:
+        q, k, v = (e["x"] @ p[name] for name in "qkv")
+        return jnp.sum((jnp.tanh(q @ k.T) @ v) ** 2)
+
+    return loss, params, {"x": normal(9, 4, 5, 7)}
+
+
+def test_uses_of_the_same_data_share_one_product_of_its_rows() -> None:
+    """In the program that XLA makes: one A A^T for q, k and v, and a G G^T each; each gradient is summed by one."""
+    loss_fn, params, batch = attention_like()
+    mask = np.ones(4, np.float32)
+    text = tensor(loss_fn, 0.3).lower(params, batch, mask).compile().as_text()
+    own = re.findall(r"= f32\[4,5,5\]\S* dot\((\S+), \1\), .*operand_precision={high,high}", text)
+    assert len(own) == 4
+
+
+def test_both_factors_of_a_product_go_through_reduce_precision_and_products_have_float32_output() -> None:
+    """So that norm and sum see the same rounded operands, whatever pairs of casts a compiler drops."""
+    loss_fn, params, batch = attention_like()
+    found = factor_products(tensor(loss_fn, 0.3), params, batch, np.ones(4, np.float32))
+    # For each parameter: two inner products of rows for the norms, the same two for the terms, and a weighted sum.
+    assert len(found) == 3 * 5
+    assert all(each.outvars[0].aval.dtype == jnp.float32 for each in found)
+
+
+def factor_products(function: Any, *arguments: Any) -> list[Any]:
+    """The products of factors in a traced gradient sum; fails where an operand is not rounded by `reduce_precision`."""
+    closed = jax.make_jaxpr(function)(*arguments)
+    parameter = Origin(leaves=frozenset({0}))  # so that every call is inlined
+    equations = flatten(closed, [parameter] * len(closed.jaxpr.invars)).jaxpr.eqns
+    made = {v: equation for equation in equations for v in equation.outvars}
+    found = [x for x in equations if x.primitive.name == "dot_general" and "tensor_products.py" in source_of(x)]
+
+    def rounded(atom: Any) -> bool:
+        """Whether a value is only moved, converted or selected since it was rounded."""
+        if isinstance(atom, Literal):
+            return True
+        if (origin := made.get(atom)) is None:
+            return False
+        name = origin.primitive.name
+        if name == "convert_element_type" and origin.params["new_dtype"] == jnp.bfloat16:
+            return made[origin.invars[0]].primitive.name == "reduce_precision"
+        moved = ("transpose", "reshape", "slice", "squeeze", "broadcast_in_dim", "concatenate", "gather")
+        if name == "select_n":
+            return all(map(rounded, origin.invars[1:]))
+        return name == "reduce_precision" or (name in moved and rounded(origin.invars[0]))
+
+    for equation in found:
+        assert all(map(rounded, equation.invars)), equation
+    return found
