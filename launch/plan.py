@@ -16,8 +16,9 @@ from dpdist.errors import InputError
 from dpdist.mechanism.clipping import LeafStrategy
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
 from dpdist.program.assignments import make_assigner, shape_of_work
-from dpdist.program.build import TrainingSetup, build_setup, memory_limit, open_model, with_key
+from dpdist.program.build import TrainingSetup, build_setup, open_model, with_key
 from dpdist.program.gradients import ExampleLoss, strategies_for
+from dpdist.program.memory import memory_limit
 from dpdist.run.fingerprints import environment
 from dpdist.run.plan import plan_run
 
@@ -81,7 +82,7 @@ def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int 
         "physical_batch_size": setup.physical,
         "tail_batch_size": setup.tail,
         **work,
-        "memory": _memory(setup, memory_limit(config, world), noisy=plan.privacy is not None),
+        "memory": _memory(setup, memory_limit(config, world)),
         "clipping": {
             "method": "none" if plan.privacy is None else config.training.clipping,
             "precision": None if plan.privacy is None else setup.precision,
@@ -90,14 +91,17 @@ def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int 
     }
 
 
-def _memory(setup: TrainingSetup, limit: float, *, noisy: bool) -> dict[str, float]:
+def _memory(setup: TrainingSetup, limit: float) -> dict[str, float]:
     """Parameters by number, and bytes on one device."""
+    memory = setup.memory
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(setup.initial.params)),
         "trainable_parameters": setup.step_programs.parameters,
-        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(setup.initial)),
-        "sums_and_noise_bytes": 4 * setup.step_programs.parameters * (2 if noisy else 1),
-        "temporary_bytes": setup.step_programs.peak_bytes(),
+        "state_bytes": memory.state,
+        "sums_and_noise_bytes": memory.sums * (2 if memory.noisy else 1),
+        "prefetched_bytes": memory.prefetched,
+        "temporary_bytes": memory.temporary,
+        "needed_bytes": memory.needed,
         "limit_bytes": limit,
     }
 
@@ -123,7 +127,8 @@ def text(report: dict[str, Any]) -> str:
         f"padding {report['padding']:.1%}, fullest over mean {report['imbalance']:.3f}",
         f"parameters  {memory['parameters']:,}, of which {memory['trainable_parameters']:,} train",
         f"memory      a device: {_size(memory['state_bytes'])} state, {_size(memory['sums_and_noise_bytes'])} sums and "
-        f"noise, {_size(memory['temporary_bytes'])} temporary (limit {_size(memory['limit_bytes'])})",
+        f"noise, {_size(memory['prefetched_bytes'])} read ahead, {_size(memory['temporary_bytes'])} temporary; at most "
+        f"{_size(memory['needed_bytes'])} at once (limit {_size(memory['limit_bytes'])})",
         "clipping    " + ", precision ".join(filter(None, [clipping["method"], clipping["precision"]])),
     ]
     rows = [

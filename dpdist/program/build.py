@@ -26,6 +26,7 @@ from dpdist.program import optimizer as optimizers
 from dpdist.program.evaluate import Evaluator
 from dpdist.program.gradients import ExampleLoss, build_gradients, frozen_paths
 from dpdist.program.guards import require_guards
+from dpdist.program.memory import Memory, memory_limit, memory_of
 from dpdist.program.microbatches import LARGEST, choose_physical_batch, largest_that_fits, tail_of
 
 
@@ -62,6 +63,8 @@ class TrainingSetup:
     #: Physical batch sizes: the full microbatch and the small one for the rest.
     physical: int
     tail: int
+    #: What they need on a device.
+    memory: Memory
     #: How the gradient norm of each parameter is computed, by path; None where every gradient is instantiated.
     strategies: dict[str, str] | None
     #: `highest` or `tensor`: the precision of norms and sums.
@@ -177,9 +180,18 @@ def build_setup(
         except UnsupportedLossError as error:
             raise InputError("training.clipping", config.training.clipping, f"{error}.") from None
 
+    def memory(physical: int) -> Memory:
+        return memory_of(
+            compiled(physical),
+            initial,
+            example,
+            physical,
+            prefetch=config.data.prefetch,
+            noisy=terms is not None,
+        )
+
     def needed(physical: int) -> int:
-        own = compiled(physical).peak_bytes()
-        return max(all_gather(own, world, timeout=config.cluster.initialization_timeout))
+        return max(all_gather(memory(physical).needed, world, timeout=config.cluster.initialization_timeout))
 
     physical = _physical_batch(config, plan, world, earlier, needed)
     if terms is not None and terms.grid is not None:
@@ -211,6 +223,7 @@ def build_setup(
         evaluator=evaluator,
         physical=physical,
         tail=tail_of(physical),
+        memory=memory(physical),
         classes=opened.classes,
         strategies=gradients.strategies,
         precision=gradients.precision,
@@ -223,7 +236,7 @@ def _physical_batch(
     """The physical batch size: the one asked for, the one decided earlier, or the one that fits and pads least.
 
     Args:
-        needed: bytes of temporary memory a device, by physical batch size; each call compiles.
+        needed: bytes a device, by physical batch size; each call compiles.
 
     Raises:
         InputError: the size asked for, or even the smallest, does not fit.
@@ -249,17 +262,7 @@ def _physical_batch(
         raise InputError(
             "training.physical_batch_size",
             physical,
-            f"needs {size / 2**30:.2f} GiB of temporary memory "
-            f"a device, of {limit / 2**30:.2f}; give a smaller one (or raise cluster.memory_per_device).",
+            f"needs {size / 2**30:.2f} GiB on a device, state, sums and examples read ahead included, of "
+            f"{limit / 2**30:.2f}; give a smaller one or less data.prefetch (or raise cluster.memory_per_device).",
         )
     return physical
-
-
-def memory_limit(config: Config, world: World) -> float:
-    """Bytes of temporary memory on a device: what the backend reports, or the config's where it does not.
-
-    The smallest over all processes, so that all decide alike.
-    """
-    statistics = world.mesh.local_devices[0].memory_stats() or {}
-    own = float(statistics.get("bytes_limit", config.cluster.memory_per_device * 2**30))
-    return min(all_gather(own, world))
