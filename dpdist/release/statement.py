@@ -59,8 +59,9 @@ ASSUMPTIONS = (
     "the secret of the run stays secret",
     "BLAKE2b, Philox and Threefry are good pseudorandom functions",
     "the float32 rounding of the other examples in its product, which one record moves too, is not charged: by at most "
-    f"{within_products(64):.0e} C for 64 examples a product and one row an example (more for sequences), by "
-    "5e-05 C in the attacks built for it; docs/rounding.md",
+    f"{within_products(64):.0e} C for 64 examples a product and one row an example (more for sequences, and on tensor "
+    "cores), by 5e-05 C in the attacks built for it in float32 and 2e-03 C on tensor cores (32 sequences of 197 rows); "
+    "docs/rounding.md",
     "nobody listens to the traffic between the devices of a job",
 )
 #: Of incarnations that began before there was a grid.

@@ -44,10 +44,10 @@ def memory_and_batch(run_dir: Path, gib: float, prefetch: int) -> tuple[Memory, 
 def test_it_counts_state_sums_examples_read_ahead_and_temporary_memory(tmp_path: Path) -> None:
     memory, physical = memory_and_batch(tmp_path, 1.0, prefetch=3)
     parameters = 64 * 8 + 8 + 8 * 10 + 10
-    # Parameters and momentum; an image of 64 numbers and a label, with mask and index, in five microbatches.
+    # Parameters and momentum; an image of 64 bytes and a label, with mask and index, in five microbatches.
     assert 0 <= memory.state - 2 * 4 * parameters <= 8
     assert memory.sums == 8 * parameters
-    assert memory.prefetched == 5 * physical * (64 * 4 + 4 + 8)
+    assert memory.prefetched == 5 * physical * (64 + 4 + 8)
     assert memory.temporary > 0
     accumulating = memory.state + memory.sums + memory.prefetched + memory.temporary
     updating = 2 * memory.state + 3 * memory.sums + memory.prefetched
