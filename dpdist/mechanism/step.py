@@ -25,7 +25,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import dtypes, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Float32
@@ -56,21 +55,16 @@ class TrainState(NamedTuple):
         return self.params if self.average is None else with_frozen(self.average, self.params)
 
 
+#: (state, mean gradient [d]) -> the state after the step.
+Update = Callable[[TrainState, Float32[Array, " d"]], TrainState]
+
+
 class Microbatch(NamedTuple):
     """p examples on one device: a pytree of arrays, a mask (0 is padding) and the example indices."""
 
     data: Any
     mask: Any
     index: Any
-
-
-def initial_state(
-    params: Any, optimizer: optax.GradientTransformation, averaged: bool, frozen: Collection[str] = frozenset()
-) -> TrainState:
-    """The state before step 0, on the host; `frozen` names the paths of parameters that do not train."""
-    moving = trainable(params, frozen)
-    average = jax.tree.map(jnp.copy, moving) if averaged else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(moving), average)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +77,8 @@ class StepSpec:
     state: TrainState
     #: One example as a pytree of shapes and dtypes, without the leading axis.
     example: dict[str, jax.ShapeDtypeStruct]
-    #: A transformation of the mean gradient.
-    optimizer: optax.GradientTransformation
+    #: What the noisy mean gradient makes of the state; it sees nothing else of the data.
+    update: Update
     #: One axis; its first device is the designated one.
     mesh: Mesh
     #: The physical batch sizes (examples a device) that microbatches may have.
@@ -98,8 +92,6 @@ class StepSpec:
     noise_scale: float | None
     grid: float | None
     placement: Literal["designated", "fused"]
-    #: Decay of the parameter average; 0 keeps none.
-    average_decay: float
     #: True gives each example a `key` of its own, derived from the step's loss key and its index.
     randomised: bool
     #: Paths of parameters that do not train: they get no sum, no noise and no update.
@@ -209,23 +201,7 @@ class StepPrograms:
             mean = (summed.astype(jnp.float64) * (spec.grid / spec.normaliser)).astype(jnp.float32)
             diagnostics = (diagnostics.astype(jnp.float64) * (spec.grid / self._unit)).astype(jnp.float32)
         with jax.enable_x64(False):
-            return self._updated(state, mean), diagnostics
-
-    def _updated(self, state: TrainState, mean: Float32[Array, " d"]) -> TrainState:
-        spec = self._spec
-        before = trainable(state.params, spec.frozen)
-        updates, opt_state = spec.optimizer.update(unflatten(mean, before), state.opt_state, before)
-        after = optax.apply_updates(before, updates)
-        # The gradient is float32 whatever the parameters are; what the optimizer keeps must not change type.
-        opt_state = jax.tree.map(lambda new, old: new.astype(old.dtype), opt_state, state.opt_state)
-        # The warm-up lets the average forget the initial parameters (De et al. 2022, section 3).
-        decay = jnp.minimum(spec.average_decay, (1.0 + state.step) / (10.0 + state.step))
-        average = (
-            jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), state.average, after)
-            if spec.average_decay
-            else None
-        )
-        return TrainState(state.step + 1, with_frozen(after, state.params), opt_state, average)
+            return spec.update(state, mean), diagnostics
 
     def _microbatch(self, size: int) -> Microbatch:
         example = _as_on_devices(self._spec.example)

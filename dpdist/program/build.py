@@ -21,13 +21,14 @@ from dpdist.data.sources import Source, read_rows
 from dpdist.errors import InputError
 from dpdist.mechanism.clipping import UnsupportedLossError, trainable
 from dpdist.mechanism.ledger import Plan
-from dpdist.mechanism.step import StepPrograms, StepSpec, TrainState, initial_state
+from dpdist.mechanism.step import StepPrograms, StepSpec, TrainState
 from dpdist.program import optimizer as optimizers
 from dpdist.program.evaluate import Evaluator
 from dpdist.program.gradients import ExampleLoss, build_gradients, frozen_paths
 from dpdist.program.guards import require_guards
 from dpdist.program.memory import Memory, memory_limit, memory_of
 from dpdist.program.microbatches import LARGEST, choose_physical_batch, largest_that_fits, tail_of
+from dpdist.program.update import initial_state, update_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +165,7 @@ def build_setup(
                     grad_sum=gradients.grad_sum,
                     state=initial,
                     example=example,
-                    optimizer=optimizer,
+                    update=update_of(optimizer, average_decay=config.optimizer.average_decay, frozen=gradients.frozen),
                     mesh=world.mesh,
                     batch_sizes=(physical, tail_of(physical)),
                     normaliser=plan.expected_batch_size,
@@ -173,7 +174,6 @@ def build_setup(
                     grid=None if terms is None else terms.grid,
                     placement=config.privacy.noise_placement,
                     randomised=model.randomised,
-                    average_decay=config.optimizer.average_decay,
                     frozen=gradients.frozen,
                 )
             )

@@ -19,9 +19,9 @@ from dpdist.config.constraints import expand_home
 from dpdist.data.sources import for_devices
 from dpdist.errors import InputError
 from dpdist.mechanism.ledger import Ledger, LedgerError
-from dpdist.mechanism.step import initial_state
 from dpdist.program import optimizer as optimizers
 from dpdist.program.gradients import frozen_paths
+from dpdist.program.update import initial_state
 from dpdist.release.statement import statement
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory

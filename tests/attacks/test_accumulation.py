@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 
 from dpdist.mechanism.clipping import clipped_grad_sum
 from dpdist.mechanism.keys import Keys, Secret
-from dpdist.mechanism.step import Microbatch, StepPrograms, StepSpec, accumulate_sample, initial_state
+from dpdist.mechanism.step import Microbatch, StepPrograms, StepSpec, accumulate_sample
+from dpdist.program.update import initial_state, update_of
 
 PHYSICAL, MICROBATCHES = 64, 1021
 GRID = 2.0**-36
@@ -46,7 +47,7 @@ def summed(values: np.ndarray, grid: float | None) -> float:
             grad_sum=clipped_grad_sum(lambda p, example: p["w"][0] * example["x"], clip_norm=1.0, method="per_example"),
             state=state,
             example={"x": jax.ShapeDtypeStruct((), jnp.float32)},
-            optimizer=optax.sgd(1.0),
+            update=update_of(optax.sgd(1.0), average_decay=0.0),
             mesh=Mesh(np.array(jax.devices("cpu")[:1]), ("devices",)),
             batch_sizes=(PHYSICAL,),
             normaliser=1.0,
@@ -54,7 +55,6 @@ def summed(values: np.ndarray, grid: float | None) -> float:
             noise_scale=None,
             grid=grid,
             placement="designated",
-            average_decay=0.0,
             randomised=False,
         )
     )

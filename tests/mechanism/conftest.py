@@ -22,10 +22,10 @@ from dpdist.mechanism.step import (
     StepSpec,
     TrainState,
     accumulate_sample,
-    initial_state,
     noisy_update,
 )
 from dpdist.program.plain_gradients import plain_grad_sum
+from dpdist.program.update import initial_state, update_of
 
 
 class Rig:
@@ -74,7 +74,7 @@ class Rig:
                 grad_sum=clipped_grad_sum(loss_fn, clip_norm=self.clip_norm) if private else plain_grad_sum(loss_fn),
                 state=self.initial,
                 example={"x": jax.ShapeDtypeStruct((2,), jnp.float32)},
-                optimizer=self.optimizer,
+                update=update_of(self.optimizer, average_decay=average_decay),
                 mesh=self.mesh,
                 batch_sizes=(self.physical, self.tail),
                 normaliser=self.expected_batch_size,
@@ -82,7 +82,6 @@ class Rig:
                 noise_scale=self.noise_multiplier * self.clip_norm if private else None,
                 grid=self.grid if private else None,
                 placement=placement,
-                average_decay=average_decay,
                 randomised=False,
             )
         )

@@ -18,7 +18,8 @@ from dpdist.mechanism.clipping import clipped_grad_sum
 from dpdist.mechanism.keys import Keys, Secret
 from dpdist.mechanism.noise import block_size
 from dpdist.mechanism.sampling import poisson_sample
-from dpdist.mechanism.step import DIAGNOSTICS, Microbatch, StepPrograms, StepSpec, accumulate_sample, initial_state
+from dpdist.mechanism.step import DIAGNOSTICS, Microbatch, StepPrograms, StepSpec, accumulate_sample
+from dpdist.program.update import initial_state, update_of
 
 RigOf = Callable[..., Any]
 PLACED = pytest.mark.parametrize("placement", ["designated", "fused"])
@@ -335,7 +336,7 @@ def randomised_sums(devices: int, size: int, indices: list[int], keys: Keys, at:
         grad_sum=clipped_grad_sum(loss_fn, clip_norm=1e3),
         state=initial_state(params, optax.sgd(1.0), False),
         example={"x": jax.ShapeDtypeStruct((), jnp.float32)},
-        optimizer=optax.sgd(1.0),
+        update=update_of(optax.sgd(1.0), average_decay=0.0),
         mesh=mesh,
         batch_sizes=(size,),
         normaliser=1.0,
@@ -343,7 +344,6 @@ def randomised_sums(devices: int, size: int, indices: list[int], keys: Keys, at:
         noise_scale=None,
         grid=2.0**-30,
         placement="designated",
-        average_decay=0.0,
         randomised=True,
     )
     step = StepPrograms(spec)
