@@ -62,6 +62,8 @@ ASSUMPTIONS = (
     f"{within_products(64):.0e} C for 64 examples a product and one row an example (more for sequences, and on tensor "
     "cores), by 5e-05 C in the attacks built for it in float32 and 2e-03 C on tensor cores (32 sequences of 197 rows); "
     "docs/rounding.md",
+    "where gradients were clipped on tensor cores (training.precision), these lose no more of a sum of d products than "
+    "4 (d + 16) 2^-24 of its magnitudes, as was measured before the first step; docs/tensor-cores.md",
     "nobody listens to the traffic between the devices of a job",
 )
 #: Of incarnations that began before there was a grid.

@@ -23,10 +23,11 @@ from jax.sharding import Mesh
 
 from dpdist.mechanism.clipping import clipped_grad_sum
 from dpdist.mechanism.keys import Keys, Secret
-from dpdist.mechanism.step import Microbatch, StepPrograms, StepSpec, accumulate_sample, initial_state, noisy_update
+from dpdist.mechanism.step import Microbatch, StepPrograms, StepSpec, accumulate_sample, noisy_update
 from dpdist.models import cross_entropy
 from dpdist.models.small import cnn
 from dpdist.models.vit import vit
+from dpdist.program.update import initial_state, update_of
 
 WHICH = {
     "cnn": (lambda example: cnn(example=example, classes=10), (28, 28, 1), 64, 256),
@@ -48,7 +49,7 @@ def main(which: str, rounds: int) -> None:
                 grad_sum=clipped_grad_sum(loss, clip_norm=1.0),
                 state=initial,
                 example=example,
-                optimizer=optax.sgd(0.1),
+                update=update_of(optax.sgd(0.1), average_decay=0.0),
                 mesh=Mesh(np.array(jax.devices()[:1]), ("devices",)),
                 batch_sizes=(physical,),
                 normaliser=float(batch),
@@ -56,7 +57,6 @@ def main(which: str, rounds: int) -> None:
                 noise_scale=None if grid is None else 1.0,
                 grid=grid,
                 placement="designated",
-                average_decay=0.0,
                 randomised=False,
             )
         )
