@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -40,7 +41,9 @@ def train(run: Path, *, steps: int, every: int, kill_after: int | None = None) -
     """Train, and kill the process once `kill_after` steps are in the metrics; returns how it ended."""
     began = time.monotonic()
     with (run.parent / f"{run.name}.log").open("ab") as log:
-        process = subprocess.Popen(command(run, steps=steps, every=every), stdout=log, stderr=log, cwd=ROOT)
+        process = subprocess.Popen(
+            command(run, steps=steps, every=every), stdout=log, stderr=log, cwd=ROOT, env=_environment(run.parent)
+        )
         while kill_after is not None and process.poll() is None:
             if reached(run) >= kill_after:
                 process.send_signal(signal.SIGKILL)
@@ -53,6 +56,12 @@ def train(run: Path, *, steps: int, every: int, kill_after: int | None = None) -
     except (OSError, ValueError):
         return found
     return found | {name: summary.get(name) for name in KEPT}
+
+
+def _environment(work: Path) -> dict[str, str]:
+    """Return variables with a compilation cache: the second and third run compile nothing again."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(work / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return {**cache, **os.environ}
 
 
 def reached(run: Path) -> int:

@@ -32,15 +32,14 @@ def kernels(trace: dict[str, Any]) -> tuple[Counter[str], Counter[str]]:
         if event.get("ph") == "M" and event.get("name") in named:
             named[event["name"]][event["pid"], event.get("tid")] = event["args"]["name"]
     processes = {pid: name for (pid, _), name in named["process_name"].items()}
-    on_device = {pid for pid, name in processes.items() if "/device:" in name}
+    of_device = {row: name for row, name in named["thread_name"].items() if "/device:" in processes.get(row[0], "")}
+    # Streams hold the kernels; the device's other rows repeat them by operation, module and step.
+    rows = {row for row, name in of_device.items() if name.startswith("Stream")}
+    rows = rows or {row for row, name in of_device.items() if name == "XLA Ops"}
+    rows = rows or {row for row, name in named["thread_name"].items() if "XLA" in name and not of_device}
 
     def counts(event: dict[str, Any]) -> bool:
-        if event.get("ph") != "X" or "dur" not in event:
-            return False
-        thread = named["thread_name"].get((event["pid"], event.get("tid")), "")
-        if on_device:  # streams hold the kernels; other rows repeat them by operation, module and step
-            return event["pid"] in on_device and thread.startswith("Stream")
-        return "XLA" in thread and "::" not in event["name"]
+        return event.get("ph") == "X" and (event["pid"], event.get("tid")) in rows and "::" not in event["name"]
 
     spent, number = Counter[str](), Counter[str]()
     for event in filter(counts, events):

@@ -154,7 +154,7 @@ def _largest(model: str, form: str, batch: int, context: Context) -> Sequence[st
         raise Skip("the device does not say how much memory it has")
     gib = 0.004 if memory is None else memory / 2**30
     size = _fitting(batch, context)
-    search = ("--methods", "auto", "--rounds", "1", "--largest-batch", "--memory", f"{gib:.2f}")
+    search = ("--methods", "auto", "--rounds", "1", "--largest-batch", "--memory", f"{gib:.4g}")
     return _bench(context, "largest-batch", model, form, size, *search)
 
 
