@@ -120,7 +120,12 @@ def test_kernels_are_counted_once_and_on_the_device_where_there_is_one() -> None
 
     host = [*names(1, "/host:CPU", t5="tf_XLAEigen/1"), event(1, 5, "dot.1", 7.0), event(1, 5, "Thunk::Execute", 9.0)]
     gpu = names(2, "/device:GPU:0", t1="Stream #13(Compute)", t2="XLA Ops", t3="XLA Modules")
-    gpu += [event(2, 1, "gemm", 3.0), event(2, 1, "gemm", 4.0), event(2, 2, "dot.1", 7.0), event(2, 3, "jit_f", 7.0)]
+    gpu += [
+        event(2, 1, "cutlass::gemm", 3.0),
+        event(2, 1, "cutlass::gemm", 4.0),
+        event(2, 2, "dot.1", 7.0),
+        event(2, 3, "jit_f", 7.0),
+    ]
     assert profile.kernels({"traceEvents": host})[0] == {"dot.1": 7.0}
     spent, number = profile.kernels({"traceEvents": host + gpu})
-    assert (spent, number) == ({"gemm": 7.0}, {"gemm": 2})
+    assert (spent, number) == ({"cutlass::gemm": 7.0}, {"cutlass::gemm": 2})
