@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from dpdist.models import build
 from dpdist_launch.cli import main
 from dpdist_launch.measure.bench import arms, clipping, naive, peers, table
 from dpdist_launch.measure.bench.clipping import Request, distance, measure
-from dpdist_launch.measure.bench.program import LARGEST, Arm, Compiled, Program, Sums, largest_batch
+from dpdist_launch.measure.bench.program import LARGEST, Compiled, Sums, largest_batch
 from dpdist_launch.measure.bench.rounds import interleaved, ratios
 from dpdist_launch.measure.bench.tasks import TASKS, Problem, Task, problem_of
+from tests.support.fake_arms import Clock, fake
 
 pytestmark = pytest.mark.compiles  # seconds, memory and operations are those of programs compiled here
 
@@ -58,27 +59,6 @@ RESNET = Task(
 )
 
 
-class Clock:
-    """Time passes only where something is run."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def run(self, costs: Iterator[float]) -> Callable[[], None]:
-        def run() -> None:
-            self.now += next(costs)
-
-        return run
-
-
-def forever(*costs: float) -> Iterator[float]:
-    while True:
-        yield from costs
-
-
 def test_arms_take_turns_and_each_round_begins_with_the_next() -> None:
     order: list[str] = []
     clock = Clock()
@@ -103,26 +83,9 @@ def test_a_turn_is_the_mean_of_the_calls_that_fill_it_without_the_first() -> Non
     assert times == {"a": [2.0, 4.0]}
 
 
-def test_rounds_end_in_time_but_not_before_the_first() -> None:
-    clock = Clock()
-    assert interleaved({"a": clock.run(forever(1.0))}, rounds=9, seconds=0.0, clock=clock, until=5.0)["a"] == [1.0] * 3
-    assert interleaved({"a": clock.run(forever(1.0))}, rounds=9, seconds=0.0, clock=clock, until=0.0)["a"] == [1.0]
-
-
 def test_ratios_compare_within_a_round() -> None:
     found = ratios([1.1, 22.0, 3.6, 1.3, 1.4], [1.0, 20.0, 3.0, 1.0, 1.0])
     assert found == pytest.approx({"ratio": 1.2, "ratio_p25": 1.1, "ratio_p75": 1.3})
-
-
-def fake(name: str, cost: float, clock: Clock, *, framework: str = "jax", sums: float = 1.0) -> Arm:
-    """An arm that takes `cost` seconds and whose only sum is `sums`."""
-
-    def prepare(problem: Problem) -> Program:
-        if cost < 0:
-            raise ValueError("cannot\nat all")
-        return Program(run=clock.run(forever(cost)), read=lambda result: {"w": np.array([sums])})
-
-    return Arm(name=name, framework=framework, private="sgd" not in name, prepare=prepare)
 
 
 def test_every_arm_is_compared_with_the_plain_sgd_of_its_own_framework() -> None:
@@ -154,55 +117,6 @@ def test_every_arm_is_compared_with_the_plain_sgd_of_its_own_framework() -> None
     assert numbers["broken"] == {"framework": "torch", "private": True, "failed": "ValueError: cannot"}
     assert found["batch"] == 6
     assert found["parameters"] == 256 * 8 + 8 + 8 * 10 + 10
-
-
-def test_where_time_is_short_the_first_arms_are_measured_and_kept_as_they_come() -> None:
-    clock = Clock()
-    measured = [fake("sgd", 2.0, clock), fake("auto", 3.0, clock), fake("ghost", 5.0, clock), fake("late", 1.0, clock)]
-    seen: list[list[str]] = []
-
-    def after_arm(found: dict[str, Any]) -> None:
-        seen.append([name for name, arm in found["arms"].items() if "second_call_seconds" in arm])
-
-    found = measure(
-        MLP, 6, measured, naive=False, rounds=3, seconds=0.0, time_limit=19.0, clock=clock, after_arm=after_arm
-    )
-    # Two calls each: at 4 s, 10 s and 20 s the first three are ready, and the fourth is not begun.
-    assert seen == [["sgd"], ["sgd", "auto"], ["sgd", "auto", "ghost"]]
-    assert found["arms"]["late"]["failed"] == clipping.NO_TIME
-    assert [len(found["arms"][name]["seconds_by_round"]) for name in ("sgd", "auto", "ghost")] == [1, 1, 1]
-
-
-def test_products_in_bfloat16_or_full_float32_are_what_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(TASKS, "tiny", VIT)
-    programs = {}
-    for form in clipping.FORMATS:
-        seen: list[str] = []
-
-        def arms_of(request: Request, seen: list[str] = seen) -> list[Arm]:
-            def prepare(problem: Problem) -> Program:
-                seen.append(
-                    str(jax.make_jaxpr(problem.loss)(problem.params, {k: v[0] for k, v in problem.batch.items()}))
-                )
-                return arms.jax_arm("sgd").prepare(problem)
-
-            return [Arm(name="sgd", framework="jax", private=False, prepare=prepare)]
-
-        monkeypatch.setattr(clipping, "arms_of", arms_of)
-        request = Request(models=["tiny"], methods=["sgd"], format=form, rounds=1, seconds=0)
-        assert clipping.bench_clipping(request)["settings"]["format"] == form
-        programs[form] = seen[0]
-    assert "bf16" in programs["bf16"]
-    assert "bf16" not in programs["tf32"] + programs["float32"]
-    assert "HIGHEST" in programs["float32"]
-    assert "HIGHEST" not in programs["tf32"]
-
-
-def test_peers_that_are_installed_are_measured_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    assert peers.peer_arms(installed=True) == []
 
 
 @pytest.fixture(scope="module")

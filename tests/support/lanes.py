@@ -45,6 +45,8 @@ LANES = {
     "tests/faults/test_soak.py": WAIT,
     "tests/launch": WAIT,
     "tests/launch/test_measure_clipping.py": COMPUTE,
+    "tests/launch/test_measure_gpu.py": COMPUTE,
+    "tests/launch/test_measure_in_time.py": COMPUTE,
     "tests/launch/test_roofline.py": COMPUTE,
     "tests/launch/test_scaling_arms.py": COMPUTE,
     "tests/launch/test_scaling_model.py": FAST,

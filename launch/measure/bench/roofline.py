@@ -322,7 +322,10 @@ def text(content: dict[str, Any]) -> str:
     lines = []
     for row in content["rows"]:
         ratios = [f"{row[way]['ratio']:.2f}" if way in row else "-" for way in ("highest", "tensor", "fused")]
-        aim = "" if row["target"] is None else f"{'met' if row['met'] else 'MISSED'} (<= {row['target']:g})"
+        aim = ""
+        if row["target"] is not None:
+            ratio, target = row["tensor"]["ratio"], row["target"]
+            aim = f"met: <= {target:g}" if row["met"] else f"MISSED: {ratio:.3f} > {target:g}"
         ways = ", ".join(f"{n} {how}" for how, n in row.get("tensor", row["highest"])["parameters"].items())
         lines.append(
             [

@@ -32,7 +32,7 @@ def text(content: dict[str, Any]) -> str:
         "Quartiles of the ratio over rounds. Temporary memory and FLOPs are XLA's own analysis of the compiled "
         "program, beside those of plain SGD. Difference: of the clipped sum from that of `per_example` (or the first "
         "private arm), of plain SGD's from JAX's, relative, in L2. Peak: the most memory that the process has used on "
-        "the device, where this arm set it; `-` where an earlier arm, or compiling, had used more, or nothing counts it.",
+        "the device, where this arm set it; `-` where an earlier arm or compiling had used more, or nothing counts it.",
         _details(models, arms),
         "## The arms",
         "\n".join(f"- `{name}`: {about}" for name, about in content["about"].items()),
