@@ -197,13 +197,14 @@ class _Pass:
         else:
             kept = jnp.where(used[:, None, None, None], left, 0)
             found = product("pgtm,pgtn->gmn", kept, weights, fmt)
-        return factors.view.to_leaf(factors.arrange(found))
+        return _to_leaf(factors, factors.arrange(found))
 
     def _format(self, u: int) -> Format:
         """Return the format of the factors of use `u`: one for all uses of a parameter."""
         if not self._tensor:
             return "float32"
-        uses = [(v, each) for v, each in self._factors.items() if each.view.leaf == self._factors[u].view.leaf]
+        leaves = self._graph.uses[u].leaves
+        uses = [(v, each) for v, each in self._factors.items() if self._graph.uses[v].leaves == leaves]
         operands = [self._operands[v][each.operand] for v, each in uses if not each.one_hot]
         return format_of([each.dtype for each in (*operands, *(self._at_outputs[v][0] for v, _ in uses))])
 
@@ -241,9 +242,15 @@ class _Pass:
             if u in self._factors:
                 factors = self._factors[u]
                 gradient = jax.vmap(partial(_product, factors, fmt=self._format(u)))(*self._rows(u))
-                found[factors.view.leaf].append(_Instantiated(gradient, partial(_leaf_of, factors)))
-                continue
-            for variable, gradient in self._at_operands(use, u):
+                if factors.view is not None:
+                    found[factors.view.leaf].append(_Instantiated(gradient, partial(_leaf_of, factors)))
+                    continue
+                operand = use.equation.invars[use.operands[0]]
+                at_operand = jax.vmap(partial(_operand_of, factors))(gradient)
+                at_operands = [(operand, at_operand.astype(shape_of(operand).dtype))]
+            else:
+                at_operands = self._at_operands(use, u)
+            for variable, gradient in at_operands:
                 pending[variable] = pending[variable] + gradient if variable in pending else gradient
         for leaf, gradient in self._back_to_leaves(pending, wanted).items():
             found[leaf].append(_Instantiated(gradient, lambda x: x))
@@ -258,7 +265,7 @@ class _Pass:
             total = total + jax.vmap(part.to_leaf)(part.gradients)
         return _Instantiated(total, lambda x: x)
 
-    def _at_operands(self, use: Use, u: int) -> Iterator[tuple[Any, Array]]:
+    def _at_operands(self, use: Use, u: int) -> list[tuple[Any, Array]]:
         """Compute every example's gradient at the parameter operands of a use, by the primitive's own derivative."""
         equation, mine = use.equation, [self._shared[use.equation.invars[i]] for i in use.operands]
 
@@ -275,7 +282,7 @@ class _Pass:
 
         with deriving():
             found = for_each(one_example, self._examples, self._operands[u], self._at_outputs[u])
-        return zip((equation.invars[i] for i in use.operands), found, strict=True)
+        return [(equation.invars[i], gradient) for i, gradient in zip(use.operands, found, strict=True)]
 
     def _back_to_leaves(self, pending: Values, wanted: Sequence[int]) -> dict[int, Array]:
         """Carry gradients at parameter-derived values back to the leaves in `wanted`."""
@@ -345,6 +352,17 @@ def _transposed(factors: Factors) -> bool:
     return factors.m > factors.n and not factors.one_hot
 
 
+def _operand_of(factors: Factors, product: Float32[Array, "groups rows columns"]) -> Float32[Array, "..."]:
+    """Turn a result of `_product`, or a sum of such results, into the gradient of the use's operand."""
+    return factors.arrange(jnp.swapaxes(product, 1, 2) if _transposed(factors) else product)
+
+
 def _leaf_of(factors: Factors, product: Float32[Array, "groups rows columns"]) -> Float32[Array, "..."]:
     """Turn a result of `_product`, or a sum of such results, into the gradient of the leaf."""
-    return factors.view.to_leaf(factors.arrange(jnp.swapaxes(product, 1, 2) if _transposed(factors) else product))
+    return _to_leaf(factors, _operand_of(factors, product))
+
+
+def _to_leaf(factors: Factors, gradient: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """Turn the gradient of an operand that is a view of a leaf into the gradient of the leaf."""
+    assert factors.view is not None
+    return factors.view.to_leaf(gradient)

@@ -25,46 +25,45 @@ from dpdist.mechanism.clipping.view import View
 
 @dataclass(frozen=True)
 class Factors:
-    """The two factors whose product is the gradient of one use with respect to the view of its parameter.
+    """The two factors whose product is the gradient of one use with respect to its parameter-derived operand.
 
     left is [groups, t, m], or the row numbers [t] where its rows are one-hot (then groups = 1); right is [groups, t,
     n]. The gradient is `arrange(sum_t left^T right)`, where the sum is [groups, m, n].
     """
 
-    view: View
+    #: The view of one parameter that the operand is; None if it is computed from parameters, as a standardised weight.
+    view: View | None
     groups: int
     #: The number of positions t.
     length: int
     m: int
     n: int
     one_hot: bool
-    #: The axes of the view that make up the columns of left, the columns of right, and the groups; in order.
+    #: The axes of the operand that make up the columns of left, the columns of right, and the groups; in order.
     left_axes: tuple[int, ...]
     right_axes: tuple[int, ...]
     group_axes: tuple[int, ...]
     #: For one example: the left factor from the data operand, the right factor from the gradient at the output.
     left: Callable[[Any], Array]
     right: Callable[[Any], Array]
-    #: Rearranges [groups, m, n] to the shape of the view.
+    #: Rearranges [groups, m, n] to the shape of the operand.
     arrange: Callable[[Array], Array]
     #: The position of the data operand among the equation's inputs.
     operand: int
 
 
 def factors_of(graph: Graph, use: Use) -> Factors | None:
-    """Return the factors of a use; None if its gradient is not such a product for a view of one parameter."""
+    """Return the factors of a use; None if its gradient is not such a product."""
     equation = use.equation
     rule = _RULES.get(equation.primitive.name)
     if len(use.operands) != 1 or len(use.outputs) != 1 or rule is None:
         return None
     position = use.operands[0]
     view = graph.views.get(equation.invars[position])
-    if view is None:
-        return None
     return rule(equation.params, position, [*map(shape_of, equation.invars)], shape_of(equation.outvars[0]), view)
 
 
-def _dot_general(params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View) -> Factors:
+def _dot_general(params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View | None) -> Factors:
     (contract, batch) = params["dimension_numbers"]
     other = 1 - position
     data, parameter = avals[other], avals[position]
@@ -104,7 +103,7 @@ def _dot_general(params: dict[str, Any], position: int, avals: Sequence[Any], ou
     )
 
 
-def _gather(params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View) -> Factors | None:
+def _gather(params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View | None) -> Factors | None:
     """A lookup of whole rows, as in an embedding; None for any other gather."""
     table, indices, numbers = avals[0], avals[1], params["dimension_numbers"]
     row = table.shape[1:]
@@ -144,7 +143,9 @@ def _gather(params: dict[str, Any], position: int, avals: Sequence[Any], out: An
     )
 
 
-def _convolution(params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View) -> Factors | None:
+def _convolution(
+    params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View | None
+) -> Factors | None:
     """A convolution, as a matrix product over the patches that its kernel sees."""
     if position != 1 or params["batch_group_count"] != 1:
         return None

@@ -91,13 +91,12 @@ def _groups(
     """Group a parameter's uses by the region of it that they see; if `ghost` is impossible, return why instead."""
     if not uses:
         return (), "no example's loss depends on it"
-    no_factors = sorted({graph.uses[u].equation.primitive.name for u in uses if factors[u] is None})
-    if no_factors:
-        return (), f"no ghost norm for its use in {', '.join(no_factors)}"
+    seen = {u: found.view for u in uses if (found := factors[u]) is not None and found.view is not None}
+    if not_seen := sorted({graph.uses[u].equation.primitive.name for u in uses if u not in seen}):
+        return (), f"no ghost norm for its use in {', '.join(not_seen)}"
     groups: dict[Any, list[int]] = {}
-    for u in uses:
-        if (found := factors[u]) is not None:
-            groups.setdefault(found.view.region, []).append(u)
+    for u, view in seen.items():
+        groups.setdefault(view.region, []).append(u)
     regions = list(groups)
     if not all(disjoint(a, b) for i, a in enumerate(regions) for b in regions[i + 1 :]):
         return (), "it is used in parts that overlap"
@@ -129,7 +128,7 @@ def _add_up(group: Sequence[Factors]) -> bool:
 
 def _axes(factors: Factors) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
     """Return the leaf's axes that make up left's columns, right's columns and the groups, without those of size 1."""
-    of_leaf = factors.view.axes
+    of_leaf = None if factors.view is None else factors.view.axes
     if of_leaf is None:
         return None
     left, right, groups = (
