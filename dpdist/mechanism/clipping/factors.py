@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -50,6 +50,8 @@ class Factors:
     arrange: Callable[[Array], Array]
     #: The position of the data operand among the equation's inputs.
     operand: int
+    #: That operand, by which uses of the same data are known.
+    data: Any = None
 
 
 def factors_of(graph: Graph, use: Use) -> Factors | None:
@@ -60,7 +62,8 @@ def factors_of(graph: Graph, use: Use) -> Factors | None:
         return None
     position = use.operands[0]
     view = graph.views.get(equation.invars[position])
-    return rule(equation.params, position, [*map(shape_of, equation.invars)], shape_of(equation.outvars[0]), view)
+    found = rule(equation.params, position, [*map(shape_of, equation.invars)], shape_of(equation.outvars[0]), view)
+    return None if found is None else replace(found, data=equation.invars[found.operand])
 
 
 def _dot_general(params: dict[str, Any], position: int, avals: Sequence[Any], out: Any, view: View | None) -> Factors:

@@ -205,7 +205,7 @@ def _tensor_ghost(leaf: Leaf, at: Setting, share: dict[int, int]) -> Cost:
 
 def _shared(group: Sequence[Factors], share: dict[int, int]) -> int:
     """Return how many uses divide this group's product A A^T; a group of several uses has its own."""
-    return share.get(group[0].operand, 1) if len(group) == 1 and not group[0].one_hot else 1
+    return share.get(group[0].data, 1) if len(group) == 1 and not group[0].one_hot else 1
 
 
 def _folding(group: Sequence[Factors], at: Setting, share: dict[int, int]) -> float:

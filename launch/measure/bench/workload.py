@@ -51,7 +51,7 @@ class Workload:
         counts: dict[int, int] = {}
         for leaf in self.leaves:
             for use in (use for group in leaf.groups for use in group if not use.one_hot):
-                counts[use.operand] = counts.get(use.operand, 0) + 1
+                counts[use.data] = counts.get(use.data, 0) + 1
         return counts
 
 
