@@ -205,7 +205,7 @@ def test_our_own_bug_is_not_reported_as_an_unsupported_loss(method: str, monkeyp
     def mistaken(*_: Any) -> Any:
         raise ValueError("shapes do not match")
 
-    monkeypatch.setattr(bookkeeping._Pass, "squares", mistaken)
+    monkeypatch.setattr(bookkeeping._Pass, "norms", mistaken)
     f = summed(lambda p, e: score(p, hidden(p, e)), method)
     with pytest.raises(ValueError, match="shapes do not match"):
         f(PARAMS, BATCH, ONES)
