@@ -118,7 +118,12 @@ def test_kernels_are_counted_once_and_on_the_device_where_there_is_one() -> None
     def event(pid: int, tid: int, name: str, dur: float) -> dict[str, Any]:
         return {"ph": "X", "pid": pid, "tid": tid, "name": name, "dur": dur}
 
-    host = [*names(1, "/host:CPU", t5="tf_XLAEigen/1"), event(1, 5, "dot.1", 7.0), event(1, 5, "Thunk::Execute", 9.0)]
+    host = [
+        {},
+        *names(1, "/host:CPU", t5="tf_XLAEigen/1"),
+        event(1, 5, "dot.1", 7.0),
+        event(1, 5, "Thunk::Execute", 9.0),
+    ]
     gpu = names(2, "/device:GPU:0", t1="Stream #13(Compute)", t2="XLA Ops", t3="XLA Modules")
     gpu += [
         event(2, 1, "cutlass::gemm", 3.0),

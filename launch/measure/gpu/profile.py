@@ -39,7 +39,7 @@ def kernels(trace: dict[str, Any]) -> tuple[Counter[str], Counter[str]]:
     rows = rows or {row for row, name in named["thread_name"].items() if "XLA" in name and not of_device}
 
     def counts(event: dict[str, Any]) -> bool:
-        kernel = bool(of_device) or "::" not in event["name"]  # on the host, XLA's executor has events too
+        kernel = bool(of_device) or "::" not in event.get("name", "")  # on the host, XLA's executor has events too
         return event.get("ph") == "X" and (event["pid"], event.get("tid")) in rows and kernel
 
     spent, number = Counter[str](), Counter[str]()
