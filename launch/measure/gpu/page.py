@@ -149,8 +149,8 @@ def digits(found: Found) -> Iterator[str]:
         yield f"Killed (SIGKILL) and resumed, the run has {same} the undisturbed one."
 
 
-#: Arms whose time the roofline predicts, and as which of its ways: today's `auto` computes norms in float64.
-PREDICTED = {"sgd": "sgd", "auto": "highest"}
+#: Arms whose time the roofline predicts, and as which of its ways: the arm `auto` is at `precision: highest`.
+PREDICTED = {"sgd": "sgd", "auto": "highest", "tensor": "tensor"}
 
 
 def clipping(rows: Found, predicted: Found | None) -> Iterator[str]:
@@ -163,7 +163,7 @@ def clipping(rows: Found, predicted: Found | None) -> Iterator[str]:
     yield (
         "Medians over interleaved rounds, and the ratio to plain SGD of the same framework. `*`: the step was cut off, "
         "only the second call was timed. Predicted: milliseconds and ratio by `dpdist bench roofline`"
-        f"{device}, for plain SGD and for `auto` with float64 norms; and the ratio of clipping on tensor cores. Peak: "
+        f"{device}, for plain SGD, `auto` with float64 norms, and `tensor`. Peak: "
         "device memory really used, where this arm set it."
     )
     lines = []
@@ -173,7 +173,7 @@ def clipping(rows: Found, predicted: Found | None) -> Iterator[str]:
             guess = of.get((model, form), {})
             for arm, result in numbers["arms"].items():
                 lines.append(_arm(model, form, numbers, arm, result, guess))
-    head = "model,p,format,arm,ms,examples/s,ratio,predicted ms,predicted ratio,on tensor cores,temporary GiB,peak GiB"
+    head = "model,p,format,arm,ms,examples/s,ratio,predicted ms,predicted ratio,temporary GiB,peak GiB"
     yield markdown([*head.split(","), "compile s"], lines)
 
 
@@ -184,7 +184,6 @@ def _arm(model: str, form: str, numbers: Found, arm: str, result: Found, guess: 
     predicted = [
         _number(way["seconds"] * size * 1e3 if way else None, ",.1f"),
         _number(way.get("ratio"), ".2f"),
-        _number(guess.get("tensor", {}).get("ratio") if arm == "auto" else None, ".2f"),
     ]
     seconds = result.get("seconds", result.get("second_call_seconds"))
     if seconds is None:

@@ -31,7 +31,7 @@ LATER: list[Row] = [
 ]
 TINY: list[Row] = [("mnist-cnn", "tf32", 8, 40), ("bert-mini", "bf16", 2, 60)]
 #: In this order, as far as the time goes.
-METHODS, TINY_METHODS = "auto,bookkeeping,per_example,jax-masked", "auto,per_example"
+METHODS, TINY_METHODS = "tensor,auto,per_example,jax-masked,bookkeeping", "tensor,auto,per_example"
 #: GPUs with less memory get half the batch.
 ENOUGH_MEMORY = 40e9
 

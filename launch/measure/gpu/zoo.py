@@ -11,7 +11,6 @@ device at the highest precision. The sum over the batch is compared with theirs,
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import sys
 import time
@@ -32,7 +31,7 @@ from dpdist.program.device_rates import device_rates, faster
 from dpdist.run.directory import write_atomically
 
 EXAMPLES = 6
-#: Precisions of clipping to try; those that `clipped_grad_sum` does not know are left out.
+#: Precisions of clipping to try.
 PRECISIONS = ("highest", "tensor")
 #: Where a gradient is longer than C, the part of C that must be reached by a case of known gradients.
 REACHED = 0.9
@@ -49,6 +48,8 @@ class Case:
     exact: list[dict[str, np.ndarray]] | None = None
     strategies: Mapping[str, str] = field(default_factory=dict)
     methods: tuple[str, ...] = ("auto", "per_example")
+    #: True if the weight of an example is capped by what its terms add up to, so that it stays far below C.
+    capped: bool = False
 
 
 def products(dtype: str) -> Iterator[Case]:
@@ -78,6 +79,7 @@ def products(dtype: str) -> Iterator[Case]:
                 exact=exact,
                 strategies={"w": strategy},
                 methods=("auto",),
+                capped=family == "cancelling" and strategy == "ghost",
             )
 
 
@@ -133,12 +135,12 @@ def _norm(tree: Mapping[str, np.ndarray]) -> float:
     return float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in tree.values())))
 
 
-def check(case: Case, known: list[dict[str, np.ndarray]], method: str, precision: dict[str, str]) -> dict[str, Any]:
+def check(case: Case, known: list[dict[str, np.ndarray]], method: str, precision: str) -> dict[str, Any]:
     """Run one program for the batch and for every example alone; return what came out, over C."""
     norms = [_norm(gradient) for gradient in known]
     clip_norm = float(np.clip(np.median(norms), 1e-3, 1e5))
     device = jax.devices()[0]
-    extra: dict[str, Any] = dict(precision) | ({"strategies": case.strategies} if case.strategies else {})
+    extra: dict[str, Any] = {"precision": precision} | ({"strategies": case.strategies} if case.strategies else {})
     prefer = faster(device_rates(device.device_kind, device.platform))
     run = jax.jit(clipped_grad_sum(case.loss, clip_norm=clip_norm, method=method, prefer=prefer, **extra))
 
@@ -157,11 +159,10 @@ def check(case: Case, known: list[dict[str, np.ndarray]], method: str, precision
 def zoo(to: Path, *, tiny: bool, limit: float) -> dict[str, Any]:
     """Check all cases until `limit` seconds have passed; returns the content, written to `to` after each check."""
     began = time.monotonic()
-    known_here = inspect.signature(clipped_grad_sum).parameters
     content: dict[str, Any] = {
         "what": "norm of single examples' contributions, in float64, over C; relative difference of the sum",
         "device": jax.devices()[0].device_kind,
-        "precisions": [name for name in PRECISIONS if name == "highest" or "precision" in known_here],
+        "precisions": list(PRECISIONS),
         "checks": [],
         "complete": False,
     }
@@ -169,16 +170,15 @@ def zoo(to: Path, *, tiny: bool, limit: float) -> dict[str, Any]:
         for case in make():
             known: list[dict[str, np.ndarray]] | None = None
             for precision in content["precisions"]:
-                chosen = {"precision": precision} if "precision" in known_here else {}
                 for method in case.methods:
                     if time.monotonic() - began > limit:
                         return content
                     row: dict[str, Any] = {"case": case.name, "format": form, "precision": precision, "method": method}
                     try:
                         known = known or gradients(case)
-                        row |= check(case, known, method, chosen)
+                        row |= check(case, known, method, precision)
                         row["ok"] = row["largest"] <= 1.0
-                        if case.exact is not None and precision == "highest":
+                        if case.exact is not None and precision == "highest" and not case.capped:
                             row["ok"] &= (row["smallest_clipped"] or 1.0) >= REACHED
                     except Exception as error:  # one case must not hide the others
                         row |= {"ok": False, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
