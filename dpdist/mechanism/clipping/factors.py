@@ -125,6 +125,9 @@ def _gather(params: dict[str, Any], position: int, avals: Sequence[Any], out: An
 
     def left(x: Array) -> Array:
         rows = x.reshape(length)
+        if jnp.issubdtype(rows.dtype, jnp.unsignedinteger) and rows.dtype.itemsize >= 4:
+            rows = jnp.minimum(rows, rows.dtype.type(table.shape[0]))
+        rows = rows.astype(jnp.int64 if rows.dtype.itemsize == 8 else jnp.int32)  # shorter ones may not hold the bounds
         # A row out of range is either filled with a constant, so it has no gradient, or clamped to the nearest row.
         outside = (rows < 0) | (rows >= table.shape[0])
         return jnp.where(outside, -1, rows) if drop else jnp.clip(rows, 0, table.shape[0] - 1)

@@ -86,7 +86,7 @@ def _equation(equation: JaxprEqn, inputs: list[_Traced]) -> list[_Traced]:
     if any(origin.leaves for _, origin in inputs):
         if name in CALLS:
             return _run(*inner(params[CALLS[name]]), inputs)
-        if name == "scan" and any(origin.data for _, origin in inputs) and params["length"] <= LONGEST_UNROLLED:
+        if name == "scan" and any(origin.data for _, origin in inputs) and 0 < params["length"] <= LONGEST_UNROLLED:
             return _unroll(equation, inputs)
     values = call(equation, [value for value, _ in inputs])
     return list(zip(values, origins(equation, [origin for _, origin in inputs]), strict=True))

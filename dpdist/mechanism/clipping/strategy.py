@@ -116,7 +116,9 @@ def sides_swapped(first: Factors, other: Factors) -> bool | None:
         return None
     if (a[0], a[1]) == (b[0], b[1]):
         return False
-    return True if (a[0], a[1]) == (b[1], b[0]) else None
+    # Features are divided into groups, so transposed they are divided differently.
+    divided = first.groups > 1 and not first.group_axes
+    return True if (a[0], a[1]) == (b[1], b[0]) and not divided else None
 
 
 def _add_up(group: Sequence[Factors]) -> bool:
