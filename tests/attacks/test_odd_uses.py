@@ -17,22 +17,22 @@ WAYS = ({}, {"strategies": {"*": "ghost"}}, {"strategies": {"*": "instantiate"}}
 
 
 def require_reference(loss: Any, params: Any, batch: Any, examples: int) -> None:
-    """Compare every way with `vmap(grad)`, unclipped and clipped."""
+    """Compare every way with `vmap(grad)`, at a C that clips some."""
     gradients = jax.vmap(jax.grad(loss), (None, 0))(params, batch)
     flat = np.concatenate([np.asarray(x, np.float64).reshape(examples, -1) for x in jax.tree.leaves(gradients)], 1)
     norms = np.linalg.norm(flat, axis=1)
-    for clip_norm in (2 * norms.max(), 0.5 * norms.max()):
-        expected = np.sum(flat * np.minimum(1, clip_norm / norms)[:, None], 0)
-        for how in WAYS:
-            for precision, tolerance in (("highest", 2e-5), ("tensor", 4e-3)):
-                function = jax.jit(clipped_grad_sum(loss, clip_norm=float(clip_norm), precision=precision, **how))
-                sums, _ = function(params, batch, np.ones(examples, np.float32))
-                found = np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(sums)])
-                assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected), (how, precision)
+    clip_norm = float(np.median(norms))
+    expected = np.sum(flat * np.minimum(1, clip_norm / norms)[:, None], 0)
+    for how in WAYS:
+        for precision, tolerance in (("highest", 2e-5), ("tensor", 4e-3)):
+            function = jax.jit(clipped_grad_sum(loss, clip_norm=clip_norm, precision=precision, **how))
+            sums, _ = function(params, batch, np.ones(examples, np.float32))
+            found = np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(sums)])
+            assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected), (how, precision)
 
 
 @pytest.mark.parametrize("mode", ["fill", "clip"])
-@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.uint32, np.int32])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint32])
 def test_row_numbers_of_a_type_that_cannot_hold_the_tables_length(dtype: Any, mode: str) -> None:
     """Of 400 rows, the bound wrapped to 144 in uint8: rows from there on counted as outside; the gradient was wrong."""
     numbers = lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0,))
