@@ -21,7 +21,8 @@ models:
 
 methods:
   sgd          no privacy; measured in any case
-  auto, bookkeeping, ghost, per_example   as training.clipping in a config
+  auto, bookkeeping, ghost, per_example   as training.clipping in a config, with training.precision=highest
+  tensor       as auto, with training.precision=tensor
   jax-masked   the paper's method: every example's gradient scaled by clip factor and mask, then summed
   naive        batches of varying size, which compile again: the mean of a short series, compilation included
 
