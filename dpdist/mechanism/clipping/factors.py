@@ -60,6 +60,8 @@ def factors_of(graph: Graph, use: Use) -> Factors | None:
     rule = _RULES.get(equation.primitive.name)
     if len(use.operands) != 1 or len(use.outputs) != 1 or rule is None:
         return None
+    if jnp.iscomplexobj(shape_of(equation.outvars[0])):  # a sum of outer products, but not of real ones
+        return None
     position = use.operands[0]
     view = graph.views.get(equation.invars[position])
     found = rule(equation.params, position, [*map(shape_of, equation.invars)], shape_of(equation.outvars[0]), view)
