@@ -26,22 +26,11 @@ from dpdist_launch.measure.bench.program import LARGEST, Compiled, Sums, largest
 from dpdist_launch.measure.bench.rounds import interleaved, ratios
 from dpdist_launch.measure.bench.tasks import TASKS, Problem, Task, problem_of
 from tests.support.fake_arms import Clock, fake
+from tests.support.small_tasks import BOUNDS, IMAGE, MLP, VIT
 
 pytestmark = pytest.mark.compiles  # seconds, memory and operations are those of programs compiled here
 
-IMAGE = {"image": ((16, 16, 1), "uint8"), "label": ((), "int32")}
-BOUNDS = {"image": 256, "label": 10}
 CNN = Task(model=Model(name="cnn"), example=IMAGE, bounds=BOUNDS, batch=6)
-MLP = Task(model=Model(name="mlp", options={"hidden": [8]}), example=IMAGE, bounds=BOUNDS, batch=6)
-VIT = Task(
-    model=Model(
-        name="vit",
-        options={"image_size": 16, "patch": 8, "width": 12, "depth": 2, "heads": 3, "mlp": 24},
-    ),
-    example={"image": ((16, 16, 3), "uint8"), "label": ((), "int32")},
-    bounds=BOUNDS,
-    batch=6,
-)
 BERT = Task(
     model=Model(
         name="bert",

@@ -9,30 +9,13 @@ from typing import Any
 import jax
 import pytest
 
-from dpdist.config import Model
 from dpdist_launch.measure.bench import arms, clipping, peers
 from dpdist_launch.measure.bench.clipping import Request, measure
 from dpdist_launch.measure.bench.program import Arm, Program
 from dpdist_launch.measure.bench.rounds import interleaved
-from dpdist_launch.measure.bench.tasks import TASKS, Problem, Task
+from dpdist_launch.measure.bench.tasks import TASKS, Problem
 from tests.support.fake_arms import Clock, fake, forever
-
-BOUNDS = {"image": 256, "label": 10}
-MLP = Task(
-    model=Model(name="mlp", options={"hidden": [8]}),
-    example={"image": ((16, 16, 1), "uint8"), "label": ((), "int32")},
-    bounds=BOUNDS,
-    batch=6,
-)
-VIT = Task(
-    model=Model(
-        name="vit",
-        options={"image_size": 16, "patch": 8, "width": 12, "depth": 2, "heads": 3, "mlp": 24},
-    ),
-    example={"image": ((16, 16, 3), "uint8"), "label": ((), "int32")},
-    bounds=BOUNDS,
-    batch=6,
-)
+from tests.support.small_tasks import MLP, VIT
 
 
 def test_rounds_end_in_time_but_not_before_the_first() -> None:

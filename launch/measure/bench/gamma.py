@@ -25,10 +25,11 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
+from dpdist.mechanism.clipping.tensor_cores import ULPS
 from dpdist.run.directory import write_atomically
 
 #: What one step of accumulation may lose on tensor cores from V100 to B200, in units of 2^-24 of the largest magnitude.
-ASSUMED = 4.0
+ASSUMED = float(ULPS)
 #: Format -> (explicit bits of the significand that operands may have, precision of the product).
 FORMATS: dict[str, tuple[int, lax.Precision | None]] = {
     "bf16": (7, None),
