@@ -17,6 +17,7 @@ from dpdist.cluster.agreement import barrier, decide, require_same
 from dpdist.cluster.join import join
 from dpdist.cluster.lease import LeaseLostError
 from dpdist.cluster.preemption import preempted
+from dpdist.cluster.preflight import require_network, require_shared
 from dpdist.cluster.straggler import Stragglers
 from dpdist.cluster.watchdog import Watchdog
 from dpdist.cluster.world import World
@@ -33,7 +34,7 @@ from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import all_finite, params_digest, step_inputs
 from dpdist.run.opening import agree, agree_on_data, agree_on_start, open_secret, open_writer
 from dpdist.run.progress import say
-from dpdist.run.resume import ResumeRequest, require_fits
+from dpdist.run.resume import ResumeRequest, Start, require_fits
 from dpdist.run.writer import RunWriter, SilentWriter
 
 
@@ -54,6 +55,10 @@ def train(config: Config) -> dict[str, Any]:
         if world.is_main:
             say(f"{run.root} is {ended['status']} at step {ended['step']} of {ended['steps']}: nothing to do")
         return ended
+
+    if config.cluster.preflight:
+        for warning in require_shared(run.private, world):
+            _say_once(world, f"dpdist: warning: {warning}")
 
     with contextlib.ExitStack() as cleanup:
         # Open: one job in the directory, one secret, one dataset.
@@ -92,6 +97,8 @@ def train(config: Config) -> dict[str, Any]:
             require_same({"initial parameters": params_digest(setup.initial.params)}, world)
             if setup.evaluator is not None:
                 cleanup.callback(setup.evaluator.close)
+            if config.cluster.preflight:
+                _check_network(config, start, setup, world)
             state = placed(setup.initial, setup.step_programs.replicated)
             if start.step is not None:
                 state = checkpoints.restore(start.step, state)
@@ -128,6 +135,27 @@ def train(config: Config) -> dict[str, Any]:
             leaving=leaving,
         )
         return trainer.run()
+
+
+def _check_network(config: Config, start: Start, setup: TrainingSetup, world: World) -> None:
+    terms, least = start.plan.privacy, config.cluster.least_bandwidth
+    found = require_network(
+        setup.step_programs,
+        world,
+        noisy=terms is not None and terms.grid is not None,
+        least_bandwidth=None if least is None else least * 1e9,
+    )
+    if found is not None:
+        _say_once(
+            world,
+            f"preflight: {world.num_processes} processes on {len(set(world.nodes))} nodes; all-reduce of "
+            f"{found.bytes / 1e6:.3g} MB in {1e3 * found.seconds:.3g} ms, {found.bandwidth / 1e9:.2g} GB/s a device",
+        )
+
+
+def _say_once(world: World, line: str) -> None:
+    if world.is_main:
+        say(line)
 
 
 @dataclass(kw_only=True)

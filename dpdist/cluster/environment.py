@@ -151,6 +151,11 @@ def _from_slurm_step(environ: Mapping[str, str], use_gpus: bool) -> Membership:
     )
 
 
+def node_name(environ: Mapping[str, str]) -> str:
+    """Return the name of this process's node: SLURM's, since virtual nodes may share a host name, or the host's."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def first_host(node_list: str) -> str:
     """Return the first host of a SLURM node list: `n[01-20]` -> `n01`, `r1c[1-2]n[3-4]` -> `r1c1n3`.
 

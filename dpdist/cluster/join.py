@@ -23,7 +23,7 @@ from jax._src import distributed, xla_bridge  # There is no public way to ask wi
 from dpdist import config
 from dpdist.cluster import agreement
 from dpdist.cluster.core_files import forbid_core_files
-from dpdist.cluster.environment import Membership, detect
+from dpdist.cluster.environment import Membership, detect, node_name
 from dpdist.cluster.streams import open_missing_streams
 from dpdist.cluster.world import AXIS, World
 from dpdist.errors import InputError
@@ -82,6 +82,7 @@ def join(cluster: config.Cluster, membership: Membership | None = None) -> World
         membership=membership,
         mesh=jax.sharding.Mesh(np.array(devices), (AXIS,)),
         host_of_device=(),
+        nodes=(),
         timeout=cluster.shutdown_timeout,
         distributed=distributed,
     )
@@ -90,6 +91,7 @@ def join(cluster: config.Cluster, membership: Membership | None = None) -> World
             "platform": jax.default_backend(),
             "devices": jax.local_device_count(),
             "host": membership.host_index,
+            "node": node_name(os.environ),
             "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS"),
         },
         world,
@@ -97,7 +99,7 @@ def join(cluster: config.Cluster, membership: Membership | None = None) -> World
     _check_platforms(cluster, reports)
     _check_device_counts(cluster, reports)
     hosts = tuple(reports[device.process_index]["host"] for device in devices)
-    return dataclasses.replace(world, host_of_device=hosts)
+    return dataclasses.replace(world, host_of_device=hosts, nodes=tuple(report["node"] for report in reports))
 
 
 def leave() -> None:

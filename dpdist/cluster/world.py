@@ -21,6 +21,8 @@ class World:
     mesh: jax.sharding.Mesh
     #: Host index of each device of the mesh; devices with the same index share a host and its data shard.
     host_of_device: tuple[int, ...]
+    #: Name of each process's node, by rank: SLURM's, or its host name. Private: an export must not tell them.
+    nodes: tuple[str, ...]
     #: Seconds after which a barrier or an agreement raises TimeoutError.
     timeout: float
     #: False if JAX was already running when we joined, as in a notebook: one process, and no preemption notice.

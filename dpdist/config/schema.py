@@ -221,6 +221,11 @@ class Cluster(Section):
     watchdog_timeout: Annotated[int, Positive("give a positive number.")] = 1800
     #: Seconds without a sign of life after which a job's hold on its run directory ends, so that another may go on.
     lease_timeout: Annotated[int, Positive("give a positive number.")] = 60
+    #: Test the machines before the first step: the run directory from every process, and the all-reduce of a step.
+    preflight: bool = True
+    #: GB/s of the all-reduce, for each device, below which the preflight ends the job and names the slow node; null
+    #: measures alone.
+    least_bandwidth: Annotated[float | None, Positive("give a positive number, or null.")] = None
     #: Directory of XLA's persistent compilation cache, on a path all nodes share; null is off.
     compilation_cache: Annotated[str | None, IsPath()] = None
 
