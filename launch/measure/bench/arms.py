@@ -52,11 +52,11 @@ def grad_sum(name: str, problem: Problem) -> GradSum:
     if name == SGD:
         return few_at_a_time(plain_grad_sum(problem.loss), examples, [problem.size])
     prefer = faster(device_rates(device.device_kind, device.platform), tensor=name == TENSOR)  # as training chooses
-    method, precision = ("auto", "tensor") if name == TENSOR else (name, "highest")
+    method, precision = {TENSOR: ("auto", "tensor"), NAIVE: ("per_example", "highest")}.get(name, (name, "highest"))
     clipped = clipped_grad_sum(
         problem.loss, clip_norm=problem.clip_norm, method=method, precision=precision, prefer=prefer
     )
-    return few_at_a_time(clipped, examples, [problem.size])
+    return clipped if name == NAIVE else few_at_a_time(clipped, examples, [problem.size])
 
 
 def masked_grad_sum(loss_fn: Callable[[Any, Any], Array], *, clip_norm: float) -> GradSum:
