@@ -31,18 +31,10 @@ from dpdist.mechanism.ledger import Ledger, Plan
 #: Settings, or sections that end in a dot, that may change within an incarnation: nothing here alters a sample, a draw
 #: or an update beyond the order of summation.
 MAY_CHANGE = (
-    "run.",
-    "checkpoint.",
-    "cluster.",
-    "data.workers",
-    "data.prefetch",
-    "data.path",
-    "sampling.assignment",
-    "training.physical_batch_size",
-    "training.evaluate_every",
-    "training.evaluation_batch_size",
-    "training.record_digests",
-)
+    "run.", "checkpoint.", "cluster.", "data.workers", "data.prefetch", "data.path", "sampling.assignment",
+    "training.physical_batch_size", "training.evaluate_every", "training.evaluation_batch_size",
+    "training.record_digests", "training.profile",
+)  # fmt: skip
 
 
 def step_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,7 +122,8 @@ class StepPrograms:
         width, kind = self.parameters + len(DIAGNOSTICS), jnp.float32 if spec.grid is None else jnp.int64
 
         state, total, key = _as_on_devices(spec.state), _shape((width,), kind), _shape((2,), jnp.uint32)
-        self._accumulate = {
+        #: Of each physical batch size, the compiled program on each of this process's devices.
+        self.accumulates = {
             size: self._on_each_device(
                 self._accumulate_on_device, state.params, total, self._microbatch(size), key, consumed=1
             )
@@ -239,7 +240,7 @@ class StepPrograms:
 
     def accumulate(self, position: int, params: Any, acc: Array, batch: Microbatch, loss_key: Array) -> Array:
         """Add the (clipped) gradient sum of one microbatch on one device to its slice `acc`, which is consumed."""
-        return self._accumulate[batch.mask.shape[0]][position](params, acc, batch, loss_key)
+        return self.accumulates[batch.mask.shape[0]][position](params, acc, batch, loss_key)
 
     def draw(self, keys: Keys, step: int) -> tuple[Array | None, Array | None]:
         """The noise of a step as an array with one slice a device, and the draw itself where it was made.
@@ -271,12 +272,12 @@ class StepPrograms:
     def program_texts(self) -> dict[str, str]:
         """The compiled HLO by program name, for tests that count collectives."""
         first = next(iter(self.local))
-        accumulates = {f"accumulate_{size}": str(each[first].as_text()) for size, each in self._accumulate.items()}
+        accumulates = {f"accumulate_{size}": str(each[first].as_text()) for size, each in self.accumulates.items()}
         return accumulates | {"update": str(self._update[first].as_text()), "reduce": str(self._reduce.as_text())}
 
     def peak_bytes(self) -> int:
         """Temporary memory per device of the largest accumulate program, as XLA's analysis states it."""
-        programs = [program for each in self._accumulate.values() for program in each.values()]
+        programs = [program for each in self.accumulates.values() for program in each.values()]
         analyses = [program.memory_analysis() for program in programs]
         return max((int(analysis.temp_size_in_bytes) for analysis in analyses if analysis is not None), default=0)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
-from dpdist.cluster.agreement import decide, require_same
+from dpdist.cluster.agreement import all_gather, decide, require_same
 from dpdist.cluster.lease import Lease
 from dpdist.cluster.world import World
 from dpdist.config import Config, flatten
@@ -17,6 +19,7 @@ from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import code_digest, environment, numeric_settings, user_code_digest, user_libraries
 from dpdist.run.private_log import keep_out_of_logs, log_to
 from dpdist.run.progress import say
+from dpdist.run.ranks import node_name
 from dpdist.run.resume import ResumeRequest, Start, find_start
 from dpdist.run.summary import opening_line
 from dpdist.run.writer import RunWriter, SilentWriter
@@ -41,13 +44,20 @@ def agree(config: Config, run: RunDirectory, world: World) -> None:
     log_to(run.logs / f"rank-{world.process_id}.log")
 
 
-def open_writer(config: Config, run: RunDirectory, world: World) -> RunWriter | SilentWriter:
+def open_writer(
+    config: Config, run: RunDirectory, world: World, *, began: float | None = None
+) -> RunWriter | SilentWriter:
     """Take the lease on the run directory and read its ledger, on process 0; the others get a null object. Collective.
+
+    Args:
+        began: when this part of the run began, by `time.monotonic`; None is now.
 
     Raises:
         InputError: another job is on this run, or the ledger is damaged; on all processes.
     """
     opened: list[RunWriter] = []
+    nodes = all_gather(node_name(os.environ), world)
+    began = time.monotonic() if began is None else began
 
     def take() -> None:
         lease = Lease.acquire(run.private, config.cluster.lease_timeout)
@@ -55,7 +65,7 @@ def open_writer(config: Config, run: RunDirectory, world: World) -> RunWriter | 
             on_failure.callback(lease.release)
             if lease.taken_from is not None:
                 say(f"dpdist: {run.root} was held by {lease.taken_from}; going on in its place")
-            opened.append(RunWriter(config, run, world, lease, _read_ledger(run)))
+            opened.append(RunWriter(config, run, world, lease, _read_ledger(run), nodes=nodes, began=began))
             on_failure.pop_all()
 
     # A holder that may live on another host is given its time to show it.
