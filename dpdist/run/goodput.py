@@ -50,6 +50,8 @@ class Goodput:
         self._waiting = 0.0
         self._trained_here = 0.0
         earlier = read(path)
+        if earlier is None and path.exists():
+            logger.warning("%s cannot be read: what the time went into is counted anew", path)
         self._node_seconds = dict.fromkeys(PHASES, 0.0) | (earlier["node_seconds"] if earlier else {})
         self._waited = float(earlier["waiting"]) if earlier else 0.0
         self._queued = earlier["queue_seconds"] if earlier else None
@@ -153,14 +155,9 @@ def read(path: Path) -> dict[str, Any] | None:
             and isinstance(record["closed"], bool)
             and all(len(save) == 2 for save in record["saves"])
         )
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        logger.warning("%s cannot be read: how the time was spent is counted anew", path)
         return None
-    return dict(record)
+    return dict(record) if whole else None
 
 
 def public_of(record: Mapping[str, Any]) -> dict[str, Any]:
