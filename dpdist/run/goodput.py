@@ -60,7 +60,7 @@ class Goodput:
         if earlier and not earlier["closed"] and last_sign is not None:
             unwritten = max(0.0, last_sign - path.stat().st_mtime)
             self._node_seconds["lost"] += unwritten * earlier["nodes"]
-        self._written = time.monotonic()
+        self.write()  # a crash from now on is one of this part
 
     def queued(self, seconds: float) -> None:
         """Add the seconds for which this part waited in SLURM's queue, as far as SLURM told; no node was held."""

@@ -72,7 +72,7 @@ class RunWriter:
         self._recorder: Recorder
         self._speed: Callable[[float], dict[str, float | None]]
         self._goodput = Goodput(
-            run.goodput, nodes=len(set(nodes)), began=began, last_sign=lease.last_sign_of_predecessor()
+            run.goodput, nodes=len(set(nodes)), began=began, last_sign=_last_sign_of_predecessor(run, lease)
         )
         self._ranks = Ranks.of_this_job(nodes, os.environ)
         with warning_of(run.ranks):
@@ -335,6 +335,17 @@ class SilentWriter:
     def stop_recording(self) -> None: ...
 
     def release(self) -> None: ...
+
+
+def _last_sign_of_predecessor(run: RunDirectory, lease: Lease) -> float | None:
+    """When a job that died last wrote a heartbeat or a step, by the file system's clock; None if none has died."""
+    heartbeat = lease.last_sign_of_predecessor()
+    if heartbeat is None:
+        return None
+    try:
+        return max(heartbeat, run.diagnostics.stat().st_mtime)
+    except OSError:
+        return heartbeat
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ from dpdist_launch.observe.queue import Answer, QueuedJob
 
 #: Bytes that are read of the end of a file that grows.
 _TAIL = 2**16
-#: Lines in which dpdist, its launchers or SLURM say why something ended.
-_ERROR = re.compile(r"(dpdist|dpdist job): (error|failed)|watchdog: |launcher: rank|(srun|slurmstepd): error: ")
+#: Lines in which dpdist and its launchers, or else SLURM, say why something ended.
+_ERRORS = (re.compile(r"(dpdist|dpdist job): (error|failed)|watchdog: |launcher: rank"), re.compile(r"\w+: error: "))
 #: SLURM's states of a job that is not over.
 GOING_ON = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STOPPED"}
 
@@ -105,7 +105,7 @@ def _look(run: RunPaths, slurm: Answer) -> Snapshot:
     spent = [m["epsilon"] for m in shown if m.get("epsilon") is not None]
     terms = plan or {}
     running = state in ("running", "RUNNING")
-    resting = state in (*DONE, "running", "RUNNING", "not begun")
+    well = running or state in (*DONE, "not begun") or events.how_it_ended(told) == "preempted"
     return Snapshot(
         path=str(run.root),
         state=state,
@@ -121,7 +121,7 @@ def _look(run: RunPaths, slurm: Answer) -> Snapshot:
         eta=_eta(shown, terms, _age(run.metrics)) if running else None,
         restarts=events.restarts(told),
         goodput=_goodput(run, summary),
-        error=None if resting else _last_error(run, told, job),
+        error=None if well else _last_error(run, told, job),
     )
 
 
@@ -261,9 +261,10 @@ def _last_error(run: RunPaths, told: list[dict[str, Any]], job: str | None) -> s
     placed = ranks.read(run.ranks)
     logs = [run.jobs / f"{job}_0_log.err", *([Path(placed.log)] if placed and placed.log else []), run.output]
     for log in logs:
-        said = [line for line in tail(log) if _ERROR.search(line)]
-        if said:
-            return said[-1].strip()
+        lines = tail(log)
+        for pattern in _ERRORS:
+            if said := [line for line in lines if pattern.search(line)]:
+                return said[-1].strip()
     return None
 
 

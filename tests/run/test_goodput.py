@@ -96,6 +96,15 @@ def test_a_crash_loses_the_time_since_the_last_write_and_that_is_counted(path: P
     assert sum(spent(path).values()) == pytest.approx(88 + 18)
 
 
+def test_a_crash_before_the_first_step_is_counted_too(path: Path, clock: Clock) -> None:
+    first_part(path, clock).write(closed=True)
+    Goodput(path, nodes=2, began=clock.now - 3)  # killed while it compiles
+    part = Goodput(path, nodes=2, began=clock.now, last_sign=path.stat().st_mtime + 40)
+    part.resumed(5)
+    assert spent(path)["start_up"] == 20 + 2 * 3
+    assert spent(path)["lost"] == pytest.approx(12 + 2 * 40)
+
+
 def test_an_end_in_good_order_loses_nothing(path: Path, clock: Clock) -> None:
     first_part(path, clock).write(closed=True)
     Goodput(path, nodes=1, began=clock.now, last_sign=path.stat().st_mtime + 9).resumed(5)
@@ -104,11 +113,12 @@ def test_an_end_in_good_order_loses_nothing(path: Path, clock: Clock) -> None:
 
 def test_it_is_written_every_ten_seconds_while_steps_are_taken(path: Path, clock: Clock) -> None:
     part = Goodput(path, nodes=1, began=clock.now)
+    assert spent(path) == {}
     part.enter("training")
     for _ in range(int(goodput.EVERY) - 1):
         clock.now += 1
         part.tick(0.0)
-    assert not path.exists()
+    assert spent(path) == {}
     clock.now += 1
     part.tick(0.25)
     assert spent(path) == {"training": 10}
