@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
 def _print(paths: RunPaths, sources: list[Source], options: argparse.Namespace) -> None:
     follow = _Follow(paths)
     shown: dict[Path, _Reader] = {}
+    told: set[Path] = set()
     while True:
         going_on = options.follow and follow.goes_on()  # asked before the files are read: nothing is missed
         for source in sources or find(paths):
@@ -66,7 +67,10 @@ def _print(paths: RunPaths, sources: list[Source], options: argparse.Namespace) 
                 continue
             if source.path not in shown:
                 shown[source.path] = _Reader(source.path)
-                _say(f"log: {source.path}")
+                one = source.rank is None or options.rank is not None
+                if (place := source.path if one else source.path.parent) not in told:  # of 80 ranks, once
+                    _say(f"log: {place}")
+                    told.add(place)
             for line in shown[source.path].lines(whole=going_on):
                 rank, text = split(line) if source.rank is None else (source.rank, line)
                 if (options.rank is None or rank == options.rank) and (options.all_noise or not is_noise(text)):

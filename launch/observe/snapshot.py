@@ -23,6 +23,7 @@ from dpdist_launch.observe.queue import Answer, QueuedJob
 _TAIL = 2**16
 #: Lines in which dpdist and its launchers, or else SLURM, say why something ended.
 _ERRORS = (re.compile(r"(dpdist|dpdist job): (error|failed)|watchdog: |launcher: rank"), re.compile(r"\w+: error: "))
+_FIRST = re.compile(r" \[first of all, (.*)\]$")
 #: SLURM's states of a job that is not over.
 GOING_ON = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STOPPED"}
 
@@ -255,17 +256,26 @@ def _goodput(run: RunPaths, summary: dict[str, Any] | None) -> dict[str, Any] | 
 
 
 def _last_error(run: RunPaths, told: list[dict[str, Any]], job: str | None) -> str | None:
-    """Why the last part ended: what it said itself, or the last such line of its log."""
-    if told and told[-1]["event"] == "failed":
-        return str(told[-1].get("cause"))
+    """Why the last part ended: what the batch script found out, what process 0 said, or the last such line of the log.
+
+    Where another rank died first, process 0 knows no more than that it could not go on.
+    """
+    own = str(told[-1].get("cause")) if told and told[-1]["event"] == "failed" else None
     placed = ranks.read(run.ranks)
     logs = [run.jobs / f"{job}_0_log.err", *([Path(placed.log)] if placed and placed.log else []), run.output]
     for log in logs:
         lines = tail(log)
         for pattern in _ERRORS:
-            if said := [line for line in lines if pattern.search(line)]:
-                return said[-1].strip()
-    return None
+            said = [line.strip() for line in lines if pattern.search(line)]
+            if said and (own is None or said[-1].startswith("dpdist job: failed")):
+                return first_of_all(said[-1])
+    return own
+
+
+def first_of_all(line: str) -> str:
+    """A line in which the batch script names the rank that died first at its end, with that in front."""
+    found = _FIRST.search(line)
+    return f"{found[1]}; {line[: found.start()]}" if found else line
 
 
 def _number(record: dict[str, Any], name: str) -> int | None:

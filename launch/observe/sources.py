@@ -2,7 +2,7 @@
 
 * `sbatch slurm/train_80gpu.sh`: one file for all, in front of each line the rank, as of `srun --label`; the batch
   script names the file to its tasks, and process 0 writes the name into `private/ranks.json`.
-* `dpdist submit`: a file a rank, `private/slurm/JOB_RANK_log.err`.
+* `dpdist submit`: two files a rank, `private/slurm/JOB_RANK_log.err` and `.out`.
 * `dpdist train --processes`: `private/logs/output.log`, `[rank]` in front of each line.
 * One process by hand: its output is on its terminal; `private/logs/rank-0.log` has what was logged.
 """
@@ -36,9 +36,9 @@ def find(run: RunPaths) -> list[Source]:
     """The files of the newest job of a run; empty where there is none, or none yet."""
     job, here = job_of(run), ranks.read(run.ranks)
     if job is not None:
-        own = {int(found[1]): path for path in run.jobs.glob(f"{job}_*_log.err") if (found := _number(path))}
+        own = [Source(path, int(found[1])) for path in run.jobs.glob(f"{job}_*_log.*") if (found := _number(path))]
         if own:
-            return [Source(own[rank], rank) for rank in sorted(own)]
+            return sorted(own, key=lambda source: (source.rank, source.path))
     named = here.log if here is not None else None
     if named is None and job is not None:
         named = _asked(job)
@@ -59,7 +59,7 @@ def split(line: str) -> tuple[int | None, str]:
 
 
 def _number(path: Path) -> re.Match[str] | None:
-    return re.fullmatch(r"\d+_(\d+)_log", path.stem)
+    return re.fullmatch(r"\d+_(\d+)_log\.(?:err|out)", path.name)
 
 
 def _asked(job: str) -> str | None:

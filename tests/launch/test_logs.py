@@ -111,9 +111,15 @@ def test_of_a_submitted_job_each_rank_has_a_file_and_the_newest_job_counts(
     for job in (17, 18):
         for rank in range(12):
             (run.jobs / f"{job}_{rank}_log.err").write_text(f"job {job}, rank {rank}\n")
-    assert [source.rank for source in find(run)] == list(range(12))
+            (run.jobs / f"{job}_{rank}_log.out").write_text(f"{GLOO}\nprinted\n")
+    (run.jobs / "18_submission.sh").write_text("")
+    assert [source.rank for source in find(run)] == [rank for rank in range(12) for _ in range(2)]
     assert main(["logs", str(run.root), "--rank", "2"]) == 0
-    assert capsys.readouterr().out == "job 18, rank 2\n"
+    assert capsys.readouterr().out == "job 18, rank 2\nprinted\n"
+    assert main(["logs", str(run.root)]) == 0
+    told = capsys.readouterr()
+    assert told.out.splitlines()[:3] == ["[0] job 18, rank 0", "[0] printed", "[1] job 18, rank 1"]
+    assert told.err.splitlines()[2:] == [f"log: {run.jobs}"]
 
 
 def test_of_processes_started_here_the_copy_of_their_output_is_read(

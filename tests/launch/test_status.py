@@ -86,9 +86,16 @@ def test_why_a_run_stopped_comes_from_its_events_or_from_its_log(tmp_path: Path)
     failed = write_run(tmp_path / "a", step=40, told=[START, FAILED])
     assert look(failed.root, NOBODY).error == "OSError (No space left on device)"
     log = tmp_path / "dpdist-17.log"
-    log.write_text("0: step 40/100\nsrun: error: n2: task 1: Killed\ndpdist job: failed (exit code 137): x\nbye\n")
-    killed = write_run(tmp_path / "b", step=40, told=[START], job="17", log=log)
-    assert look(killed.root, NOBODY).error == "dpdist job: failed (exit code 137): x"
+    log.write_text(
+        "0: step 40/100\nsrun: error: n2: task 1: Killed\n"
+        "dpdist job: failed (exit code 137): x [first of all, n2: task 1: Killed]\nbye\n"
+    )
+    for told in ([START], [START, FAILED]):
+        killed = write_run(tmp_path / f"b{len(told)}", step=40, told=told, job="17", log=log)
+        assert look(killed.root, NOBODY).error == "n2: task 1: Killed; dpdist job: failed (exit code 137): x"
+    log.write_text("srun: error: n2: task 1: Killed\n")
+    assert look(tmp_path / "b1", NOBODY).error == "srun: error: n2: task 1: Killed"
+    assert look(tmp_path / "b2", NOBODY).error == "OSError (No space left on device)"
     saved = write_run(tmp_path / "c", step=40, status="preempted", told=[START, PREEMPTED], job="17", log=log)
     assert look(saved.root, NOBODY).error is None
 
