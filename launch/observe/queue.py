@@ -46,7 +46,8 @@ def ask(jobs: Collection[str], *, patience: float = PATIENCE) -> Answer:
     except subprocess.TimeoutExpired:
         return Answer(jobs={}, failure=f"SLURM gave no answer within {patience:g} s")
     if asked.returncode != 0 and "Invalid job id" not in asked.stderr:  # said where it has forgotten the only one
-        return Answer(jobs={}, failure=f"SLURM gave no answer ({' '.join(asked.stderr.split())[:120]})")
+        said = asked.stderr.strip().partition("\n")[0]
+        return Answer(jobs={}, failure=said or f"squeue returned {asked.returncode}")
     return Answer(jobs=parsed(asked.stdout))
 
 

@@ -105,7 +105,7 @@ def _as_text(options: argparse.Namespace) -> str:
     width = min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns)
     lines = [table.text(runs, width=width)]
     if slurm.failure is not None:
-        lines.append(f"{slurm.failure}: states are as the runs themselves tell")
+        lines.append(table.cut(f"states are the runs' own: {slurm.failure}", width))
     if options.detail:
         lines += ["\n" + table.detail(run, *_sources(run)) for run in runs if run.state != "not a run"]
     return "\n".join(lines)

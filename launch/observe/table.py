@@ -40,8 +40,8 @@ def text(runs: Sequence[Snapshot], *, width: int) -> str:
     lines = [_line([_COLUMNS[column][0] for column in shown], widths, shown)]
     for row, run in zip(rows, runs, strict=True):
         lines.append(_line([row[column] for column in shown], widths, shown))
-        lines += [_cut(f"    {note}", width) for note in _notes(run)]
-    return "\n".join(_cut(line.rstrip(), width) for line in lines)
+        lines += [cut(f"    {note}", width) for note in _notes(run)]
+    return "\n".join(cut(line.rstrip(), width) for line in lines)
 
 
 def detail(
@@ -110,7 +110,7 @@ def _row(name: str, run: Snapshot) -> list[str]:
     share = None if run.goodput is None else run.goodput["shares"]["training"]
     spent = "-" if run.epsilon is None else f"{run.epsilon:.2f}"
     return [
-        _cut(name, _NAME),
+        cut(name, _NAME),
         run.state,
         "-" if run.step is None else f"{run.step:,}/{'?' if run.steps is None else f'{run.steps:,}'}",
         spent if run.target_epsilon is None else f"{spent}/{run.target_epsilon:.2f}",
@@ -148,12 +148,13 @@ def _widths(rows: list[list[str]], shown: list[int]) -> list[int]:
 
 def _line(cells: list[str], widths: list[int], shown: list[int]) -> str:
     return _GAP.join(
-        _cut(cell, width).rjust(width) if _COLUMNS[column][1] else _cut(cell, width).ljust(width)
+        cut(cell, width).rjust(width) if _COLUMNS[column][1] else cut(cell, width).ljust(width)
         for cell, width, column in zip(cells, widths, shown, strict=True)
     )
 
 
-def _cut(cell: str, width: int) -> str:
+def cut(cell: str, width: int) -> str:
+    """At most `width` signs of a text, none of which moves the cursor."""
     cell = "".join(sign if sign.isprintable() else "?" for sign in cell)
     return cell if len(cell) <= width else cell[: max(0, width - 3)] + "..."
 

@@ -234,7 +234,7 @@ def test_a_controller_that_is_away_holds_nothing_up(
     out = capsys.readouterr().out
     assert out.count("running") == 6
     assert reason in out.splitlines()[-1]
-    assert out.splitlines()[-1].endswith("states are as the runs themselves tell")
+    assert out.splitlines()[-1].startswith("states are the runs' own: ")
 
 
 def test_the_details_of_a_run_are_its_time_and_its_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
