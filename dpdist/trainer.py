@@ -6,7 +6,9 @@ Follow one step from `Trainer.loop`: reserve it, take it, save, evaluate, publis
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +30,31 @@ from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.step import TrainState, accumulate_sample, noisy_update
 from dpdist.program.assignments import make_assigner, share_of_work
 from dpdist.program.build import TrainingSetup, build_setup, open_labelled_data, open_model
+from dpdist.program.flops import speed
 from dpdist.program.update import placed
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import all_finite, params_digest, step_inputs
 from dpdist.run.opening import agree, agree_on_data, agree_on_start, open_secret, open_writer
+from dpdist.run.profiler import Profiler
 from dpdist.run.progress import say
 from dpdist.run.resume import ResumeRequest, Start, require_fits
 from dpdist.run.writer import RunWriter, SilentWriter
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, *, began: float | None = None) -> dict[str, Any]:
     """Train the run that `config` describes, or resume it where `config.run.dir` holds it already.
 
     Every process of the job calls this. Returns the summary, also written to `summary.json`; a run that has
     ended is not run again. Its `status` is `finished`, `budget_exhausted`, or `preempted` after SIGTERM.
 
+    Args:
+        began: since when this process works for the run, by `time.monotonic`; None is now.
+
     Raises:
         InputError: something given cannot be used; this call has taken no step.
     """
+    began = time.monotonic() if began is None else began
     world = join(config.cluster)
     run = RunDirectory(Path(config.run.dir))
     agree(config, run, world)
@@ -62,8 +70,9 @@ def train(config: Config) -> dict[str, Any]:
 
     with contextlib.ExitStack() as cleanup:
         # Open: one job in the directory, one secret, one dataset.
-        writer = open_writer(config, run, world)
+        writer = open_writer(config, run, world, began=began)
         cleanup.callback(writer.release)
+        cleanup.push(lambda kind, error, trace: writer.failed(error))
         dataset = open_labelled_data(config)
         opened = open_model(config, dataset)
         secret, secret_lost = open_secret(config, run, world)
@@ -92,7 +101,8 @@ def train(config: Config) -> dict[str, Any]:
             start = agree_on_start(request, writer, world)
 
             # Build: compile every shape that can occur; place the state, new or restored, on the devices.
-            setup = build_setup(config, start.plan, opened, dataset, world, start.decisions)
+            with writer.phase("compile"):
+                setup = build_setup(config, start.plan, opened, dataset, world, start.decisions)
             require_fits(start, setup.decisions()["leaves"])
             require_same({"initial parameters": params_digest(setup.initial.params)}, world)
             if setup.evaluator is not None:
@@ -112,7 +122,9 @@ def train(config: Config) -> dict[str, Any]:
 
         # Hand over.
         keys = Keys(secret, bytes.fromhex(start.plan.nonce))
-        writer.start_recording(start)
+        device = world.mesh.devices.flat[0]
+        kind = {"devices": world.device_count, "device_kind": device.device_kind, "platform": world.platform}
+        writer.start_recording(start, partial(speed, setup.flops, **kind))
         cleanup.callback(writer.stop_recording)
         assigner = make_assigner(config, start.plan, setup, keys, world)
         first, last = start.step or 0, start.plan.steps
@@ -128,6 +140,7 @@ def train(config: Config) -> dict[str, Any]:
             watchdog=watchdog,
             checkpoints=checkpoints,
             writer=writer,
+            profiler=Profiler(config.training.profile if world.is_main else None, run.profile),
             meta=meta,
             first=first,
             last=last,
@@ -174,6 +187,7 @@ class Trainer:
     watchdog: Watchdog
     checkpoints: Checkpoints
     writer: RunWriter | SilentWriter
+    profiler: Profiler
     #: What every checkpoint holds beside the state.
     meta: dict[str, Any]
     #: Steps taken when this part of the run starts, and when the run ends.
@@ -201,8 +215,8 @@ class Trainer:
             return self.finish()
         except LeaseLostError:
             raise  # the directory is another job's
-        except BaseException:
-            self.writer.write_failure(self.step)
+        except BaseException as error:
+            self.writer.write_failure(self.step, error)
             raise
 
     def loop(self) -> None:
@@ -224,6 +238,7 @@ class Trainer:
     def take_step(self) -> None:
         """One step of DP-SGD (Abadi et al. 2016, Algorithm 1): sample, clip and sum, add noise, update."""
         step, programs = self.step, self.setup.step_programs
+        self.profiler.before(step + 1, self.state)
         self.stragglers.began(step, self.state)
         assignment = self.feed.next_assignment()
         rounds, loss_key = self.feed.rounds(assignment), programs.loss_key(self.keys, step)
@@ -231,9 +246,11 @@ class Trainer:
         self.stragglers.ready(step, sums, share_of_work(assignment, programs.local))
         self.state, self.sums, diagnostics, draw = noisy_update(programs, self.state, sums, self.keys, step)
         self.stragglers.ended(step, self.state)
+        self.profiler.after(step + 1, self.state)
 
         self.writer.step_done(step, assignment, diagnostics, draw)
         self.writer.straggler_reports(self.stragglers.reports())
+        self.writer.waited(self.stragglers.waiting)
         self.watchdog.beat(step)
         self.step += 1
 
@@ -244,11 +261,12 @@ class Trainer:
         """
         stall = self.config.checkpoint.stall_timeout
         with self.watchdog.allow(self.config.cluster.shutdown_timeout + stall):
-            must = self.step == self.last or self.leaving
-            if must or not decide(self.world, lambda: self.checkpoints.busy(stall), timeout=self.world.timeout + stall):
-                self.writer.flush()
-                _save(self.step, self.state, self.meta, self.checkpoints, self.writer)
-                self.saved = self.step
+            self.writer.flush()  # what the newest step still takes is training
+            with self.writer.phase("saving"):
+                must, patience = self.step == self.last or self.leaving, self.world.timeout + stall
+                if must or not decide(self.world, lambda: self.checkpoints.busy(stall), timeout=patience):
+                    _save(self.step, self.state, self.meta, self.checkpoints, self.writer)
+                    self.saved = self.step
 
     def evaluation_is_due(self) -> bool:
         """Whether the parameters after this step are to be evaluated."""
@@ -259,7 +277,8 @@ class Trainer:
         """Measure the accuracy of this step, or set `leaving` where the job is told to leave first."""
         if self.setup.evaluator is None:
             return
-        with self.watchdog.allow(self.config.cluster.initialization_timeout):
+        allowed = self.watchdog.allow(self.config.cluster.initialization_timeout)
+        with allowed, self.writer.phase("evaluation"):
             accuracy = self.setup.evaluator.accuracy(self.state.released, stop=lambda: preempted(self.world))
         if accuracy is None:
             self.leaving = True
@@ -276,8 +295,9 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """Publish what the last save covers, and write the summary; leave together."""
-        with self.watchdog.allow(self.config.cluster.initialization_timeout):
+        with self.watchdog.allow(self.config.cluster.initialization_timeout), self.writer.phase("saving"):
             self.writer.flush()
+            self.profiler.close()
             self.checkpoints.wait()
             self.writer.check_lease()
             self.writer.publish(self.saved)
@@ -302,4 +322,5 @@ def _save(
 ) -> None:
     """Begin to save the state after `step` steps, if the run is still this job's."""
     writer.check_lease()
+    writer.saving(step)
     checkpoints.save(step, state, meta | {"step": step, "charged_steps": writer.charged_steps()})

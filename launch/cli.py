@@ -15,6 +15,7 @@ from dpdist.config.nearest import did_you_mean
 from dpdist.errors import InputError
 from dpdist_launch.measure.bench import command as bench
 from dpdist_launch.measure.scaling import command as scaling
+from dpdist_launch.observe import logs, status
 from dpdist_launch.paths import path_argument
 from dpdist_launch.slurm import options as sbatch
 
@@ -179,6 +180,8 @@ def parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run=_export)
 
+    status.add_to(commands)
+    logs.add_to(commands)
     bench.add_to(commands)
     scaling.add_to(commands)
     return top

@@ -6,6 +6,7 @@ import sys
 import traceback
 
 from dpdist.errors import InputError
+from dpdist.run.events import public_cause
 from dpdist.run.private_log import record_exception
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
@@ -30,8 +31,5 @@ def report_failure(error: BaseException, *, ours: tuple[type[BaseException], ...
     elif isinstance(error, ours):
         print(f"dpdist: failed: {error}", file=sys.stderr)
     else:
-        kind = type(error).__name__
-        if isinstance(error, OSError) and error.strerror:  # the system's words, such as No space left on device
-            kind += f" ({error.strerror})"
-        print(f"dpdist: failed with {kind}; what it says is in {log}", file=sys.stderr)
+        print(f"dpdist: failed with {public_cause(error)}; what it says is in {log}", file=sys.stderr)
     return EXIT_FAILED

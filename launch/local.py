@@ -1,8 +1,8 @@
 """Several processes on this machine: a laptop that plays a cluster of one-process nodes.
 
-Each process is told who it is through DPDIST_* variables (`dpdist.cluster.environment`). Their output is
-forwarded line by line with the rank in front, the first failure ends them all, and a signal to the launcher
-becomes the preemption notice that SLURM would send.
+Each process is told who it is through DPDIST_* variables (`dpdist.cluster.environment`). Their output is forwarded line
+by line with the rank in front, and copied into the run directory. The first failure ends them all, and a signal to the
+launcher becomes the preemption notice that SLURM would send.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from typing import IO
 from dpdist.cluster.environment import LOCAL_VARIABLES, free_port
 from dpdist.config import Config
 from dpdist.errors import InputError
+from dpdist.run.layout import RunPaths
+from dpdist_launch.noise import is_noise
 from dpdist_launch.ranks import PYTHON, final_summary, outdated_summary, rank_environment
 
 #: The command of a rank that trains.
@@ -33,6 +35,8 @@ EXIT_FAILED = 1
 EXIT_PREEMPTED = 75
 #: Seconds that the others get, after one has failed, to report their own side of it.
 GRACE = 3.0
+#: Lines that are kept for the log until the run directory is there.
+_EARLY_LINES = 1000
 #: Seconds to wait for the last lines of a pipe that a grandchild may hold open for ever.
 _DRAIN = 2.0
 #: `prctl` option of Linux: the signal a process gets when its parent dies.
@@ -52,7 +56,8 @@ def train_local(config: Config, argv: Sequence[str], processes: int, *, program:
         InputError: `processes` is less than 1.
     """
     outdated = outdated_summary(config)
-    code = run_local(argv, processes, config.cluster.devices_per_process, program=program)
+    log = RunPaths(Path(config.run.dir).absolute()).output
+    code = run_local(argv, processes, config.cluster.devices_per_process, program=program, log=log)
     if code == 0 and final_summary(Path(config.run.dir), outdated) is None:
         print(
             f"launcher: all {processes} ranks returned 0, but {config.run.dir}/summary.json does not say that this run "
@@ -70,6 +75,7 @@ def run_local(
     environ: Mapping[str, str] | None = None,
     *,
     program: Sequence[str] = DPDIST,
+    log: Path | None = None,
 ) -> int:
     """Run `program` with `argv` as `processes` processes of one job; call it from the main thread.
 
@@ -81,6 +87,7 @@ def run_local(
         devices_per_process: CPU devices that the config gives each, used to share out the cores.
         environ: their environment before our additions; None is this process's.
         program: the command that every process runs.
+        log: a file for a copy of the output, with libraries' noise, once its folder is there: the ranks make it.
 
     Returns:
         0 if all returned 0; 75 if all returned 0 or 75; else the code of the first process that failed, or
@@ -93,6 +100,8 @@ def run_local(
         raise InputError("--processes", processes, "give at least 1.")
     environ = rank_environment(os.environ if environ is None else environ)
     environ = _with_fair_share_of_cores(environ, processes * (devices_per_process or 1))
+    if log is not None:
+        environ["DPDIST_LOG"] = str(log)
     coordinator = f"127.0.0.1:{free_port()}"
     ranks: list[subprocess.Popen[bytes]] = []
     try:
@@ -103,7 +112,7 @@ def run_local(
             if received:  # While some ranks were not there yet.
                 _notify(ranks)
             # Threads only from here on: _start forks, and a fork copies locks that another thread may hold.
-            forwarders = _forward_output(ranks)
+            forwarders = _forward_output(ranks, Copy(log))
             code = _supervise(ranks)
         for thread in forwarders:
             thread.join(_DRAIN)
@@ -152,7 +161,34 @@ def _die_with(launcher: int) -> Callable[[], None] | None:
     return set_death_signal
 
 
-def _forward_output(ranks: list[subprocess.Popen[bytes]]) -> list[threading.Thread]:
+class Copy:
+    """A copy of the output in a file of the owner's alone; what fails is left out, as the terminal has it all.
+
+    Args:
+        path: None copies nothing. The folder is not made here: ranks refuse a directory that holds something else.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._early: list[str] = []
+        self._file: IO[str] | None = None
+
+    def write(self, line: str) -> None:
+        """Add a line, or keep it until the folder is there."""
+        if self._path is None:
+            return
+        with suppress(OSError):
+            if self._file is None and self._path.parent.is_dir():
+                descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                self._file = os.fdopen(descriptor, "a", buffering=1)
+                self._file.writelines(self._early)
+            if self._file is not None:
+                self._file.write(line)
+            elif len(self._early) < _EARLY_LINES:
+                self._early.append(line)
+
+
+def _forward_output(ranks: list[subprocess.Popen[bytes]], copy: Copy) -> list[threading.Thread]:
     """Start a thread for each pipe, which copies whole lines, one at a time, to our own stream."""
     lock = threading.Lock()
 
@@ -160,7 +196,9 @@ def _forward_output(ranks: list[subprocess.Popen[bytes]]) -> list[threading.Thre
         with pipe:
             for line in pipe:
                 text = line.decode(errors="replace").rstrip("\n")
-                if "connected peer ranks" in text:  # Gloo's chatter, several lines a rank, torn where ranks meet
+                with lock:
+                    copy.write(f"[{rank}] {text}\n")
+                if is_noise(text):
                     continue
                 # Our reader may be gone (`| head`). The ranks' pipes are emptied all the same, or they would stall.
                 with lock, suppress(BrokenPipeError):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dpdist.config import Config
-from dpdist.run.directory import DONE, RunDirectory
+from dpdist.run.directory import RunDirectory
+from dpdist.run.layout import DONE
 
 #: This Python, which takes nothing from the working directory: a `launch.py` or `json.py` of the user's is not ours.
 #: A config's own modules are found there all the same, after all others (`dpdist.config.plugins`).

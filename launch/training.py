@@ -5,16 +5,12 @@ from __future__ import annotations
 import logging
 
 from dpdist.cluster.join import abort, leave
-from dpdist.cluster.lease import LeaseLostError
-from dpdist.cluster.preflight import BadNodeError
 from dpdist.config import Config
-from dpdist.mechanism.ledger import LedgerError
-from dpdist.run.checkpoint import SaveFailedError
+from dpdist.run.goodput import process_began
+from dpdist.run.writer import QUOTES_NO_DATA
 from dpdist.trainer import train
 from dpdist_launch.failures import report_failure
 
-#: Errors whose texts are dpdist's own, about files and processes.
-QUOTES_NO_DATA = (LedgerError, SaveFailedError, LeaseLostError, BadNodeError)
 EXIT_DONE, EXIT_PREEMPTED = 0, 75
 
 
@@ -25,7 +21,7 @@ def train_here(config: Config) -> int:
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        summary = train(config)
+        summary = train(config, began=process_began())
     except BaseException as error:
         abort(report_failure(error, ours=QUOTES_NO_DATA))
     leave()

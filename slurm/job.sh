@@ -46,6 +46,19 @@ begin_job() {
     # The lines of this start alone: a requeued job appends to the log of its former starts.
     job_log=$(readlink /proc/$$/fd/2 || true)
     job_log_begin=$(stat -L -c %s "$job_log" 2>/dev/null || echo 0)
+    # For `dpdist logs` and the goodput of the run: tasks can see neither from where they are.
+    export DPDIST_LOG=$job_log DPDIST_QUEUED
+    DPDIST_QUEUED=$(queued_seconds || true)
+}
+
+# queued_seconds: print how long this start of the job waited in the queue; nothing where SLURM does not say. A requeued
+# job has the time at which it was requeued as its time of submission.
+queued_seconds() {
+    local job submitted started
+    job=$(timeout 5 scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null) || return 1
+    submitted=$(date -d "$(grep -oP ' SubmitTime=\K\S+' <<<"$job")" +%s 2>/dev/null) || return 1
+    started=$(date -d "$(grep -oP ' StartTime=\K\S+' <<<"$job")" +%s 2>/dev/null) || return 1
+    [ "$started" -lt "$submitted" ] || echo $((started - submitted))
 }
 
 # run_has_ended LOG: succeed where this start brought the run to its end, or found it there and said so. That all processes

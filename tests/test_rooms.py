@@ -38,14 +38,16 @@ MAY_IMPORT = {room: others for floor in FLOORS for room, others in floor.items()
 LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "paths": set(),
     "ranks": set(),
-    "local": {"ranks"},
+    "noise": set(),
+    "local": {"ranks", "noise"},
     "failures": set(),
     "training": {"failures"},
     "plan": set(),
     "settings": set(),
     "slurm": {"ranks", "training"},
+    "observe": {"paths", "noise"},
     "measure": {"paths", "local", "ranks", "slurm", "failures"},
-    "cli": {"paths", "local", "training", "plan", "settings", "slurm", "measure"},
+    "cli": {"paths", "local", "training", "plan", "settings", "slurm", "measure", "observe"},
     "__main__": {"cli"},
     "__init__": {"slurm"},
 }

@@ -152,6 +152,15 @@ class Lease:
         if self._lost is not None:
             raise LeaseLostError(f"{self._lost}; this job must not go on writing into the run")
 
+    def last_sign_of_predecessor(self) -> float | None:
+        """When a holder that died wrote its last heartbeat, by the clock of the file system; None if none has died."""
+        if self.taken_from is None:
+            return None
+        try:
+            return _path(self.directory, self.generation - 1).stat().st_mtime
+        except OSError:
+            return None
+
     def release(self) -> None:
         """Release the lease, so that the next job can start at once. Does nothing if it was released or lost before."""
         if self._ended.is_set():

@@ -81,6 +81,17 @@ class Detector:
         return reports
 
 
+def share_waited(seconds: Mapping[int, tuple[float, float]]) -> float:
+    """The share of a step that the median rank waits for the slowest.
+
+    Args:
+        seconds: rank -> (own seconds, seconds of the whole step), of two ranks or more.
+    """
+    own = [mine for mine, _ in seconds.values()]
+    whole = max(step for _, step in seconds.values())
+    return min(1.0, (max(own) - statistics.median_low(own)) / whole) if whole > 0 else 0.0
+
+
 class Stragglers:
     """Times one in `every` steps of the loop and finds the stragglers on process 0. Does nothing with one process.
 
@@ -99,6 +110,7 @@ class Stragglers:
         self._started_at = self._own = math.nan
         #: The newest sampled step; the others may still be sending their times of it.
         self._pending: int | None = None
+        self._shares: list[float] = []
         self._reports: list[dict[str, Any]] = []
 
     def due(self, step: int) -> bool:
@@ -145,6 +157,14 @@ class Stragglers:
         reports, self._reports = self._reports, []
         return reports
 
+    @property
+    def waiting(self) -> float:
+        """Mean share of a step, over the samples so far, that the median rank waits for the slowest; 0 on all but 0.
+
+        Private, as the reports are: it is made of the times of single steps.
+        """
+        return statistics.fmean(self._shares) if self._shares else 0.0
+
     def _send(self, step: int, own: float, whole: float) -> None:
         # Overwrite: the same process may take a step again, and the store would reject a second value.
         agreement.client().key_value_set(
@@ -160,3 +180,5 @@ class Stragglers:
             seconds[int(key.rpartition("/")[2])] = (own, whole)
         agreement.client().key_value_delete(folder)
         self._reports += self._detector.add(step, seconds)
+        if len(seconds) > 1:
+            self._shares.append(share_waited(seconds))

@@ -171,12 +171,20 @@ class Training(Section):
     seed: int = 0
     #: Write the SHA-256 of every step's sample and noise to private/diagnostics.jsonl.
     record_digests: bool = False
+    #: The first and the last step, `[10, 12]` being the 10th to the 12th, that jax.profiler traces on process 0 into
+    #: private/profile/.
+    profile: list[int] | None = None
 
     def check_together(self) -> None:
         one = (self.steps is None) != (self.epochs is None)
         self.require(
             "steps", one, f"give either training.steps or training.epochs (epochs = {self.epochs!r}), not both."
         )
+        if self.profile is not None:
+            steps = len(self.profile) == 2 and all(type(step) is int for step in self.profile)
+            ordered = steps and 1 <= self.profile[0] <= self.profile[1] <= (self.steps or self.profile[1])
+            last = "" if self.steps is None else f" of at most {self.steps}"
+            self.require("profile", ordered, f"give the first and the last step{last}, such as [10, 12].")
         for pattern, strategy in self.clipping_strategies.items():
             if strategy not in CLIPPING_STRATEGIES or self.clipping == "per_example":
                 raise InputError(
@@ -242,6 +250,17 @@ class Run(Section):
     progress: Literal["auto", "bar", "lines", "off"] = "auto"
     #: Draw the curves of the public metrics into plots/ at the end.
     plots: bool = True
+    #: Called when the run ends, fails, or is started again for the third time: the words of a command, or the URL of a
+    #: webhook. It gets the event as JSON (docs/observing.md), has 10 seconds, and a failure of it is a warning.
+    on_event: list[str] | str | None = None
+
+    def check_together(self) -> None:
+        if isinstance(self.on_event, str):
+            web = self.on_event.startswith(("http://", "https://"))
+            self.require("on_event", web, 'give a URL (http:// or https://), or a command as a list: ["notify.sh"].')
+        elif self.on_event is not None:
+            words = self.on_event and all(isinstance(word, str) and "\0" not in word for word in self.on_event)
+            self.require("on_event", bool(words and self.on_event[0]), "name a command: a list of at least one word.")
 
 
 @dataclass(frozen=True, kw_only=True)

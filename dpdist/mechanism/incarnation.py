@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "training.evaluate_every",
     "training.evaluation_batch_size",
     "training.record_digests",
+    "training.profile",
 )
 
 

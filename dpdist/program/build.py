@@ -24,6 +24,7 @@ from dpdist.mechanism.ledger import Plan
 from dpdist.mechanism.step import StepPrograms, StepSpec, TrainState
 from dpdist.program import optimizer as optimizers
 from dpdist.program.evaluate import Evaluator
+from dpdist.program.flops import flops_per_example
 from dpdist.program.gradients import ExampleLoss, build_gradients, frozen_paths
 from dpdist.program.guards import require_guards
 from dpdist.program.memory import Memory, memory_limit, memory_of
@@ -70,6 +71,8 @@ class TrainingSetup:
     strategies: dict[str, str] | None
     #: `highest` or `tensor`: the precision of norms and sums.
     precision: str
+    #: Floating-point operations an example; None where they are not known.
+    flops: float | None
 
     def decisions(self) -> dict[str, Any]:
         """What a checkpoint keeps so that a resumed or loaded run compiles the same programs, as JSON."""
@@ -227,6 +230,7 @@ def build_setup(
         classes=opened.classes,
         strategies=gradients.strategies,
         precision=gradients.precision,
+        flops=flops_per_example(compiled(physical), physical),
     )
 
 

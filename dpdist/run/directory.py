@@ -7,7 +7,6 @@ import json
 import os
 import stat
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,66 +16,12 @@ from dpdist.config import file as configfile
 from dpdist.errors import InputError
 from dpdist.mechanism.incarnation import step_settings
 from dpdist.mechanism.keys import SECRET_BYTES, Secret
+from dpdist.run.layout import DONE, RunPaths
 from dpdist.run.progress import say
 
-#: The statuses of a run that has nothing left to do.
-DONE = ("finished", "budget_exhausted")
 
-
-@dataclass(frozen=True)
-class RunDirectory:
-    """Paths of one run. All but `private` may be published."""
-
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.yaml"
-
-    @property
-    def ledger(self) -> Path:
-        return self.root / "ledger.jsonl"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        return self.root / "summary.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def abandoned(self) -> Path:
-        """Checkpoints that are damaged, or that a later incarnation has abandoned."""
-        return self.root / "abandoned"
-
-    @property
-    def plots(self) -> Path:
-        return self.root / "plots"
-
-    @property
-    def private(self) -> Path:
-        return self.root / "private"
-
-    @property
-    def secret(self) -> Path:
-        return self.private / "secret.key"
-
-    @property
-    def diagnostics(self) -> Path:
-        return self.private / "diagnostics.jsonl"
-
-    @property
-    def stragglers(self) -> Path:
-        return self.private / "stragglers.jsonl"
-
-    @property
-    def logs(self) -> Path:
-        return self.private / "logs"
+class RunDirectory(RunPaths):
+    """A run's files, and what may be done with them."""
 
     def prepare(self) -> None:
         """Create the directory, or check that it holds a run. For process 0.

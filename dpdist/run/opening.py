@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,13 +42,19 @@ def agree(config: Config, run: RunDirectory, world: World) -> None:
     log_to(run.logs / f"rank-{world.process_id}.log")
 
 
-def open_writer(config: Config, run: RunDirectory, world: World) -> RunWriter | SilentWriter:
+def open_writer(
+    config: Config, run: RunDirectory, world: World, *, began: float | None = None
+) -> RunWriter | SilentWriter:
     """Take the lease on the run directory and read its ledger, on process 0; the others get a null object. Collective.
+
+    Args:
+        began: when this part of the run began, by `time.monotonic`; None is now.
 
     Raises:
         InputError: another job is on this run, or the ledger is damaged; on all processes.
     """
     opened: list[RunWriter] = []
+    began = time.monotonic() if began is None else began
 
     def take() -> None:
         lease = Lease.acquire(run.private, config.cluster.lease_timeout)
@@ -55,7 +62,7 @@ def open_writer(config: Config, run: RunDirectory, world: World) -> RunWriter | 
             on_failure.callback(lease.release)
             if lease.taken_from is not None:
                 say(f"dpdist: {run.root} was held by {lease.taken_from}; going on in its place")
-            opened.append(RunWriter(config, run, world, lease, _read_ledger(run)))
+            opened.append(RunWriter(config, run, world, lease, _read_ledger(run), began=began))
             on_failure.pop_all()
 
     # A holder that may live on another host is given its time to show it.

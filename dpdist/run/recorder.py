@@ -28,10 +28,18 @@ class Recorder:
 
     Args:
         spending: epsilon after n steps of the current incarnation; None without privacy.
+        seconds_to_first_step: from the start of this part of the run until its first step could begin. That step is not
+            in it: its duration would tell the size of its sample.
     """
 
     def __init__(
-        self, config: Config, start: Start, run: RunDirectory, spending: Callable[[int], float] | None
+        self,
+        config: Config,
+        start: Start,
+        run: RunDirectory,
+        spending: Callable[[int], float] | None,
+        *,
+        seconds_to_first_step: float,
     ) -> None:
         plan, terms = start.plan, start.plan.privacy
         self._config, self._plan, self._spending = config, plan, spending
@@ -39,6 +47,8 @@ class Recorder:
         self._latest: tuple[int, Assignment, Array, Array | None] | None = None
         self._started = self._logged = time.perf_counter()
         self._logged_step = self._done = self._start
+        self.seconds_to_first_step = seconds_to_first_step
+        self._untold: dict[str, Any] = {"seconds_to_first_step": seconds_to_first_step}
         #: The last that was shown: of a committed checkpoint, so that no failed run can take it back.
         self.accuracy: float | None = None
         self._metrics = run.metrics
@@ -131,5 +141,7 @@ class Recorder:
         spent = self.epsilon(self._done)
         self._public.write(
             {"step": self._done, "epsilon": spent, "examples_per_second": rate, "seconds": now - self._started}
+            | self._untold
         )
+        self._untold = {}
         self._progress.update(self._done, spent, rate)

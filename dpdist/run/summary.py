@@ -1,4 +1,4 @@
-"""How a run ended, in `summary.json` and in one line."""
+"""How a run ended, in `summary.json` and in a line or two."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from dpdist.cluster.world import World
 from dpdist.config import Config
 from dpdist.mechanism.ledger import Plan
+from dpdist.run import goodput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,14 @@ class Outcome:
     epsilon_spent: float | None
     charged_steps: int
     examples_per_second: float
+    #: `tflops_per_device` and `mfu` at this rate.
+    speed: dict[str, float | None]
     processes: int
     devices: int
+    #: From the start of this part of the run until its first step could begin.
+    seconds_to_first_step: float
+    #: `dpdist.run.goodput.public_of` the whole run.
+    goodput: dict[str, Any]
 
 
 def summarise(config: Config, plan: Plan, outcome: Outcome) -> dict[str, Any]:
@@ -66,8 +73,11 @@ def summarise(config: Config, plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "clip_norm": record["clip_norm"],
         "accuracy": outcome.accuracy,
         "examples_per_second": outcome.examples_per_second,
+        **outcome.speed,
         "processes": outcome.processes,
         "devices": outcome.devices,
+        "seconds_to_first_step": outcome.seconds_to_first_step,
+        "goodput": outcome.goodput,
         "environment": plan.environment,
         "incarnation": plan.incarnation,
         "incarnation_reasons": list(plan.reasons),
@@ -116,10 +126,11 @@ def opening_line(plan: Plan, world: World, *, insecure: bool) -> str:
 
 
 def closing_line(summary: dict[str, Any], root: Path) -> str:
-    """One line about how the run ended."""
+    """How the run ended, and what its time went into: two lines."""
     accuracy = "" if summary["accuracy"] is None else f", test accuracy {summary['accuracy']:.4f}"
     spent = "" if summary["epsilon"] is None else f", epsilon {summary['epsilon']:.4g} at delta {summary['delta']:g}"
     return (
         f"dpdist: {summary['status']} at step {summary['step']} of {summary['steps']}{accuracy}{spent} "
-        f"(guarantee: {summary['guarantee']}); see {root / 'summary.json'}"
+        f"(guarantee: {summary['guarantee']}); see {root / 'summary.json'}\n"
+        f"dpdist: {goodput.sentence(summary['goodput'])}"
     )

@@ -2,43 +2,87 @@
 
 The loop in `dpdist.trainer` keeps the order that the guarantee rests on: it reserves a step before it takes it,
 publishes what was measured only once the checkpoint is committed, and checks the lease before each reserve, each save
-and the summary.
+and the summary. What is told of a run beside its results, its events and what the time went into, ends no run: where it
+cannot be written, there is a warning.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 from jaxtyping import Array
 
-from dpdist.cluster.lease import Lease
+from dpdist.cluster.lease import Lease, LeaseLostError
+from dpdist.cluster.preflight import BadNodeError
 from dpdist.cluster.world import World
 from dpdist.config import Config
-from dpdist.mechanism.ledger import Ledger
+from dpdist.mechanism.ledger import Ledger, LedgerError
 from dpdist.mechanism.sampling import Assignment
-from dpdist.run.checkpoint import Checkpoints
-from dpdist.run.directory import RunDirectory
+from dpdist.run import events, notices
+from dpdist.run.checkpoint import Checkpoints, SaveFailedError
+from dpdist.run.directory import RunDirectory, write_atomically
+from dpdist.run.goodput import Goodput
 from dpdist.run.progress import say
+from dpdist.run.ranks import Ranks
 from dpdist.run.recorder import Recorder
 from dpdist.run.resume import Start
 from dpdist.run.summary import Outcome, closing_line, summarise
 
 logger = logging.getLogger(__name__)
 
+#: Errors whose texts are dpdist's own, about files and processes.
+QUOTES_NO_DATA = (LedgerError, SaveFailedError, LeaseLostError, BadNodeError)
+
 
 class RunWriter:
     """The lease, the ledger, the metrics and the summary of a run, on process 0.
 
-    `begin` and `start_recording` come first, in this order; the other methods need them.
+    `begin` and `start_recording` come first, in this order; but for `phase`, `failed` and `release`, the other methods
+    need them.
+
+    Args:
+        nodes: the node of each rank.
+        began: when this part of the run began, by `time.monotonic`.
     """
 
-    def __init__(self, config: Config, run: RunDirectory, world: World, lease: Lease, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        world: World,
+        lease: Lease,
+        ledger: Ledger,
+        *,
+        began: float,
+    ) -> None:
         self.ledger = ledger
         self._config, self._run, self._world, self._lease = config, run, world, lease
+        self._began = began
+        self._step = 0
+        self._told_end = False
         self._recorder: Recorder
+        self._speed: Callable[[float], dict[str, float | None]]
+        self._goodput = Goodput(
+            run.goodput, nodes=len(set(world.nodes)), began=began, last_sign=_last_sign_of_predecessor(run, lease)
+        )
+        self._ranks = Ranks.of_this_job(world.nodes, os.environ)
+        with warning_of(run.ranks):
+            write_atomically(run.ranks, self._ranks.to_json(), mode=0o600)
+        if (queued := os.environ.get("DPDIST_QUEUED", "")).isdecimal():  # of the batch script
+            self._goodput.queued(float(queued))
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """The time within the block goes into this phase of `dpdist.run.goodput`."""
+        return self._goodput.phase(name)
 
     def begin(self, start: Start, checkpoints: Checkpoints) -> None:
         """Write down how this part of the run begins, before its first step, and set later checkpoints aside.
@@ -61,12 +105,31 @@ class RunWriter:
         for step in checkpoints.steps():
             if start.step is None or step > start.step:
                 checkpoints.set_aside(step, self._run.abandoned)
+        self._step = start.step or 0
+        self._goodput.resumed(self._step)
+        before = events.read(self._run.events)
+        machines = {"nodes": len(set(self._ranks.nodes)), "processes": self._world.num_processes}
+        here = {"step": self._step, "steps": start.plan.steps} | machines
+        if start.step is None and not before:
+            self._tell("start", **here)
+        else:
+            number = events.restarts(before) + 1
+            self._tell("resume", **here, restarts=number, after=events.how_it_ended(before))
 
-    def start_recording(self, start: Start) -> None:
-        """Open the metrics; throughput is measured from here on."""
+    def start_recording(self, start: Start, speed: Callable[[float], dict[str, float | None]]) -> None:
+        """Open the metrics; throughput is measured from here on.
+
+        Args:
+            speed: what the summary says of a device at so many examples a second of all together.
+        """
+        self._speed = speed
         from dpdist.run.plan import spending  # the accountant takes a second to import, and one process needs it
 
-        self._recorder = Recorder(self._config, start, self._run, spending(self.ledger))
+        until_here = time.monotonic() - self._began
+        self._recorder = Recorder(
+            self._config, start, self._run, spending(self.ledger), seconds_to_first_step=until_here
+        )
+        self._goodput.enter("training")
 
     def check_lease(self) -> None:
         """Make sure that no other job has taken over, before what it must not see is written.
@@ -95,6 +158,14 @@ class RunWriter:
         """Step `step` was dispatched: wait for the step before it, and record that."""
         self._recorder.step_done(step, assignment, diagnostics, draw)
 
+    def waited(self, share: float) -> None:
+        """The share of a step that ranks wait for the slowest, as sampled so far; called after every step."""
+        self._goodput.tick(share)
+
+    def saving(self, step: int) -> None:
+        """The state after `step` steps is handed to the checkpoints."""
+        self._goodput.saving(step)
+
     def straggler_reports(self, reports: list[dict[str, Any]]) -> None:
         """Record, under `private/`, which ranks the others waited for."""
         self._recorder.straggler_reports(reports)
@@ -120,10 +191,12 @@ class RunWriter:
         """Show what was measured up to `step`, whose checkpoint is committed; first note that in the ledger."""
         self.ledger.record_saved(step)
         self._recorder.committed(step)
+        self._goodput.write()
 
     def summary(self, *, step: int, ended: bool, params_sha256: str | None, finite: bool) -> dict[str, Any]:
         """The content of `summary.json` after `step` steps; see `Outcome`."""
         plan = self.ledger.plans[-1]
+        rate = self._recorder.examples_per_second()
         outcome = Outcome(
             step=step,
             ended=ended,
@@ -132,9 +205,12 @@ class RunWriter:
             accuracy=self._recorder.accuracy,
             epsilon_spent=self._recorder.epsilon(plan.start + self.ledger.charged_to(plan.incarnation)),
             charged_steps=self.ledger.charged_steps(),
-            examples_per_second=self._recorder.examples_per_second(),
+            examples_per_second=rate,
+            speed=self._speed(rate),
             processes=self._world.num_processes,
             devices=self._world.device_count,
+            seconds_to_first_step=self._recorder.seconds_to_first_step,
+            goodput=self._goodput.public(),
         )
         return summarise(self._config, plan, outcome)
 
@@ -144,12 +220,24 @@ class RunWriter:
         if self._config.run.plots:
             plot_if_possible(self._run)
         say(closing_line(summary, self._run.root))
+        step, status = summary["step"], summary["status"]
+        if status == "preempted":
+            self._tell("preempted", step=step, saved=True)
+        else:
+            self._tell("finished", step=step, status=status)
 
-    def write_failure(self, step: int) -> None:
-        """Write a summary that says `failed`, after `step` steps."""
+    def write_failure(self, step: int, error: BaseException) -> None:
+        """Write a summary that says `failed`, after `step` steps, and tell why."""
         failed = self.summary(step=step, ended=False, params_sha256=None, finite=True)
         with contextlib.suppress(OSError):  # a full disk must not hide what it has led to
             self._run.write_summary(failed)
+        self._step = step
+        self.failed(error)
+
+    def failed(self, error: BaseException | None) -> None:
+        """Tell that this part of the run ends with `error`, if it has not been told; None is no failure."""
+        if error is not None and not self._told_end and not isinstance(error, LeaseLostError):
+            self._tell("failed", step=self._step, cause=events.public_cause(error, ours=QUOTES_NO_DATA))
 
     def stop_recording(self) -> None:
         """Close the metrics and give the terminal back. Repeated calls do nothing."""
@@ -157,7 +245,27 @@ class RunWriter:
 
     def release(self) -> None:
         """Let the next job start at once."""
+        with contextlib.suppress(LeaseLostError):  # then the file is another job's
+            self._lease.check()
+            self._goodput.write(closed=True)
         self._lease.release()
+
+    def _tell(self, kind: str, **fields: Any) -> None:
+        """Write an event, and call `run.on_event` for it if it is an occasion."""
+        self._told_end = kind in events.ENDS
+        event = events.event_of(kind, **fields)
+        with warning_of(self._run.events):
+            events.append(self._run.events, event)
+        on_event = self._config.run.on_event
+        if on_event is None or not notices.is_occasion(event):
+            return
+        call = threading.Thread(
+            target=notices.notify, args=(on_event, event, self._run.root, self._run.logs / "on_event.log"), daemon=True
+        )
+        call.start()
+        if self._told_end:  # while the run goes on, nobody waits
+            # The others wait for process 0 meanwhile, and they may have been given less time than a hook.
+            call.join(min(notices.BOUND + 1, self._world.timeout / 2))
 
 
 class SilentWriter:
@@ -192,7 +300,15 @@ class SilentWriter:
         jax.block_until_ready(self._latest)
         self._latest = None
 
-    def start_recording(self, start: Start) -> None: ...
+    def start_recording(self, start: Start, speed: Callable[[float], dict[str, float | None]]) -> None: ...
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Process 0's clock counts for all."""
+        return nullcontext()
+
+    def waited(self, share: float) -> None: ...
+
+    def saving(self, step: int) -> None: ...
 
     def check_lease(self) -> None: ...
 
@@ -212,11 +328,33 @@ class SilentWriter:
 
     def write_summary(self, summary: dict[str, Any]) -> None: ...
 
-    def write_failure(self, step: int) -> None: ...
+    def write_failure(self, step: int, error: BaseException) -> None: ...
+
+    def failed(self, error: BaseException | None) -> None: ...
 
     def stop_recording(self) -> None: ...
 
     def release(self) -> None: ...
+
+
+def _last_sign_of_predecessor(run: RunDirectory, lease: Lease) -> float | None:
+    """When a job that died last wrote a heartbeat or a step, by the file system's clock; None if none has died."""
+    heartbeat = lease.last_sign_of_predecessor()
+    if heartbeat is None:
+        return None
+    try:
+        return max(heartbeat, run.diagnostics.stat().st_mtime)
+    except OSError:
+        return heartbeat
+
+
+@contextlib.contextmanager
+def warning_of(path: Path) -> Iterator[None]:
+    """Turn an error of the file system in the block into a warning that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s could not be written (%s)", path, error.strerror)
 
 
 def plot_if_possible(run: RunDirectory) -> None:

@@ -82,10 +82,13 @@ report(warnings=preflight.require_shared(folder, world))
 
 @pytest.mark.parametrize("noisy", [True, False])
 def test_the_all_reduce_of_the_step_is_timed_on_its_own_program(noisy: bool, tmp_path: Path) -> None:
-    source = f"noisy = {noisy}\n{PROGRAMS}" + """
+    source = (
+        f"noisy = {noisy}\n{PROGRAMS}"
+        + """
 found = preflight.require_network(programs, world, noisy=noisy, least_bandwidth=None)
 report(bytes=found.bytes, seconds=found.seconds, bandwidth=found.bandwidth, devices=found.devices)
 """
+    )
     first, second = preflight(source, 2, tmp_path)
     assert first == second
     assert first["bytes"] == (5 + 4) * (8 if noisy else 4)
@@ -94,7 +97,9 @@ report(bytes=found.bytes, seconds=found.seconds, bandwidth=found.bandwidth, devi
 
 
 def test_a_rank_that_gets_a_wrong_sum_is_named_and_so_is_a_fault_of_all(tmp_path: Path) -> None:
-    source = f"noisy = True\n{PROGRAMS}" + """
+    source = (
+        f"noisy = True\n{PROGRAMS}"
+        + """
 def found():
     try:
         preflight.require_network(programs, world, noisy=True, least_bandwidth=None)
@@ -108,6 +113,7 @@ spread = preflight._spread
 preflight._spread = lambda programs, numbers, *rest: spread(programs, [n + (rank == 1) for n in numbers], *rest)
 report(one=one, all=found())
 """
+    )
     for each in preflight(source, 2, tmp_path):
         assert each["one"].startswith("BadNodeError: bad node n2: rank 1 (n2) got a wrong sum")
         assert each["all"].startswith("InputError: ")

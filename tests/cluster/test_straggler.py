@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from test_join import run_processes
 
-from dpdist.cluster.straggler import Detector
+from dpdist.cluster.straggler import Detector, share_waited
 
 HOSTS = ["n01", "n02", "n03", "n04"]
 
@@ -50,6 +50,20 @@ def test_a_report_says_where_how_slow_and_how_much_of_the_step() -> None:
             }
         ],
     ]
+
+
+@pytest.mark.parametrize(
+    ("own", "whole", "share"),
+    [
+        ([1.0, 1.1, 0.9, 1.7], 2.0, 0.35),  # the slowest takes 0.7 s longer than the lower median, 1.0
+        ([1.0, 3.0], 4.0, 0.5),
+        ([1.0, 1.0], 2.0, 0.0),
+        ([1.0, 9.0], 4.0, 1.0),  # where a share of the work was small, own seconds are more than the step's
+        ([0.0, 0.0], 0.0, 0.0),
+    ],
+)
+def test_the_share_waited_is_what_the_slowest_takes_longer(own: list[float], whole: float, share: float) -> None:
+    assert share_waited({rank: (mine, whole) for rank, mine in enumerate(own)}) == pytest.approx(share)
 
 
 def test_single_slow_samples_make_no_straggler() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,10 +17,12 @@ from batch import LIMIT, REPOSITORY, SCRIPT, Batch, sbatch
 from forks import fork_server
 from jobs import STEPS, Jobs, Run, wait_all, wait_for
 
+from dpdist_launch.cli import main
+
 #: Seconds that `srun --kill-on-bad-exit` may take to end a job after one of its ranks has died.
 BOUND_AFTER_A_DEATH = 60.0
 #: What changes from one start of a run to the next, or with where it runs.
-VOLATILE = {"examples_per_second"}
+VOLATILE = {"examples_per_second", "tflops_per_device", "seconds_to_first_step", "goodput"}
 #: What a rank of `dpdist train configs/digits.yaml` imports.
 IMPORTS = (
     "dpdist_launch.training",
@@ -73,6 +77,29 @@ class Pace:
 
 def stable(run: Run) -> dict[str, Any]:
     return {name: value for name, value in run.summary.items() if name not in VOLATILE}
+
+
+@dataclass
+class Observed:
+    """What `dpdist status` and `dpdist logs` print, here and now."""
+
+    capsys: pytest.CaptureFixture[str]
+
+    def status(self, run: Run) -> dict[str, Any]:
+        assert main(["status", str(run.root), "--json"]) == 0
+        (seen,) = json.loads(self.capsys.readouterr().out)["runs"]
+        return seen
+
+    def log(self, run: Run, *, rank: int) -> tuple[str, str]:
+        assert main(["logs", str(run.root), "--rank", str(rank)]) == 0
+        told = self.capsys.readouterr()
+        return told.out, told.err
+
+
+@pytest.fixture
+def observed(slurm: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Observed:
+    monkeypatch.setenv("SLURM_CONF", slurm["SLURM_CONF"])
+    return Observed(capsys)
 
 
 @pytest.fixture(scope="module")
@@ -211,19 +238,33 @@ def test_resumed_on_fewer_and_on_more_nodes_it_ends_with_the_same_bits(
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_job_by_name_and_resubmitted_it_resumes(
-    slurm: dict[str, str], jobs: Jobs, two_processes: Run, rank: int
+    slurm: dict[str, str], jobs: Jobs, two_processes: Run, rank: int, observed: Observed
 ) -> None:
+    """And what its owner sees of it meanwhile, by `dpdist status` and `dpdist logs`."""
     run = jobs.new(f"killed-{rank}")
     pace = Pace(run, "PACE", 0.5)
     batch = start(slurm, jobs, run, "data.prefetch=1", **pace.environ)
     batch.wait_for_step(run, 5)
+    seen = observed.status(run)
+    assert (seen["state"], seen["job"], len(seen["nodes"])) == ("RUNNING", batch.id, 2)
     os.kill(batch.tasks()[rank], signal.SIGKILL)
     killed = time.monotonic()
     assert batch.wait(BOUND_AFTER_A_DEATH) == "FAILED"
     print(f"the job ended {time.monotonic() - killed:.1f} s after rank {rank} was killed")
     assert f"task {rank}: Killed" in batch.text.splitlines()[-1], batch.text
+    seen = observed.status(run)
+    assert seen["state"] in ("failed", "interrupted")
+    assert f"task {rank}: Killed" in seen["error"]
     pace.off()
     again = start(slurm, jobs, run)
     assert again.wait() == "COMPLETED", again.text
     assert stable(run) == stable(two_processes)
     assert run.digests == two_processes.digests
+    seen = observed.status(run)
+    assert (seen["state"], seen["restarts"], seen["error"]) == ("finished", 1, None)
+    assert seen["goodput"]["queue_hours"] is not None
+    log, told = observed.log(run, rank=0)
+    assert "finished at step" in log
+    assert "Gloo" not in log
+    assert told == f"rank 0 = {seen['nodes'][0]} local 0\nlog: {again.log}\n"
+    assert "finished at step" not in observed.log(run, rank=1)[0]

@@ -21,4 +21,6 @@ def alone(devices: int = 1) -> World:
         launcher="single",
     )
     mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:devices]), (AXIS,))
-    return World(membership=membership, mesh=mesh, host_of_device=(0,) * devices, nodes=("here",), timeout=10, distributed=False)
+    return World(
+        membership=membership, mesh=mesh, host_of_device=(0,) * devices, nodes=("here",), timeout=10, distributed=False
+    )

@@ -192,11 +192,13 @@ def test_private_files_are_the_owners_alone(secretive: Run) -> None:
 
 def test_what_depends_on_the_sample_is_under_private_alone(secretive: Run) -> None:
     """A column of public numbers, and none of those that tell of the sample or the gradients."""
+    assert [("seconds_to_first_step" in record) for record in secretive.metrics].count(True) == 1
     assert {key for record in secretive.metrics for key in record} == {
         "step",
         "epsilon",
         "examples_per_second",
         "seconds",
+        "seconds_to_first_step",
         "accuracy",
     }
     realised = [record["examples"] for record in secretive.diagnostics]

@@ -1,0 +1,132 @@
+"""`dpdist status`: all my runs on one screen."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpdist.errors import InputError
+from dpdist.run import events, goodput
+from dpdist.run.layout import RunPaths
+from dpdist_launch.observe import queue, table
+from dpdist_launch.observe.snapshot import Snapshot, is_run, job_of, look
+from dpdist_launch.paths import path_argument
+
+#: No wider, also on a terminal that is: the eye loses the row.
+_WIDEST = 100
+_DEFAULT = Path("runs")
+_ABOVE = "\x1b[H\x1b[2J"
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the parser's."""
+    status = commands.add_parser(
+        "status",
+        help="all my runs on one screen: state, step, epsilon, time left, goodput, last error",
+        description="Show the runs in DIR (a run, or a folder of runs): SLURM's state of those that have a job, what "
+        "the run itself says of the others. Reads, writes nothing, and needs no accelerator.",
+    )
+    status.add_argument("dirs", nargs="*", type=path_argument, metavar="DIR", help="runs or folders of runs (./runs)")
+    status.add_argument("--json", action="store_true", help="print one JSON object")
+    status.add_argument("--detail", action="store_true", help="also what the node-hours went into, and all events")
+    status.add_argument("--watch", type=float, metavar="SECONDS", help="draw it again and again; Ctrl-C ends")
+    status.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the status once, or until Ctrl-C."""
+    if options.watch is not None and not 0.5 <= options.watch < 1e6:
+        raise InputError("--watch", options.watch, "give the seconds between two looks, at least 0.5.")
+    while True:
+        answer = _as_json(options) if options.json else _as_text(options)
+        terminal = options.watch is not None and sys.stdout.isatty() and not options.json
+        head = f"{_ABOVE}{table.now()}, every {options.watch:g} s\n" if terminal else ""
+        print(head + answer, flush=True)
+        if options.watch is None:
+            return 0
+        try:
+            time.sleep(options.watch)
+        except KeyboardInterrupt:
+            return 0
+
+
+def snapshots(dirs: Sequence[Path]) -> tuple[list[Snapshot], queue.Answer]:
+    """The runs in `dirs`, and what SLURM said.
+
+    Raises:
+        InputError: one of them does not exist, or none was named and there is no ./runs.
+    """
+    found = [root for directory in dirs or [_DEFAULT] for root in _runs_in(directory, named=bool(dirs))]
+    numbers = {job for root in found if (job := _job(root)) is not None}
+    slurm = queue.ask(numbers)
+    return [look(root, slurm) for root in found], slurm
+
+
+def _job(root: Path) -> str | None:
+    try:
+        return job_of(RunPaths(root))
+    except Exception:  # `look` says what is wrong with it
+        return None
+
+
+def _runs_in(directory: Path, *, named: bool) -> list[Path]:
+    if not directory.is_dir():
+        remedy = "there is no such directory" + ("." if named else "; name runs, or a folder of runs.")
+        raise InputError("DIR", str(directory), remedy)
+    try:
+        return [directory] if is_run(directory) else list(_below(directory)) or ([directory] if named else [])
+    except OSError:
+        return [directory]
+
+
+def _below(directory: Path) -> Iterator[Path]:
+    """The folders in `directory`, and in place of one that is no run but holds some, as that of a sweep, those."""
+    for child in sorted(directory.iterdir()):
+        if not child.is_dir() or child.name.startswith("."):
+            continue
+        try:
+            runs = [] if is_run(child) else [each for each in sorted(child.iterdir()) if each.is_dir() and is_run(each)]
+        except OSError:
+            runs = []
+        yield from runs or [child]
+
+
+def _as_text(options: argparse.Namespace) -> str:
+    runs, slurm = snapshots(options.dirs)
+    if not runs:
+        return f"no runs in {_DEFAULT}"
+    width = min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns)
+    lines = [table.text(runs, width=width)]
+    if slurm.failure is not None:
+        lines.append(table.cut(f"states are the runs' own: {slurm.failure}", width))
+    if options.detail:
+        lines += ["\n" + table.detail(run, *_sources(run)) for run in runs if run.state != "not a run"]
+    return "\n".join(lines)
+
+
+def _as_json(options: argparse.Namespace) -> str:
+    runs, slurm = snapshots(options.dirs)
+    records = [dataclasses.asdict(run) for run in runs]
+    if options.detail:
+        for record, each in zip(records, runs, strict=True):
+            record["time"], summary, record["events"] = _sources(each)
+            speed = ("seconds_to_first_step", "examples_per_second", "tflops_per_device", "mfu")
+            record |= {name: summary.get(name) for name in speed}
+    return json.dumps({"runs": records, "slurm": slurm.failure or "answered"})
+
+
+def _sources(run: Snapshot) -> tuple[dict[str, Any] | None, dict[str, Any], list[dict[str, Any]]]:
+    """What `table.detail` shows: the record of the time, the summary, the events."""
+    paths = RunPaths(Path(run.path))
+    try:
+        summary = json.loads(paths.summary.read_text())
+    except (OSError, ValueError):
+        summary = {}
+    return goodput.read(paths.goodput), summary if isinstance(summary, dict) else {}, events.read(paths.events)
