@@ -170,7 +170,7 @@ def _appears(path: Path, seconds: float) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
-        os.listdir(path.parent.parent)  # makes NFS ask the server again
+        list(path.parent.parent.iterdir())  # makes NFS ask the server again
     return True
 
 
@@ -224,8 +224,8 @@ def require_network(
         raise InputError(
             "cluster",
             [_named(world, rank) for rank in wrong],
-            "got a wrong sum of known numbers from an all-reduce: memory or network of a node changes numbers, and which "
-            "cannot be told; run on other nodes.",
+            "got a wrong sum of known numbers from an all-reduce: memory or network of a node changes numbers, and "
+            "which node cannot be told; run on other nodes.",
         )
     found = AllReduce(
         bytes=sums.nbytes // world.device_count, seconds=_slowest(seconds, world), devices=world.device_count

@@ -117,7 +117,7 @@ report(one=one, all=found())
     for each in preflight(source, 2, tmp_path):
         assert each["one"].startswith("BadNodeError: bad node n2: rank 1 (n2) got a wrong sum")
         assert each["all"].startswith("InputError: ")
-        assert "which cannot be told" in each["all"]
+        assert "which node cannot be told" in each["all"]
 
 
 BLAMED = """
