@@ -115,7 +115,7 @@ class Slurm:
     #: Cores of each process.
     cpus_per_task: int
     #: Further options of sbatch, such as account and partition.
-    sbatch: dict[str, str]
+    sbatch: dict[str, str | bool]
     #: The site file; None is the usual one.
     site: str | None
     poll_seconds: float = 5.0
@@ -123,21 +123,20 @@ class Slurm:
     def start(self, point: Point, arguments: dict[str, Any], directory: SweepDirectory) -> PointJob:
         """Submit the job and return at once."""
         from dpdist_launch.measure.scaling.point import run
-        from dpdist_launch.slurm import submit as slurm
+        from dpdist_launch.slurm.request import Request
+        from dpdist_launch.slurm.submit import submit_function
 
-        return slurm.submit_function(
-            run,
-            *arguments.values(),
-            folder=directory.jobs,
-            name=f"dpdist-{point.name}",
+        request = Request(
             nodes=point.nodes,
             tasks_per_node=self.gpus_per_node,
-            gpus_per_node=self.gpus_per_node if self.use_gpus else None,
+            gpus_per_node=self.gpus_per_node if self.use_gpus else 0,
             cpus_per_task=self.cpus_per_task,
             time=self.time,
             site=self.site,
             sbatch=self.sbatch,
         )
+        name = f"dpdist-{point.name}"
+        return submit_function(run, *arguments.values(), folder=directory.jobs, name=name, request=request)
 
     def adopt(self, record: dict[str, Any]) -> PointJob | None:
         """The job of a record, if there is one and it has not ended."""

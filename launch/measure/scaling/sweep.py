@@ -49,7 +49,7 @@ class Request:
     #: Cores of each SLURM process.
     cpus_per_task: int = 8
     #: Further options of sbatch.
-    sbatch: dict[str, str] = field(default_factory=dict)
+    sbatch: dict[str, str | bool] = field(default_factory=dict)
     #: The site file of SLURM; None is the usual one.
     site: str | None = None
 
