@@ -32,8 +32,9 @@ read_site "$repository"
 case ${1-} in
     "" | --* | *=*) set -- "$repository/configs/vit_base_cifar100.yaml" "$@" ;; # no config is named
 esac
-# Asked for, not guessed: it may stand in the config. A requeued or resubmitted line must find the same run.
-run_dir=$("${dpdist_command[@]}" run-dir "$@" --default "runs/$SLURM_JOB_ID")
+# Asked for, not guessed: it may stand in the config. The same line again must find the same run.
+begin_job
+run_dir=$("${dpdist_command[@]}" run-dir "$@" --default "runs/$SLURM_JOB_ID") || end_job $?
 [ -n "$run_dir" ] || die "${dpdist_command[*]} does not say which run directory is meant: it seems to be something other than dpdist"
 set -- "$@" --run-dir "$run_dir"
 

@@ -133,8 +133,8 @@ def _long_name(name: str) -> str:
     return _SHORT.get(bare, bare)
 
 
-def seconds_of(limit: str) -> float | None:
-    """Seconds of a time limit as sbatch takes it; None is no limit.
+def seconds_of(limit: str, field: str = "--time") -> float | None:
+    """Seconds of a time limit as sbatch takes it, which was given as `field`; None is no limit.
 
     Raises:
         InputError: it is none.
@@ -145,7 +145,7 @@ def seconds_of(limit: str) -> float | None:
     if parts is None:
         hint = did_you_mean(limit, ("UNLIMITED",)) if isinstance(limit, str) else ""
         remedy = f"{hint}write days-hours:minutes:seconds, such as 24:00:00 or 2-12:00:00."
-        raise InputError("--time", limit, remedy)
+        raise InputError(field, limit, remedy)
     days, numbers = parts[1], [int(number) for number in parts.groups()[1:] if number is not None]
     # Of one number alone, or of two, the first are minutes; behind a day they are hours.
     units = [3600, 60, 1] if days is not None or len(numbers) == 3 else [60, 1]

@@ -21,6 +21,11 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from dpdist.errors import InputError
 
+
+class RefusedError(InputError):
+    """SLURM did not take a job; another request may be taken."""
+
+
 #: A call that every task of a job makes: an importable function and its arguments.
 Call = tuple[Callable[..., None], tuple[Any, ...]]
 
@@ -44,7 +49,8 @@ def submit(
         at_once: of an array, how many jobs run side by side; None is no array.
 
     Raises:
-        InputError: there is no SLURM here, or it refused the request; the error quotes it.
+        InputError: there is no SLURM here.
+        RefusedError: it refused the request; the error quotes it.
     """
     if shutil.which("sbatch", path=environ.get("PATH")) is None:
         raise InputError("sbatch", None, "there is no SLURM on this machine; see slurm/virtual_cluster.sh.")
@@ -68,7 +74,9 @@ def submit(
     if done.returncode != 0 or accepted is None:
         for file in (script, *pickles):
             file.unlink()
-        raise InputError("sbatch", shlex.join(said), f"SLURM refused: {' '.join((done.stderr or done.stdout).split())}")
+        raise RefusedError(
+            "sbatch", shlex.join(said), f"SLURM refused: {' '.join((done.stderr or done.stdout).split())}"
+        )
     script.rename(folder / f"{accepted[1]}_submission.sh")
     ids = [accepted[1]] if at_once is None else [f"{accepted[1]}_{number}" for number in range(len(calls))]
     for job, pickle in zip(ids, pickles, strict=True):  # the tasks wait for it

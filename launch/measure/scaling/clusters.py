@@ -15,6 +15,7 @@ from dpdist.config import Config
 from dpdist_launch.local import EXIT_PREEMPTED, run_local
 from dpdist_launch.measure.scaling.directory import Point, SweepDirectory
 from dpdist_launch.ranks import PYTHON
+from dpdist_launch.slurm.scontrol import Status
 
 #: Lines of a local job's log that are shown when it failed.
 _LAST_LINES = 8
@@ -25,9 +26,9 @@ class PointJob(Protocol):
 
     @property
     def id(self) -> str: ...
-    def state(self) -> str: ...
-    def ended(self) -> bool: ...
+    def status(self) -> Status: ...
     def last_lines(self) -> str: ...
+    def cancel(self) -> None: ...
 
 
 class Cluster(Protocol):
@@ -54,15 +55,14 @@ class EndedJob:
     result: Path
     id: str = "here"
 
-    def state(self) -> str:
+    def status(self) -> Status:
         """How it ended, in SLURM's words."""
         if self.code == 0 and not self.result.exists():
-            return "FAILED, although every process returned 0"
-        return "COMPLETED" if self.code == 0 else f"FAILED with exit code {self.code}"
+            return Status("FAILED", "although every process returned 0")
+        return Status("COMPLETED") if self.code == 0 else Status("FAILED", f"exit code {self.code}")
 
-    def ended(self) -> bool:
-        """True."""
-        return True
+    def cancel(self) -> None:
+        """Nothing: it has ended."""
 
     def last_lines(self) -> str:
         """The end of its log."""
@@ -140,11 +140,12 @@ class Slurm:
 
     def adopt(self, record: dict[str, Any]) -> PointJob | None:
         """The job of a record, if there is one and it has not ended."""
-        if "id" not in record:
+        if "identity" not in record:
             return None
         from dpdist_launch.slurm.job import Job
+        from dpdist_launch.slurm.scontrol import Identity
 
-        job = Job(record["id"], Path(record["folder"]))
+        job = Job(record["id"], Path(record["folder"]), Identity(**record["identity"]))
         return None if job.ended() else job
 
 
