@@ -79,7 +79,7 @@ def submit(
         )
     RunDirectory(run_dir).open_private()
     (job_id,), identity = submit_calls(
-        [(_train_task, (config_module.to_dict(config),))],
+        [(train_task, (config_module.to_dict(config),))],
         folder=job_folder(run_dir),
         name=run_dir.name,
         request=request,
@@ -155,7 +155,7 @@ def submit_calls(
     return numbers, Identity(cluster=cluster_name(), name=name, folder=str(folder))
 
 
-def _train_task(tree: dict[str, Any]) -> None:
+def train_task(tree: dict[str, Any]) -> None:
     """One task of a training job. It returns, and submitit notes a result, only where the run has ended."""
     import signal
 

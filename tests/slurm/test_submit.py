@@ -17,20 +17,6 @@ from jobs import STEPS, Jobs, Run, wait_for
 from dpdist.errors import InputError
 from launch import JobFailedError, TrainingJob, attach, submit
 
-#: Nothing of what the tests set may reach a job by accident, and each of its processes is one of many on this machine.
-EXTRA = {"NPROC": "1"}
-
-
-@pytest.fixture
-def cluster(slurm: dict[str, str], jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> Jobs:
-    """This process as a user's Python on the login node, next to the user's module."""
-    for name in list(os.environ):
-        monkeypatch.delenv(name)
-    for name, value in (slurm | {"PYTHONPATH": jobs.environ["PYTHONPATH"]} | EXTRA).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(jobs.root)
-    return jobs
-
 
 def submitted(jobs: Jobs, run: Run, *, nodes: int = 2, tasks_per_node: int = 1, **overrides: Any) -> TrainingJob:
     named = {name.replace("__", "."): value for name, value in overrides.items()}
