@@ -31,8 +31,8 @@ def add_to(commands: Any) -> None:
         description="Submit CONFIG as a SLURM job of one process a GPU. Preempted or short of time, it saves, goes "
         "back to the queue, and goes on. Prints one JSON object; with --follow also the log and the summary, and "
         "the exit code is 0 only if the run has finished, 130 after Ctrl-C. With --sweep, every combination of the "
-        "values is a run below the run directory, all of them one array of jobs; the same line again resumes those that have "
-        "not ended, and prints where all stand and what choosing the best of them costs.",
+        "values is a run below the run directory, all of them one array of jobs; the same line again resumes those "
+        "that have not ended, and prints where all stand and what choosing the best of them costs.",
     )
     add = submit.add_argument
     add("config", metavar="CONFIG", help="YAML file, see configs/")
