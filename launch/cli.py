@@ -17,7 +17,7 @@ from dpdist_launch.measure.bench import command as bench
 from dpdist_launch.measure.scaling import command as scaling
 from dpdist_launch.observe import logs, status
 from dpdist_launch.paths import path_argument
-from dpdist_launch.slurm import options as sbatch
+from dpdist_launch.slurm import command as submit
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
@@ -71,7 +71,13 @@ class _PrintVersion(argparse.Action):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Answers a misspelled command or choice with the nearest one."""
+    """Answers a misspelled command or choice with the nearest one, and takes no option but by its whole name.
+
+    A shortened one would be read in another way by whatever else looks at the command line, such as a batch script.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | options)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -92,36 +98,19 @@ def parser() -> argparse.ArgumentParser:
         description="Train CONFIG, or go on with the run that its directory holds. Exit codes: 0 finished or budget "
         "exhausted, 75 preempted and saved (run it again), 124 stuck, 2 bad input, 1 failed.",
     )
-    train.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
-    train.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="config overrides, e.g. privacy.clip_norm=0.5; `dpdist settings` lists all keys",
-    )
-    train.add_argument("--run-dir", help="the run directory (run.dir); an existing run there is resumed")
-    train.add_argument("--processes", type=int, help="start this many processes on this machine")
+    _add_training(train)
     train.set_defaults(run=_train)
 
-    submit = commands.add_parser(
-        "submit",
-        help="train a config as a SLURM job",
-        description="Submit CONFIG as a SLURM job of one process a GPU. Preempted or short of time, it saves, goes "
-        "back to the queue, and goes on. Prints one JSON object; with --follow also the log and the summary, and "
-        "the exit code is 0 only if the run has finished.",
+    run_dir = commands.add_parser(
+        "run-dir",
+        help="the run directory that `train` takes from the same arguments",
+        description="Print the run directory of `dpdist train` with these arguments. Starts nothing.",
     )
-    submit.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
-    submit.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
-    submit.add_argument("--nodes", type=int, required=True)
-    submit.add_argument("--gpus-per-node", type=int, default=0, metavar="GPUS", help="default 0: train on CPUs")
-    submit.add_argument("--tasks-per-node", type=int, metavar="N", help="processes a node, if not one a GPU")
-    submit.add_argument("--time", default="24:00:00", help="time limit as sbatch takes it (24:00:00)")
-    sbatch.add_options(submit)
-    submit.add_argument("--run-dir", help="the run directory (run.dir), on a file system all nodes share")
-    submit.add_argument(
-        "--follow", action="store_true", help="show the log until the job ends; Ctrl-C leaves the job alone"
-    )
-    submit.set_defaults(run=_submit)
+    _add_training(run_dir)
+    run_dir.add_argument("--default", metavar="DIR", help="where neither the arguments nor CONFIG name one")
+    run_dir.set_defaults(run=_run_dir)
+
+    submit.add_to(commands)
 
     plan = commands.add_parser(
         "plan",
@@ -187,57 +176,40 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="config overrides, e.g. privacy.clip_norm=0.5; `dpdist settings` lists all keys",
+    )
+    parser.add_argument("--run-dir", help="the run directory (run.dir); an existing run there is resumed")
+    parser.add_argument("--processes", type=int, help="start this many processes on this machine")
+
+
 def _train(options: argparse.Namespace) -> int:
     from dpdist.config import file as configfile
 
-    overrides = list(options.overrides)
-    if options.run_dir is not None:
-        overrides.append(f"run.dir={json.dumps(options.run_dir)}")
-    config = configfile.load(options.config, overrides)  # before any process is started
+    named = {} if options.run_dir is None else {"run.dir": options.run_dir}
+    config = configfile.load(options.config, options.overrides, named)  # before any process is started
     if options.processes is not None:
         from dpdist_launch.local import train_local
 
-        return train_local(config, ["train", options.config, *overrides], options.processes)
+        given = [options.config, *options.overrides]
+        given += [] if options.run_dir is None else [f"--run-dir={options.run_dir}"]
+        return train_local(config, ["train", *given], options.processes)
     from dpdist_launch.training import train_here
 
     return train_here(config)
 
 
-def _submit(options: argparse.Namespace) -> int:
+def _run_dir(options: argparse.Namespace) -> int:
     from dpdist.config import file as configfile
-    from dpdist_launch.slurm.job import JobFailedError, attach
-    from dpdist_launch.slurm.submit import submit
 
-    overrides = list(options.overrides)
-    if options.run_dir is not None:
-        overrides.append(f"run.dir={json.dumps(options.run_dir)}")
-    config = configfile.load(options.config, overrides)
-    job = attach(config.run.dir) if options.follow else None
-    if job is None or job.ended():
-        job = submit(
-            config,
-            nodes=options.nodes,
-            gpus_per_node=options.gpus_per_node,
-            tasks_per_node=options.tasks_per_node,
-            cpus_per_task=options.cpus_per_task,
-            time=options.time,
-            sbatch=sbatch.chosen(options),
-            site=options.site,
-        )
-    print(
-        json.dumps({"job": job.id, "state": job.state(), "run_dir": str(job.run_dir), "log": str(job.log())}),
-        flush=True,
-    )
-    if not options.follow:
-        return EXIT_DONE
-    try:
-        job.follow()
-        print(json.dumps(job.result()))
-    except KeyboardInterrupt:
-        print(f"job {job.id} goes on; `scancel {job.id}` ends it, the same command follows it again", file=sys.stderr)
-    except JobFailedError as error:
-        print(f"dpdist: {error}", file=sys.stderr)
-        return EXIT_FAILED
+    named = {} if options.run_dir is None else {"run.dir": options.run_dir}
+    config = configfile.load(options.config, options.overrides, named, default_run_dir=options.default)
+    print(config.run.dir)
     return EXIT_DONE
 
 

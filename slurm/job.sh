@@ -92,6 +92,8 @@ end_job() {
             exit 75
         }
         echo "dpdist job: preempted; requeued (start $((restarts + 1)) of at most $most more), and held for two minutes by SLURM" >&2
+        # One job of an array has the number of the whole array, which would be requeued with it.
+        [ "$SLURM_JOB_ID" != "${SLURM_ARRAY_JOB_ID:-}" ] || SLURM_JOB_ID+=_$SLURM_ARRAY_TASK_ID
         scontrol requeue "$SLURM_JOB_ID" && exit 0
         echo "dpdist job: preempted, but not requeued, as the line above says: submit it again" >&2
         exit 75

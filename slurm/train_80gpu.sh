@@ -32,20 +32,13 @@ read_site "$repository"
 case ${1-} in
     "" | --* | *=*) set -- "$repository/configs/vit_base_cifar100.yaml" "$@" ;; # no config is named
 esac
-# The run directory as `dpdist train` understands its arguments: --run-dir, which may be shortened, wins over run.dir=.
-run_dir="" setting=""
-for ((i = 1; i <= $#; i++)); do
-    case ${!i} in
-        --r*=*) run_dir=${!i#*=} ;;
-        --r*) next=$((i + 1)) && run_dir=${!next-} ;;
-        run.dir=*) setting=${!i#*=} ;;
-    esac
-done
-run_dir=${run_dir:-$setting}
-[ -n "$run_dir" ] || { run_dir=runs/$SLURM_JOB_ID && set -- "$@" --run-dir "$run_dir"; }
+# Asked for, not guessed: it may stand in the config. The same line again must find the same run.
+begin_job
+run_dir=$("${dpdist_command[@]}" run-dir "$@" --default "runs/$SLURM_JOB_ID") || end_job $?
+[ -n "$run_dir" ] || die "${dpdist_command[*]} does not say which run directory is meant: it seems to be something other than dpdist"
+set -- "$@" --run-dir "$run_dir"
 
 echo "+ job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, $SLURM_NTASKS processes on $SLURM_JOB_NODELIST: ${dpdist_command[*]} train $*"
-[[ $run_dir != \~ && $run_dir != \~/* ]] || run_dir=$HOME${run_dir#\~} # as dpdist does
 begin_job "$run_dir"
 code=0
 # --kill-on-bad-exit: one dead rank ends all. --cpus-per-task: srun no longer inherits it from sbatch.

@@ -66,28 +66,39 @@ class Membership:
         return f"rank {self.process_id}/{self.num_processes}"
 
 
-def detect(environ: Mapping[str, str], *, use_gpus: bool = True) -> Membership:
+def detect(environ: Mapping[str, str], *, use_gpus: bool = True, step: str | None = None) -> Membership:
     """Return this process's membership: in a job of our local launcher, in a SLURM step, or as a single process.
 
     Args:
         environ: environment variables, such as `os.environ`.
         use_gpus: False ignores CUDA_VISIBLE_DEVICES, for runs on CPU.
+        step: which step this process is part of as `step_of_process` tells, whatever the variables say; None is not
+            known.
 
     Raises:
         InputError: only some of the DPDIST_* variables are set, a variable is not a number, the node list cannot be
-            parsed, or the process sees fewer GPUs than its node has tasks.
+            parsed, rank 0 may be on any of its nodes, or the process sees fewer GPUs than its node has tasks.
     """
     if any(name in environ for name in LOCAL_VARIABLES):
         return _from_local_launcher(environ, use_gpus)
     missing = [name for name in STEP_VARIABLES if not environ.get(name)]
-    if not missing and _number(environ, "SLURM_STEP_ID") < _FIRST_SPECIAL_STEP:
-        return _from_slurm_step(environ, use_gpus)
     if environ.get("SLURM_JOB_ID"):
+        if missing:
+            why = f"{', '.join(missing)} not set"
+        elif _number(environ, "SLURM_STEP_ID") >= _FIRST_SPECIAL_STEP:
+            why = f"step {environ['SLURM_STEP_ID']} is a shell"
+        elif step not in (None, named := f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}") and not any(
+            name.startswith("SLURM_HET_")
+            for name in environ  # whose components have numbers of their own
+        ):
+            why = f"the SLURM_* variables are left over from step {named}, and this process is in {step or 'none'}"
+        else:
+            return _from_slurm_step(environ, use_gpus)
         logger.warning(
             "inside SLURM job %s but not in a task of srun (%s): training as ONE process on this node. "
             "To use the whole job, start the program with srun.",
             environ["SLURM_JOB_ID"],
-            f"{', '.join(missing)} not set" if missing else f"step {environ['SLURM_STEP_ID']} is a shell",
+            why,
         )
     return Membership(
         process_id=0,
@@ -130,11 +141,17 @@ def _from_slurm_step(environ: Mapping[str, str], use_gpus: bool) -> Membership:
     node, nodes = _number(environ, "SLURM_NODEID"), _number(environ, "SLURM_STEP_NUM_NODES")
     _check_below("SLURM_NODEID", node, "SLURM_STEP_NUM_NODES", nodes)
     local_id = _number(environ, "SLURM_LOCALID")
+    distribution = environ.get("SLURM_DISTRIBUTION", "")
+    if size > 1 and distribution.startswith("arbitrary"):
+        remedy = "no variable of SLURM's says on which node rank 0 is; give srun --distribution=block, cyclic or plane."
+        raise InputError("SLURM_DISTRIBUTION", distribution, remedy)
     port = coordinator_port(
         job=_number(environ, "SLURM_JOB_ID"),
         step=_number(environ, "SLURM_STEP_ID"),
         restart=_number(environ, "SLURM_RESTART_COUNT") if environ.get("SLURM_RESTART_COUNT") else 0,
     )
+    # One task has nobody to meet, and may be a shell in which several programs run, one after the other or at once.
+    address = f"{first_host(environ['SLURM_STEP_NODELIST'])}:{port}" if size > 1 else f"127.0.0.1:{free_port()}"
     tasks_here = _tasks_on_node(environ, node)
     # --gpus-per-task=1 hides all but the task's own GPU, which then has index 0 in every task. Using the local id as
     # index, as JAX does by default, fails on every task but the first.
@@ -143,7 +160,7 @@ def _from_slurm_step(environ: Mapping[str, str], use_gpus: bool) -> Membership:
     return Membership(
         process_id=rank,
         num_processes=size,
-        coordinator_address=f"{first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
+        coordinator_address=address,
         local_device_ids=_own_gpus(environ, local_id, sharers, remedy) if use_gpus else None,
         host_index=node,
         num_hosts=nodes,

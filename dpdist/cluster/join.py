@@ -24,6 +24,7 @@ from dpdist import config
 from dpdist.cluster import agreement
 from dpdist.cluster.core_files import forbid_core_files
 from dpdist.cluster.environment import Membership, detect, node_name
+from dpdist.cluster.step_daemon import step_of_process
 from dpdist.cluster.streams import open_missing_streams
 from dpdist.cluster.world import AXIS, World
 from dpdist.errors import InputError
@@ -66,7 +67,7 @@ def join(cluster: config.Cluster, membership: Membership | None = None) -> World
     _pin()
     forbid_core_files()
     if membership is None:
-        membership = detect(os.environ, use_gpus=cluster.platform != "cpu")
+        membership = detect(os.environ, use_gpus=cluster.platform != "cpu", step=step_of_process())
     distributed = True
     if jax.distributed.is_initialized():
         membership = _as_initialized(membership)

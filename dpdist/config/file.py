@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -76,18 +78,30 @@ def _require_each_key_once(node: yaml.Node, prefix: str, seen: set[int]) -> None
             _require_each_key_once(value, f"{name}.", seen)
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML config and apply `section.key=value` overrides, whose values are YAML too.
+def load(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    default_run_dir: str | None = None,
+) -> Config:
+    """Read a YAML config and apply `section.key=value` overrides, whose values are YAML too, and then settings.
 
     `run.dir` defaults to `runs/` and the file's name. Of two overrides of one setting the later one counts.
+
+    Args:
+        settings: values by dotted name, as Python has them; a path may be a `Path`.
+        default_run_dir: instead of `runs/` and the file's name.
 
     Raises:
         InputError: the file cannot be read, or something in it cannot be used.
     """
     path = Path(expand_home(path, "CONFIG"))
     tree = apply_overrides(read(path), overrides)
+    for name, value in settings.items():
+        _set(tree, str(name), _plain(str(name), value), shown=value)
     if isinstance(tree.setdefault("run", {}), dict):
-        tree["run"].setdefault("dir", f"runs/{path.stem}")
+        tree["run"].setdefault("dir", default_run_dir or f"runs/{path.stem}")
     return from_dict(tree)
 
 
@@ -118,24 +132,53 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str,
     """
     for item in overrides:
         name, equals, text = item.partition("=")
-        path = name.strip().split(".")
-        if not equals or len(path) < 2 or not all(path):
-            raise InputError(
-                "override", item, f"{_meant_by(name.strip())}write section.key=value, such as privacy.clip_norm=0.5."
-            )
+        if not equals:
+            raise _no_override(name, item)
         try:
             value = parse(text)
         except GivenTwiceError as error:
             raise InputError(name, text, f"{error}; keep one of them.") from None
         except yaml.YAMLError:
             raise InputError(name, text, "the value is not YAML; quote it.") from None
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
-                raise InputError(name, text, f"{key} holds a value, not keys.")
-        node[path[-1]] = value
+        _set(tree, name, value, shown=text)
     return tree
+
+
+def _set(tree: dict[str, Any], name: str, value: Any, *, shown: Any) -> None:
+    """Put a value at a dotted name, which an error shows as `shown`."""
+    path = name.strip().split(".")
+    if len(path) < 2 or not all(path):
+        raise _no_override(name, f"{name}={shown}")
+    node = tree
+    for key in path[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise InputError(name, shown, f"{key} holds a value, not keys.")
+    node[path[-1]] = value
+
+
+def _no_override(name: str, item: str) -> InputError:
+    remedy = f"{_meant_by(name.strip())}write section.key=value, such as privacy.clip_norm=0.5."
+    return InputError("override", item, remedy)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value as a YAML file could hold it: a path becomes text, a tuple a list.
+
+    Raises:
+        InputError: there is something in it that no file can hold.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple):
+        return [_plain(name, item) for item in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str | int) for key in value):
+        return {key: _plain(name, item) for key, item in value.items()}
+    given = "a function" if callable(value) else f"a {type(value).__name__}"
+    remedy = f"a config cannot hold {given}; give text, numbers, lists or dicts, and a function as 'module:function'."
+    raise InputError(name, value, remedy)
 
 
 def _meant_by(name: str) -> str:

@@ -23,10 +23,7 @@ def load_function(path: str, field: str, builtin: Sequence[str]) -> Callable[...
     Raises:
         InputError: not of that form, no such module or function, or the module fails to import.
     """
-    module_name, colon, function_name = path.partition(":")
-    if not colon or not module_name or not function_name:
-        meant = did_you_mean(path, builtin)
-        raise InputError(field, path, f"{meant}give one of {', '.join(builtin)}, or module:function of your own.")
+    module_name, function_name = split_function(path, field, builtin)
     here = find_modules_here()
     try:
         function = getattr(importlib.import_module(module_name), function_name, None)
@@ -37,6 +34,19 @@ def load_function(path: str, field: str, builtin: Sequence[str]) -> Callable[...
     if not callable(function):
         raise InputError(field, path, f"{module_name} has no function {function_name}.")
     return function
+
+
+def split_function(path: str, field: str, builtin: Sequence[str]) -> tuple[str, str]:
+    """Module and function of `module:function`; the arguments are those of `load_function`.
+
+    Raises:
+        InputError: not of that form.
+    """
+    module_name, colon, function_name = path.partition(":")
+    if not colon or not module_name or not function_name:
+        meant = did_you_mean(path, builtin)
+        raise InputError(field, path, f"{meant}give one of {', '.join(builtin)}, or module:function of your own.")
+    return module_name, function_name
 
 
 def find_modules_here() -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +30,50 @@ class RunDirectory(RunPaths):
         Raises:
             InputError: it cannot be written, or holds something else.
         """
+        self.require_ours()
+        self.open_private()
+        with self._writing():
+            self.logs.mkdir(mode=0o700, exist_ok=True)
+
+    def require_ours(self) -> None:
+        """Check that the directory holds a run, or nothing yet; creates nothing.
+
+        Raises:
+            InputError: it holds something else, or cannot be read.
+        """
         known = {"private", "checkpoints", "ledger.jsonl"}  # what a start that failed early leaves
-        try:
+        with self._writing():
             if self.root.is_dir() and not self.config.exists() and {p.name for p in self.root.iterdir()} - known:
                 raise InputError("run.dir", str(self.root), "holds files but no run; name a new or empty directory.")
+
+    def open_private(self) -> None:
+        """Create the directory and its private part, for its owner alone.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        with self._writing():
             self.private.mkdir(parents=True, exist_ok=True)
             self.private.chmod(0o700)
-            self.logs.mkdir(mode=0o700, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root) as probe:
                 probe.write(b"writable")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise InputError(
                 "run.dir", str(self.root), f"cannot be written ({error.strerror}); name another directory."
             ) from None
 
     def begin(self, config: Config) -> None:
-        """Write the config of a run that begins or resumes, and delete its last summary, which no longer holds."""
-        write_atomically(self.config, configfile.dump(config))
+        """Delete the last summary of a run that begins or resumes, which no longer holds, and write its config.
+
+        In this order: a summary beside a config that it does not belong to would pass for the end of that.
+        """
         self.summary.unlink(missing_ok=True)
+        write_atomically(self.config, configfile.dump(config))
 
     def create_secret(self) -> bool:
         """Create the secret if there is none. For process 0.

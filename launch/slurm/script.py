@@ -6,8 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dpdist.errors import InputError
@@ -41,8 +40,12 @@ def python(environ: Mapping[str, str]) -> str:
     return shlex.join(PYTHON)
 
 
-def setup(site: Path | None, run_dir: Path | None) -> list[str]:
-    """The lines before `srun`; `run_dir` is that of a job that trains.
+def setup(site: Path | None, run_dirs: Sequence[Path]) -> list[str]:
+    """The lines before `srun`.
+
+    Args:
+        site: the site file.
+        run_dirs: that of a job that trains, those of the tasks of an array, or none of a job that trains nothing.
 
     Raises:
         InputError: there is no slurm/job.sh to take them from.
@@ -58,40 +61,35 @@ def setup(site: Path | None, run_dir: Path | None) -> list[str]:
         *exports,
         command,
         f"read_site {shlex.quote(str(repository()))}",
-        shlex.join(["begin_job", *([str(run_dir)] if run_dir else [])]),
+        f"dpdist_runs=({shlex.join(map(str, run_dirs))})",
+        'begin_job ${dpdist_runs[@]:+"${dpdist_runs[${SLURM_ARRAY_TASK_ID:-0}]}"}',
     ]
 
 
-@contextmanager
-def submission_environment(site: Path | None, options: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """While the block runs, `os.environ` is what sbatch shall see: the site's settings, none of a job we may be in.
+def submission_environment(site: Path | None) -> dict[str, str]:
+    """What sbatch shall see: this process's environment with the site's settings, and nothing of a job we may be in.
 
-    Args:
-        options: the options of sbatch that are given by name, which win over the site's SBATCH_* variables.
+    What is asked for goes to sbatch as options, which win over the site's SBATCH_* variables.
 
     Raises:
         InputError: the site file fails.
     """
-    outside = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(("SLURM_", "SUBMITIT_"))}
-    environ = rank_environment(outside)
+    environ = rank_environment({name: value for name, value in os.environ.items() if not _of_a_job(name)})
     if site is not None:
         read = subprocess.run(
             ["bash", "-c", 'set -a; . "$1" >&2 && env -0', "bash", str(site)],
             capture_output=True,
             text=True,
+            errors="surrogateescape",
             check=False,
         )
         if read.returncode != 0:
             raise InputError("--site", str(site), f"cannot be read: {read.stderr.strip()[-300:]}")
         found = dict(item.partition("=")[::2] for item in read.stdout.split("\0") if item)
         environ |= {k: v for k, v in found.items() if k.startswith(("SBATCH_", "DPDIST_")) or k == "DPDIST"}
-    for option in options:  # sbatch lets a variable override what the script says
-        environ.pop("SBATCH_" + option.upper().replace("-", "_"), None)
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(environ)
-    try:
-        yield environ
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    # The one makes many jobs of ours, the other has sbatch wait for its end.
+    return {name: value for name, value in environ.items() if name not in ("SBATCH_ARRAY_INX", "SBATCH_WAIT")}
+
+
+def _of_a_job(name: str) -> bool:
+    return name != "SLURM_CONF" and name.startswith(("SLURM_", "SLURMD_", "SUBMITIT_"))

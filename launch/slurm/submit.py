@@ -1,4 +1,4 @@
-"""Jobs on a SLURM cluster from Python, through submitit.
+"""Training runs, and other functions, as SLURM jobs from Python.
 
 submitit writes the batch script, with the lines of `script.py`, and carries the function to every task of its `srun`.
 What submitit does about time-outs is left out: its signal lets rank 0 exit alone. SLURM sends TERM instead, which JAX
@@ -8,27 +8,22 @@ takes for a preemption notice; all ranks leave together, and the batch shell put
 
 from __future__ import annotations
 
-import io
-import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import submitit
 
 from dpdist import config as config_module
 from dpdist.config import Config
 from dpdist.config import file as configfile
 from dpdist.errors import InputError
-from dpdist.run.directory import RunDirectory, write_atomically
-from dpdist_launch.ranks import outdated_summary
+from dpdist.run.directory import RunDirectory
+from dpdist_launch.slurm import sbatch as queue
 from dpdist_launch.slurm import script
+from dpdist_launch.slurm.check import require_runnable
 from dpdist_launch.slurm.job import Job, TrainingJob, attach, job_folder
-
-#: Seconds between a notice and the kill at the time limit, as in slurm/train_80gpu.sh.
-GRACE = 300
+from dpdist_launch.slurm.request import Request
+from dpdist_launch.slurm.scontrol import Identity, cluster_name
 
 
 def submit(
@@ -40,10 +35,11 @@ def submit(
     cpus_per_task: int = 8,
     overrides: Mapping[str, Any] | None = None,
     time: str = "24:00:00",
-    sbatch: Mapping[str, str] | None = None,
+    sbatch: Mapping[str, str | bool] | None = None,
     site: str | Path | None = None,
+    paths_on_nodes: bool = False,
 ) -> TrainingJob:
-    """Submit a training run; it is resumed where its directory holds one already.
+    """Submit a training run; it is resumed where its directory holds one already. May be called from several threads.
 
     Args:
         config: a YAML file, or a `Config`.
@@ -54,115 +50,112 @@ def submit(
         overrides: config values by dotted name, such as `{"privacy.clip_norm": 0.5}`; only with a file.
         time: the time limit as sbatch takes it, `days-hours:minutes:seconds`. A run that needs longer saves 300 s
             before it and is requeued.
-        sbatch: further options of sbatch, such as `{"account": "project", "partition": "gpu"}`.
+        sbatch: further options of sbatch, such as `{"account": "project", "partition": "gpu", "hold": True}`.
         site: the site file; None is DPDIST_SITE, or slurm/site.sh where there is one.
+        paths_on_nodes: data and weights are on the compute nodes alone; do not look for them here.
 
     Raises:
         InputError: the config or the request cannot be used, or the run already has a job; nothing was submitted.
     """
-    if isinstance(config, Config):
-        if overrides:
-            raise InputError("overrides", dict(overrides), "belong to a config file; change the Config itself.")
-    else:
-        config = configfile.load(config, [f"{name}={json.dumps(value)}" for name, value in (overrides or {}).items()])
-    run_dir = Path(config.run.dir).absolute()
-    if (earlier := attach(run_dir)) is not None and not earlier.ended():
+    config = as_config(config, overrides)
+    request = Request(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        tasks_per_node=tasks_per_node,
+        cpus_per_task=cpus_per_task,
+        time=time,
+        sbatch=sbatch or {},
+        site=site,
+    )
+    require_runnable(config, request, paths_on_nodes=paths_on_nodes)
+    config = in_absolute_directory(config)
+    run_dir = Path(config.run.dir)
+    if (earlier := running(run_dir)) is not None:
         raise InputError(
             "run.dir",
             str(run_dir),
-            f"job {earlier.id} ({earlier.state()}) is on this run already; follow it, cancel it, or name another one.",
+            f"job {earlier.id} ({earlier.status()}) is on this run already; follow it, cancel it, or name another one "
+            f"(if there is no such job any more, remove {job_folder(run_dir) / 'job.json'}).",
         )
-    tree = config_module.to_dict(config)
-    tree["run"]["dir"] = str(run_dir)
-    try:
-        RunDirectory(run_dir).private.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            "run.dir", str(run_dir), f"cannot be written ({error.strerror}); name another directory."
-        ) from None
-    outdated = outdated_summary(config)
-    job = submit_function(
-        _train_task,
-        tree,
+    RunDirectory(run_dir).open_private()
+    (job_id,), identity = submit_calls(
+        [(train_task, (config_module.to_dict(config),))],
         folder=job_folder(run_dir),
         name=run_dir.name,
-        nodes=nodes,
-        tasks_per_node=tasks_per_node or max(1, gpus_per_node),
-        gpus_per_node=gpus_per_node or None,
-        cpus_per_task=cpus_per_task,
-        time=time,
-        sbatch=sbatch,
-        site=site,
-        run_dir=run_dir,
+        request=request,
+        run_dirs=[run_dir],
     )
-    write_atomically(job_folder(run_dir) / "job.json", json.dumps({"job": job.id, "outdated": outdated}) + "\n")
-    return TrainingJob(job.id, run_dir, outdated)
+    job = TrainingJob(job_id, run_dir, config, identity=identity)
+    job.record()
+    return job
 
 
-def submit_function(
-    function: Callable[..., None],
-    *arguments: Any,
-    folder: Path,
-    name: str,
-    nodes: int,
-    tasks_per_node: int,
-    gpus_per_node: int | None,
-    cpus_per_task: int = 8,
-    time: str = "24:00:00",
-    sbatch: Mapping[str, str] | None = None,
-    site: str | Path | None = None,
-    run_dir: Path | None = None,
-) -> Job:
-    """Submit a job that calls `function(*arguments)` in every task of one `srun` step.
+def as_config(config: str | Path | Config, overrides: Mapping[str, Any] | None) -> Config:
+    """The config of a file and overrides, or the `Config` itself.
+
+    Raises:
+        InputError: it cannot be used, or there are overrides of a `Config`.
+    """
+    if not isinstance(config, Config):
+        return configfile.load(config, settings=overrides or {})
+    if overrides:
+        raise InputError("overrides", dict(overrides), "belong to a config file; change the Config itself.")
+    return config
+
+
+def in_absolute_directory(config: Config) -> Config:
+    """`config` with an absolute run directory, which all nodes understand alike."""
+    tree = config_module.to_dict(config)
+    tree["run"]["dir"] = str(Path(config.run.dir).absolute())
+    return config_module.from_dict(tree)
+
+
+def running(run_dir: str | Path) -> TrainingJob | None:
+    """The job that is on the run of this directory, queued or at work; None where there is none."""
+    job = attach(run_dir)
+    return None if job is None or job.ended() else job
+
+
+def submit_function(function: Callable[..., None], *arguments: Any, folder: Path, name: str, request: Request) -> Job:
+    """Submit a job that calls `function(*arguments)` in every task of one `srun` step; it trains no run.
 
     Args:
         function: importable by its module's name; what it returns is ignored.
         folder: for script and logs, on a file system that the nodes share.
-        run_dir: the run directory of a job that trains, whose `summary.json` tells how the job ended.
 
     Raises:
         InputError: there is no SLURM here, or it refused the request; the error quotes it.
     """
-    for field, value in (("--nodes", nodes), ("--tasks-per-node", tasks_per_node), ("--cpus-per-task", cpus_per_task)):
-        if value < 1:
-            raise InputError(field, value, "give at least 1.")
-    if gpus_per_node is not None and gpus_per_node < 1:
-        raise InputError("--gpus-per-node", gpus_per_node, "give at least 1, or 0 to train on CPUs.")
-    if gpus_per_node is not None and tasks_per_node > gpus_per_node:
-        raise InputError(
-            "--tasks-per-node", tasks_per_node, f"each process needs a GPU of its own, and a node has {gpus_per_node}."
-        )
-    options = dict(sbatch or {})
-    site = script.site_file(site)
-    with script.submission_environment(site, options) as environ:
-        try:
-            executor = submitit.SlurmExecutor(folder, python=script.python(environ))
-        except RuntimeError:
-            raise InputError("srun", None, "there is no SLURM on this machine; see slurm/virtual_cluster.sh.") from None
-        executor.update_parameters(
-            job_name=name,
-            nodes=nodes,
-            ntasks_per_node=tasks_per_node,
-            gpus_per_node=gpus_per_node,
-            cpus_per_task=cpus_per_task,
-            # srun no longer inherits the number of CPUs from sbatch, and opens the logs of a requeued job anew.
-            srun_args=["--kill-on-bad-exit=1", "--wait=60", f"--cpus-per-task={cpus_per_task}", "--open-mode=append"],
-            setup=script.setup(site, run_dir),
-            teardown=['end_job "$?"'],
-            # submitit gives each job the workload key `submitit`, which sites that check keys refuse.
-            wckey=None,
-            additional_parameters={"time": time, "signal": f"TERM@{GRACE}", "requeue": True} | options,
-        )
-        try:
-            with redirect_stderr(io.StringIO()):  # submitit prints there what it raises
-                return Job(executor.submit(function, *arguments).job_id, Path(folder))
-        except submitit.core.utils.FailedJobError as error:
-            raise InputError(
-                "sbatch", f"{nodes} x {tasks_per_node}", f"SLURM refused: {' '.join(str(error).split())}"
-            ) from None
+    (job,), identity = submit_calls([(function, arguments)], folder=folder, name=name, request=request)
+    return Job(job, folder, identity)
 
 
-def _train_task(tree: dict[str, Any]) -> None:
+def submit_calls(
+    calls: Sequence[queue.Call],
+    *,
+    folder: Path,
+    name: str,
+    request: Request,
+    run_dirs: Sequence[Path] = (),
+    at_once: int | None = None,
+) -> tuple[list[str], Identity]:
+    """Submit one job of one call, or one array of several; returns their numbers and what they are.
+
+    Args:
+        run_dirs: the run directories of jobs that train, whose `summary.json` tell how they ended.
+        at_once: of an array, how many of its jobs run side by side.
+
+    Raises:
+        InputError: there is no SLURM here, or it refused the request.
+    """
+    site = script.site_file(request.site)
+    environ = script.submission_environment(site)
+    options = request.options(name) | {"setup": script.setup(site, run_dirs), "teardown": ['end_job "$?"']}
+    numbers = queue.submit(calls, folder, options, python=script.python(environ), environ=environ, at_once=at_once)
+    return numbers, Identity(cluster=cluster_name(), name=name, folder=str(folder))
+
+
+def train_task(tree: dict[str, Any]) -> None:
     """One task of a training job. It returns, and submitit notes a result, only where the run has ended."""
     import signal
 

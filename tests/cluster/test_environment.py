@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from dpdist.cluster.environment import (
     first_host,
     free_port,
 )
+from dpdist.cluster.step_daemon import step_of_process
 from dpdist.errors import InputError
 
 
@@ -97,6 +99,87 @@ def test_the_warning_names_what_is_missing(caplog: pytest.LogCaptureFixture) -> 
     detect({k: v for k, v in STEP.items() if k != "SLURM_STEP_NUM_TASKS"})
     assert "SLURM_STEP_NUM_TASKS not set" in caplog.text
     assert "SLURM_PROCID" not in caplog.text
+
+
+# The batch shell of a job of one node that task 3 of `STEP` submitted: what sbatch does not set anew is left over.
+NESTED = STEP | recorded("""
+    SLURM_JOB_ID=9 SLURM_JOB_NODELIST=n1 SLURM_JOB_NUM_NODES=1 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_PROCID=0
+    SLURM_TASKS_PER_NODE=1 SLURMD_NODENAME=n1""")
+
+
+@pytest.mark.parametrize(
+    ("environ", "step", "words"),
+    [
+        (NESTED, "9.batch", "left over from step 9.0, and this process is in 9.batch"),
+        (STEP, "", "left over from step 2.0, and this process is in none"),  # a shell that outlived its step
+        (STEP, "2.1", "this process is in 2.1"),
+    ],
+)
+def test_variables_that_are_left_over_are_not_believed(
+    environ: dict[str, str], step: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        me = detect(environ, use_gpus=False, step=step)
+    assert (me.launcher, me.num_processes) == ("single", 1)
+    assert words in caplog.text
+
+
+@pytest.mark.parametrize("step", ["2.0", None])
+def test_a_task_of_the_step_that_the_variables_name_is_believed(step: str | None) -> None:
+    assert detect(STEP, step=step).num_processes == 8
+    assert detect(STEP | {"SLURM_HET_SIZE": "2"}, step="7.0").num_processes == 8
+
+
+def test_one_task_meets_nobody_so_that_a_shell_may_hold_several() -> None:
+    alone = STEP | recorded("""SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_STEP_NUM_TASKS=1
+        SLURM_STEP_NUM_NODES=1 SLURM_STEP_NODELIST=n1 SLURM_STEP_TASKS_PER_NODE=1""")
+    found = [detect(alone) for _ in range(8)]
+    assert {(me.launcher, me.coordinator_address.partition(":")[0]) for me in found} == {("slurm", "127.0.0.1")}
+    assert len({me.coordinator_address for me in found}) > 1
+
+
+def test_a_layout_that_may_put_rank_0_anywhere_is_refused() -> None:
+    for distribution in ("block", "cyclic", "plane", "block:cyclic"):
+        detect(STEP | {"SLURM_DISTRIBUTION": distribution})
+    with pytest.raises(InputError, match="block, cyclic or plane") as caught:
+        detect(STEP | {"SLURM_DISTRIBUTION": "arbitrary"})
+    assert caught.value.field == "SLURM_DISTRIBUTION"
+
+
+def made_up_proc(root: Path, *titles: str) -> Path:
+    """A /proc of processes, each the child of the next, the first of which is `self`."""
+    for pid, title in enumerate(titles):
+        folder = root / ("self" if pid == 0 else str(pid))
+        folder.mkdir(parents=True)
+        (folder / "cmdline").write_text(title)
+        parent = pid + 1 if pid + 1 < len(titles) else 0
+        (folder / "status").write_text(f"Name:\tx\nPPid:\t{parent}\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("titles", "found"),
+    [
+        (("python\0train", "bash", "slurmstepd: [12.0]\0", "slurmd"), "12.0"),
+        (("python", "slurmstepd: [12.batch]"), "12.batch"),
+        (("python", "slurmstepd: [12+1.0]", "init"), None),
+        (("python", "sshd", "init"), None),  # of a namespace that is not the host's, there being no ns/pid
+    ],
+)
+def test_the_step_that_the_ancestors_show(tmp_path: Path, titles: tuple[str, ...], found: str | None) -> None:
+    assert step_of_process(made_up_proc(tmp_path, *titles)) == found
+
+
+def test_hidden_ancestors_tell_nothing_and_those_of_the_host_tell_all(tmp_path: Path) -> None:
+    proc = made_up_proc(tmp_path, "python", "bash", "init")
+    (proc / "self/ns").mkdir()
+    (proc / "self/ns/pid").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpdist.cluster.step_daemon._HOST_NAMESPACE", (proc / "self/ns/pid").stat().st_ino)
+        assert step_of_process(proc) == ""
+        (proc / "1/status").unlink()
+        assert step_of_process(proc) is None
+    assert step_of_process(tmp_path / "nowhere") is None
 
 
 def test_no_launcher_is_one_process_on_a_free_port_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:

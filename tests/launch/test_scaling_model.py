@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dpdist_launch.measure.scaling.model import fraction_of_ideal, parallel_fraction, speed_up
+from dpdist_launch.measure.scaling.model import fraction_of_ideal, misfit, parallel_fraction, speed_up
 
 
 def throughput(fraction: float, nodes: tuple[int, ...]) -> dict[int, list[float]]:
@@ -43,6 +43,13 @@ def test_the_fraction_stays_a_fraction() -> None:
 def test_one_node_count_says_nothing() -> None:
     assert parallel_fraction({4: [100.0, 101.0]}) is None
     assert parallel_fraction({}) is None
+
+
+def test_the_misfit_by_hand() -> None:
+    assert misfit(throughput(0.9, (1, 2, 4, 8)), 0.9) == pytest.approx(0, abs=1e-12)
+    # With f = 1, 2 and 4 nodes should give 200 and 400.
+    assert misfit({1: [100.0], 2: [220.0], 4: [360.0]}, 1.0) == pytest.approx(0.1)
+    assert misfit({1: [100.0], 2: [90.0]}, 0.0) == pytest.approx(0.1)
 
 
 def test_fraction_of_ideal_by_hand() -> None:

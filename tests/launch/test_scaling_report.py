@@ -98,7 +98,7 @@ def test_the_json_has_points_spreads_and_the_model(whole: SweepDirectory) -> Non
     report.write(whole)
     content = json.loads((whole.root / "scaling.json").read_text())
     assert len(content["points"]) == len(NODES) * len(ARMS) * REPEATS
-    assert content["missing"] == []
+    assert (content["missing"], content["base"]) == ({}, 1)
     for arm, (rate, fraction) in TRUTH.items():
         found = content["arms"][arm]
         assert found["parallel_fraction"] == pytest.approx(fraction, abs=0.002)  # 1/X of the repeats is not symmetric
@@ -149,6 +149,34 @@ def test_the_page_says_what_one_wants_to_know(whole: SweepDirectory) -> None:
 def test_a_part_of_a_sweep_is_reported_too(points: list[Point], present: str, tmp_path: Path) -> None:
     directory = sweep_of(tmp_path, points)
     assert present in report.write(directory).read_text()
+
+
+def test_all_arms_are_compared_to_one_base(whole: SweepDirectory) -> None:
+    """Without one arm's points on one node, its fraction would be 1 where that of the others is far less."""
+    for repeat in range(1, REPEATS + 1):
+        whole.result(Point(arm=SGD, nodes=1, repeat=repeat)).unlink()
+    page = report.write(whole).read_text()
+    assert "at 2 nodes, the base," in page
+    assert "(At 1 node, not every arm was measured.)" in page
+    assert next(line for line in page.splitlines() if line.startswith("| 2 | 1.000 ± 0.010 | 1.000 ± 0.010 | 1.000"))
+    for arm in (DP, SGD_SYNC):
+        for nodes in (2, 4):
+            for repeat in range(1, REPEATS + 1):
+                whole.result(Point(arm=arm, nodes=nodes, repeat=repeat)).unlink()
+    page = report.write(whole).read_text()
+    assert "there is no base that all of them could be compared to" in page
+    assert "1.000" not in page
+
+
+def test_a_law_that_does_not_describe_the_points_is_left_out(whole: SweepDirectory) -> None:
+    assert "off by (root mean square) | 0.8% | 0.8% | 0.8% |" in report.write(whole).read_text()
+    for repeat in range(1, REPEATS + 1):  # as where four nodes share what two had for themselves
+        point = Point(arm=SGD, nodes=4, repeat=repeat)
+        whole.result(point).write_text(json.dumps(measured(point, examples_per_second=700.0)))
+    page = report.write(whole).read_text()
+    assert "Amdahl's law does not describe sgd: its best fit is off by " in page
+    assert next(line for line in page.splitlines() if line.startswith("| Amdahl's f | 0.98") and "|  |" in line)
+    assert json.loads((whole.root / "scaling.json").read_text())["arms"][SGD]["parallel_fraction"] is None
 
 
 def test_what_is_missing_is_noted(whole: SweepDirectory) -> None:

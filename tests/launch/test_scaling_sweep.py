@@ -22,6 +22,8 @@ from dpdist_launch.cli import main
 from dpdist_launch.measure.scaling.arms import ARMS, DP, SGD, SGD_SYNC
 from dpdist_launch.measure.scaling.directory import Point, SweepDirectory, grid
 from dpdist_launch.measure.scaling.sweep import Request, collect, sweep
+from dpdist_launch.slurm.sbatch import RefusedError
+from dpdist_launch.slurm.scontrol import Status
 
 SOURCE = Path(dpdist.__file__).parents[1]
 TREE: dict[str, dict[str, Any]] = {
@@ -106,16 +108,21 @@ class MadeUpJob:
     id: str
     point: Point
     looks: int = 8
+    #: The state in which it waits, for ever.
+    waits: Status | None = None
+    cancelled: bool = False
 
-    def state(self) -> str:
-        return "RUNNING" if self.looks > 0 else "FAILED"
-
-    def ended(self) -> bool:
+    def status(self) -> Status:
+        if self.waits is not None:
+            return self.waits
         self.looks -= 1
-        return self.looks <= 0
+        return Status("RUNNING" if self.looks > 0 else "FAILED")
 
     def last_lines(self) -> str:
         return "a reason\nin two lines"
+
+    def cancel(self) -> None:
+        self.cancelled = True
 
 
 @dataclass
@@ -124,6 +131,9 @@ class MadeUp:
 
     directory: SweepDirectory
     failing: set[Point] = field(default_factory=set)
+    #: Points whose jobs stay in the queue, and node counts that are not taken at all.
+    waiting: dict[Point, Status] = field(default_factory=dict)
+    refused: tuple[int, ...] = ()
     stop_after: int = 1000
     poll_seconds: float = 0.0
     started: list[Point] = field(default_factory=list)
@@ -133,10 +143,13 @@ class MadeUp:
     def start(self, point: Point, arguments: dict[str, Any], directory: SweepDirectory) -> MadeUpJob:
         if len(self.started) == self.stop_after:
             raise KeyboardInterrupt
+        if point.nodes in self.refused:
+            raise RefusedError("sbatch", "--nodes", "SLURM refused: Requested node configuration is not available")
         self.started.append(point)
-        self.jobs[str(len(self.started))] = job = MadeUpJob(str(len(self.started)), point)
+        number = str(len(self.started))
+        self.jobs[number] = job = MadeUpJob(number, point, waits=self.waiting.get(point))
         self.most = max(self.most, sum(job.looks > 0 for job in self.jobs.values()))
-        if point not in self.failing:
+        if point not in self.failing | self.waiting.keys():
             directory.result(point).write_text(json.dumps(measured(point)))
         return job
 
@@ -168,7 +181,7 @@ def test_a_failed_point_is_named_and_the_others_go_on(
     assert "sgd n=1 r=1: failed (job 2: FAILED); its last lines:\n    a reason\n    in two lines\n" in said
     assert "/4] dp n=2 r=1: 776 ex/s (compile 12 s)" in said
     assert len(made_up.started) == 4
-    assert "Not measured (yet): sgd-n1-r1." in (tmp_path / "scaling.md").read_text()
+    assert "Not measured (yet): sgd-n1-r1 (FAILED)." in (tmp_path / "scaling.md").read_text()
     assert collect(tmp_path) == 0
     assert "sgd n=1 r=1: failed (FAILED)" in capsys.readouterr().err
     made_up.failing.clear()
@@ -176,6 +189,43 @@ def test_a_failed_point_is_named_and_the_others_go_on(
     assert sweep(request(tmp_path)) == 0  # tried again, alone
     assert made_up.started[4:] == [failing]
     assert files(tmp_path).items() > before.items()
+
+
+def test_points_that_cannot_be_had_are_named_and_the_others_reported(
+    made_up: MadeUp, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cluster has no 4 nodes, refuses 8, and never gets round to one other job."""
+    late = Point(arm=SGD, nodes=2, repeat=1)
+    made_up.waiting = {
+        Point(arm=DP, nodes=4, repeat=1): Status("PENDING", "PartitionNodeLimit"),
+        late: Status("PENDING", "Priority"),
+    }
+    made_up.refused = (8,)
+    began = time.monotonic()
+    assert sweep(request(tmp_path, nodes=(1, 2, 4, 8), longest_wait=0.3)) == 1
+    assert 0.3 < time.monotonic() - began < 30
+    said = capsys.readouterr().err
+    assert "dp n=4 r=1: cannot be had: job 5 was PENDING (PartitionNodeLimit), and is cancelled" in said
+    assert "sgd n=2 r=1: cannot be had: job 4 was PENDING (Priority) for longer than 0.3 s, and is cancelled" in said
+    assert "dp n=8 r=1: cannot be had: SLURM refused: Requested node configuration" in said
+    assert [job.point for job in made_up.jobs.values() if job.cancelled] == [late, Point(arm=DP, nodes=4, repeat=1)]
+    page = (tmp_path / "scaling.md").read_text()
+    assert "dp-n4-r1 (PENDING (PartitionNodeLimit))" in page
+    assert "sgd-n8-r1 (sbatch = '--nodes': SLURM refused" in page
+    assert "| 1 | 4 | 396 |" in page
+
+
+def test_a_sweep_of_which_slurm_takes_nothing_is_an_input_error(made_up: MadeUp, tmp_path: Path) -> None:
+    made_up.refused = (1, 2)
+    with pytest.raises(InputError, match="SLURM refused"):
+        sweep(request(tmp_path))
+    assert sweep(request(tmp_path, nodes=(4,), steps=7)) == 0  # nothing was begun
+
+
+def test_an_interrupted_sweep_reports_what_there_is(made_up: MadeUp, tmp_path: Path) -> None:
+    made_up.stop_after = 3
+    assert sweep(request(tmp_path, jobs=1)) == 75
+    assert "Not measured (yet): " in (tmp_path / "scaling.md").read_text()
 
 
 def test_running_jobs_of_an_interrupted_sweep_are_waited_for_and_not_started_again(
@@ -189,15 +239,15 @@ def test_running_jobs_of_an_interrupted_sweep_are_waited_for_and_not_started_aga
     (job,) = made_up.jobs.values()
     job.looks = 3
     SweepDirectory(tmp_path).result(running).unlink(missing_ok=True)
-    made_up.stop_after, ended = 1000, job.ended
+    made_up.stop_after, status = 1000, job.status
 
-    def ends_well() -> bool:
-        if ended():
+    def ends_well() -> Status:
+        now = status()
+        if now.ended:
             SweepDirectory(tmp_path).result(running).write_text(json.dumps(measured(running)))
-            return True
-        return False
+        return now
 
-    job.ended = ends_well  # type: ignore[method-assign]
+    job.status = ends_well  # type: ignore[method-assign]
     assert sweep(request(tmp_path)) == 0
     assert "dp n=1 r=1: job 1 of an earlier call is RUNNING" in capsys.readouterr().err
     assert made_up.started == grid((1, 2), (DP, SGD), 1)  # each once
@@ -332,7 +382,7 @@ def test_a_real_sweep_interrupted_and_taken_up_again(tmp_path: Path, capsys: pyt
             point["microbatches_per_step"] if point["arm"] == SGD_SYNC else 2 if point["arm"] == DP else 1
         )
     assert len({point["epsilon"] for point in points if point["arm"] == DP}) == 1
-    assert json.loads((to / "scaling.json").read_text())["missing"] == []
+    assert json.loads((to / "scaling.json").read_text())["missing"] == {}
     assert "dp / sgd" in (to / "scaling.md").read_text()
     assert "overhead, not speed" in (to / "scaling.md").read_text()
     assert (to / "jobs").stat().st_mode & 0o077 == 0
@@ -359,7 +409,7 @@ def test_a_local_point_whose_processes_return_0_without_a_result_has_failed(
     monkeypatch.setattr("dpdist_launch.measure.scaling.clusters.run_local", lambda *_, **__: 0)
     began = time.monotonic()
     assert sweep(request(tmp_path, cluster="local", nodes=(1,), arms=(SGD,))) == 1
-    assert "failed (job here: FAILED, although every process returned 0)" in capsys.readouterr().err
+    assert "failed (job here: FAILED (although every process returned 0))" in capsys.readouterr().err
     assert time.monotonic() - began < 30  # no network file system to wait for
 
 

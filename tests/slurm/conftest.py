@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from jobs import Jobs
 
+#: Nothing of what the tests set may reach a job by accident, and each of its processes is one of many on this machine.
+EXTRA = {"NPROC": "1"}
 VIRTUAL_CLUSTER = Path(__file__).parents[2] / "slurm" / "virtual_cluster.sh"
 
 
@@ -53,3 +56,14 @@ def slurm(virtual_cluster: Script, tmp_path_factory: pytest.TempPathFactory) -> 
     yield {**outside, name: value}
     down = virtual_cluster("down", "--dir", str(directory))
     assert down.returncode == 0, down.stderr
+
+
+@pytest.fixture
+def cluster(slurm: dict[str, str], jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> Jobs:
+    """This process as a user's Python on the login node, next to the user's module."""
+    for name in list(os.environ):
+        monkeypatch.delenv(name)
+    for name, value in (slurm | {"PYTHONPATH": jobs.environ["PYTHONPATH"]} | EXTRA).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(jobs.root)
+    return jobs

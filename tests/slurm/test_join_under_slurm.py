@@ -36,7 +36,8 @@ leave()
 DETECT = """
 import dataclasses, json, os
 from dpdist.cluster.environment import detect
-print("REPORT", json.dumps(dataclasses.asdict(detect(os.environ))), flush=True)
+from dpdist.cluster.step_daemon import step_of_process
+print("REPORT", json.dumps(dataclasses.asdict(detect(os.environ, step=step_of_process()))), flush=True)
 """
 
 
@@ -111,6 +112,50 @@ def test_a_batch_shell_is_one_process_and_its_steps_meet_on_different_ports(
         ports.append({report["coordinator_address"] for report in found})
         assert len(ports[-1]) == 1
     assert ports[0] != ports[1]
+
+
+def test_a_job_that_a_task_submits_and_layouts_of_tasks(slurm: dict[str, str], tmp_path: Path) -> None:
+    """The variables of the task are still there in the job's shell, which is no task of that step."""
+    (tmp_path / "detect.py").write_text("import logging; logging.basicConfig()\n" + DETECT)
+    run, inner, log = f"{sys.executable} {tmp_path / 'detect.py'}", tmp_path / "inner.sh", tmp_path / "inner.log"
+    inner.write_text(f"#!/bin/bash\nenv | grep ^SLURM_STEP\n{run}\necho END\n")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("n02\nn01\nn02\nn01\n")
+    script = tmp_path / "job.sh"
+    script.write_text(
+        "#!/bin/bash\n"
+        f"srun bash -c '{run}; [ $SLURM_PROCID != 1 ] || sbatch --nodelist=n05 --output={log} {inner}'\necho PART\n"
+        f"srun --distribution=cyclic {run}\necho PART\n"
+        f"SLURM_HOSTFILE={hosts} srun --ntasks=4 --distribution=arbitrary {run}\necho CODE $?\necho END\n"
+    )
+    batch = sbatch(slurm, script, nodes=2, tasks_per_node=2, log=tmp_path / "job.log", options=("--nodelist=n[01-02]",))
+    wait_for(lambda: "END" in batch.text, LIMIT, every=0.1)
+    block, cyclic, arbitrary = batch.text.split("PART\n")
+    assert [report["host_index"] for report in reports(block)] == [0, 0, 1, 1]
+    assert [report["host_index"] for report in reports(cyclic)] == [0, 1, 0, 1]
+    assert len({report["coordinator_address"] for report in reports(cyclic)}) == 1
+    assert arbitrary.count("InputError: SLURM_DISTRIBUTION = 'arbitrary'") == 4
+    assert "CODE 1" in arbitrary
+    wait_for(lambda: log.exists() and "END" in log.read_text(), LIMIT, every=0.1)
+    text = log.read_text()
+    assert "SLURM_STEP_NUM_TASKS=4" in text, "this SLURM leaves nothing over: the test shows nothing"
+    assert [(report["launcher"], report["num_processes"]) for report in reports(text)] == [("single", 1)]
+    assert "the SLURM_* variables are left over from step" in text
+
+
+def test_two_programs_of_one_step_meet_one_after_the_other(slurm: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "reduce.py").write_text(ALL_REDUCE.replace("(8, 5)", "(2, 5)"))
+    run = f"{sys.executable} {tmp_path / 'reduce.py'}"
+    done = subprocess.run(
+        ["srun", "--nodes=1", "--ntasks=2", "--kill-on-bad-exit=1", "bash", "-c", f"{run} && {run}"],
+        env=slurm,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [report["rank"] for report in reports(done.stdout)] == [0, 0, 1, 1]
 
 
 def test_jobs_on_one_node_steps_of_one_job_and_a_requeued_job_have_ports_of_their_own(

@@ -74,3 +74,18 @@ def test_a_point_that_slurm_refuses_is_an_input_error(slurm: dict[str, str], tmp
     )
     assert refused.returncode == 2
     assert "SLURM refused" in refused.stderr
+
+
+def test_a_node_count_that_the_cluster_has_not_is_given_up(slurm: dict[str, str], tmp_path: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(TREE))
+    words = [sys.executable, "-m", "launch", "scaling", str(config), "--nodes", "21", "--arms", "sgd"]
+    words += ["--to", str(tmp_path / "sweep")]
+    done = subprocess.run(
+        words, env={**slurm, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    assert done.returncode == 1
+    found = re.search(r"cannot be had: job (\d+) was PENDING \(Partition\w+\), and is cancelled", done.stderr)
+    assert found is not None, done.stderr
+    queue = subprocess.run(["squeue", "--noheader"], env=slurm, capture_output=True, text=True, check=True)
+    assert found[1] not in queue.stdout

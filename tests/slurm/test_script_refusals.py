@@ -72,7 +72,7 @@ def test_a_container_that_is_not_there(slurm: dict[str, str], jobs: Jobs) -> Non
 def test_a_command_runs_in_the_container_of_the_site(slurm: dict[str, str], jobs: Jobs, tmp_path: Path) -> None:
     """The engine is played by a script that shows what it is asked to run."""
     engine, image = tmp_path / "engine", tmp_path / "dpdist.sif"
-    engine.write_text('#!/bin/bash\necho "ENGINE $*" >&2\nexit 3\n')
+    engine.write_text('#!/bin/bash\n[[ "$*" != *" run-dir "* ]] || exec echo d\necho "ENGINE $*" >&2\nexit 3\n')
     engine.chmod(0o755)
     image.touch()
     site = tmp_path / "site.sh"
@@ -86,10 +86,16 @@ def test_a_command_runs_in_the_container_of_the_site(slurm: dict[str, str], jobs
 
 
 def test_a_command_that_is_not_dpdist_and_returns_0(slurm: dict[str, str], jobs: Jobs, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    for given in ((f"run.dir={run_dir}",), (f"--run-dir={run_dir}", "run.dir=/elsewhere"), ("--run", str(run_dir))):
-        line = failing(slurm, jobs, str(jobs.config), *given, DPDIST="/bin/true")
-        assert f"failed: all processes returned 0, but {run_dir}/summary.json does not say" in line
+    run_dir, only_says = tmp_path / "run", tmp_path / "dpdist"
+    line = failing(slurm, jobs, str(jobs.config), DPDIST="/bin/true")
+    assert line.startswith("dpdist job: /bin/true does not say which run directory is meant")
+    only_says.write_text(f'#!/bin/bash\n[ "$1" != run-dir ] || exec {sys.executable} -m launch "$@"\n')
+    only_says.chmod(0o755)
+    # The directory stands in the config.
+    config = jobs.root / "named.yaml"
+    config.write_text(f"{jobs.config.read_text()}\n".replace("run:", f"run:\n  dir: {run_dir}"))
+    line = failing(slurm, jobs, str(config), DPDIST=str(only_says), PYTHONPATH=jobs.environ["PYTHONPATH"])
+    assert f"failed: all processes returned 0, but {run_dir}/summary.json does not say" in line
 
 
 def test_more_tasks_than_gpus(slurm: dict[str, str], jobs: Jobs) -> None:

@@ -113,14 +113,14 @@ class Batch:
         return found
 
 
-def start_requeued(job_id: str, environ: Mapping[str, str]) -> None:
+def start_requeued(job_id: str, environ: Mapping[str, str], *, called: str | None = None) -> None:
     """Spare a requeued job the two minutes that SLURM holds it, once its former start is gone from the nodes.
 
-    Started while that is still leaving one, it fails without a word.
+    Started while that is still leaving one, it fails without a word. A job of an array is `called` 12_0, say.
     """
     former = rf"slurmstepd: \[{job_id}\."
     wait_for(lambda: subprocess.run(["pgrep", "-f", former], check=False).returncode == 1, LIMIT, every=0.1)
-    subprocess.run(["scontrol", "update", f"JobId={job_id}", "StartTime=now"], env=environ, check=True)
+    subprocess.run(["scontrol", "update", f"JobId={called or job_id}", "StartTime=now"], env=environ, check=True)
 
 
 def sbatch(

@@ -15,6 +15,7 @@ from dpdist.config import Config
 from dpdist_launch.local import EXIT_PREEMPTED, run_local
 from dpdist_launch.measure.scaling.directory import Point, SweepDirectory
 from dpdist_launch.ranks import PYTHON
+from dpdist_launch.slurm.scontrol import Status
 
 #: Lines of a local job's log that are shown when it failed.
 _LAST_LINES = 8
@@ -25,9 +26,9 @@ class PointJob(Protocol):
 
     @property
     def id(self) -> str: ...
-    def state(self) -> str: ...
-    def ended(self) -> bool: ...
+    def status(self) -> Status: ...
     def last_lines(self) -> str: ...
+    def cancel(self) -> None: ...
 
 
 class Cluster(Protocol):
@@ -54,15 +55,14 @@ class EndedJob:
     result: Path
     id: str = "here"
 
-    def state(self) -> str:
+    def status(self) -> Status:
         """How it ended, in SLURM's words."""
         if self.code == 0 and not self.result.exists():
-            return "FAILED, although every process returned 0"
-        return "COMPLETED" if self.code == 0 else f"FAILED with exit code {self.code}"
+            return Status("FAILED", "although every process returned 0")
+        return Status("COMPLETED") if self.code == 0 else Status("FAILED", f"exit code {self.code}")
 
-    def ended(self) -> bool:
-        """True."""
-        return True
+    def cancel(self) -> None:
+        """Nothing: it has ended."""
 
     def last_lines(self) -> str:
         """The end of its log."""
@@ -115,7 +115,7 @@ class Slurm:
     #: Cores of each process.
     cpus_per_task: int
     #: Further options of sbatch, such as account and partition.
-    sbatch: dict[str, str]
+    sbatch: dict[str, str | bool]
     #: The site file; None is the usual one.
     site: str | None
     poll_seconds: float = 5.0
@@ -123,29 +123,29 @@ class Slurm:
     def start(self, point: Point, arguments: dict[str, Any], directory: SweepDirectory) -> PointJob:
         """Submit the job and return at once."""
         from dpdist_launch.measure.scaling.point import run
-        from dpdist_launch.slurm import submit as slurm
+        from dpdist_launch.slurm.request import Request
+        from dpdist_launch.slurm.submit import submit_function
 
-        return slurm.submit_function(
-            run,
-            *arguments.values(),
-            folder=directory.jobs,
-            name=f"dpdist-{point.name}",
+        request = Request(
             nodes=point.nodes,
             tasks_per_node=self.gpus_per_node,
-            gpus_per_node=self.gpus_per_node if self.use_gpus else None,
+            gpus_per_node=self.gpus_per_node if self.use_gpus else 0,
             cpus_per_task=self.cpus_per_task,
             time=self.time,
             site=self.site,
             sbatch=self.sbatch,
         )
+        name = f"dpdist-{point.name}"
+        return submit_function(run, *arguments.values(), folder=directory.jobs, name=name, request=request)
 
     def adopt(self, record: dict[str, Any]) -> PointJob | None:
         """The job of a record, if there is one and it has not ended."""
-        if "id" not in record:
+        if "identity" not in record:
             return None
         from dpdist_launch.slurm.job import Job
+        from dpdist_launch.slurm.scontrol import Identity
 
-        job = Job(record["id"], Path(record["folder"]))
+        job = Job(record["id"], Path(record["folder"]), Identity(**record["identity"]))
         return None if job.ended() else job
 
 

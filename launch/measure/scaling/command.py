@@ -9,6 +9,7 @@ from typing import Any
 from dpdist.errors import InputError
 from dpdist_launch.paths import path_argument
 from dpdist_launch.slurm import options as sbatch
+from dpdist_launch.slurm.request import seconds_of
 
 _DESCRIPTION = """\
 Measure the throughput of CONFIG at every node count, for every arm, and write tables and plots. A point (arm, node
@@ -59,6 +60,11 @@ def add_to(commands: Any) -> None:
     add("--to", type=path_argument, metavar="DIR", help="directory of the sweep (scaling/ and the name of CONFIG)")
     add("--time", default="01:00:00", metavar="HH:MM:SS", help="wall time of each SLURM job (01:00:00)")
     add(
+        "--longest-wait",
+        metavar="HH:MM:SS",
+        help="give a point up, and cancel its SLURM job, once that has waited so long in the queue (no limit)",
+    )
+    add(
         "--collect",
         type=path_argument,
         metavar="DIR",
@@ -81,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
     if options.nodes is None:
         raise InputError("--nodes", None, "give node counts, such as 1,2,4.")
     nodes = _nodes(options.nodes)
+    longest = seconds_of(options.longest_wait, "--longest-wait") if options.longest_wait is not None else None
     from dpdist.config import file as configfile
     from dpdist_launch.measure.scaling.sweep import Request, sweep
 
@@ -101,6 +108,7 @@ def run(options: argparse.Namespace) -> int:
             cpus_per_task=options.cpus_per_task,
             sbatch=sbatch.chosen(options),
             site=options.site,
+            longest_wait=longest,
         )
     )
 

@@ -23,8 +23,7 @@ def text(content: dict[str, Any]) -> str:
         f"batch of {points[0]['expected_batch_size']:g} examples is the same at every node count.",
         _throughput(arms, counts),
         "## Fraction of ideal",
-        "Throughput over that of the arm's smallest node count, divided by the ratio of the node counts.",
-        _fraction_of_ideal(arms, counts),
+        *_fraction_of_ideal(arms, counts, content["base"]),
         "## Where it goes",
         "Step: the median. All-reduce share: the step's vector reduced by a program of its own, times the "
         "reductions in a step, over the step. Padding: computed slots without an example. Imbalance: most examples on "
@@ -80,7 +79,8 @@ def _notes(content: dict[str, Any]) -> str:
         if len(sizes) > 1:
             notes.append(f"At {count} nodes the physical batches differ ({_distinct(sizes)}): no fair comparison.")
     if content["missing"]:
-        notes.append(f"Not measured (yet): {', '.join(content['missing'])}.")
+        named = [f"{name} ({why})" if why else name for name, why in content["missing"].items()]
+        notes.append(f"Not measured (yet): {', '.join(named)}.")
     return "\n".join(f"> **Note.** {note}\n>" for note in notes).removesuffix("\n>")
 
 
@@ -104,14 +104,36 @@ def _throughput(arms: dict[str, Any], counts: list[int]) -> str:
     return _table(["nodes", "devices", *arms, *(["dp / sgd"] if compared else [])], rows)
 
 
-def _fraction_of_ideal(arms: dict[str, Any], counts: list[int]) -> str:
-    rows = [
-        [str(count), *(_with_spread(arm["nodes"].get(count), "fraction_of_ideal", ".3f") for arm in arms.values())]
-        for count in counts
-    ]
+def _fraction_of_ideal(arms: dict[str, Any], counts: list[int], base: int | None) -> list[str]:
+    if base is None:
+        said = ["At no node count was every arm measured: there is no base that all of them could be compared to."]
+        rows = []
+    else:
+        said = [
+            f"Throughput over that of the arm at {_nodes(base)}, the base, divided by the ratio of the node counts."
+        ]
+        if base > counts[0]:
+            said.append(f"(At {_nodes(counts[0])}, not every arm was measured.)")
+        rows = [
+            [str(count), *(_with_spread(arm["nodes"].get(count), "fraction_of_ideal", ".3f") for arm in arms.values())]
+            for count in counts
+        ]
     fitted = [arm["parallel_fraction"] for arm in arms.values()]
     rows.append(["Amdahl's f", *("" if f is None else f"{f:.4f}" for f in fitted)])
-    return _table(["nodes", *arms], rows)
+    off = ["" if arm["misfit"] is None else f"{arm['misfit']:.1%}" for arm in arms.values()]
+    rows.append(["off by (root mean square)", *off])
+    for name, arm in arms.items():
+        if arm["misfit"] is not None and arm["parallel_fraction"] is None:
+            said.append(
+                f"Amdahl's law does not describe {name}: its best fit is off by {arm['misfit']:.0%}, so it has no f."
+            )
+    if any(len(arm["nodes"]) == 2 for arm in arms.values()):
+        said.append("Through two node counts the law always goes: being off by nothing there says nothing.")
+    return [" ".join(said), _table(["nodes", *arms], rows)]
+
+
+def _nodes(count: int) -> str:
+    return "1 node" if count == 1 else f"{count} nodes"
 
 
 def _anatomy(arms: dict[str, Any], counts: list[int]) -> str:

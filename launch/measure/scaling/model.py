@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import sqrt
 from statistics import mean
 
 
@@ -33,6 +34,22 @@ def parallel_fraction(throughput: Mapping[int, Sequence[float]]) -> float | None
     return min(1.0, max(0.0, fraction))
 
 
-def fraction_of_ideal(nodes: int, throughput: float, smallest: int, unit: float) -> float:
-    """Return (X(n) / X(n0)) / (n / n0): 1 if n/n0 times the nodes give n/n0 times the throughput X."""
-    return (throughput / unit) / (nodes / smallest)
+def misfit(throughput: Mapping[int, Sequence[float]], fraction: float) -> float:
+    """Return the root mean square of X(n) / X_fit(n) - 1 over all repeats of all node counts but the smallest.
+
+    It is 0 for two node counts, through which the law always goes, unless f had to be clipped.
+    """
+    smallest = min(throughput)
+    unit = mean(throughput[smallest])
+    off = [
+        rate / (unit * speed_up(n, smallest, fraction)) - 1
+        for n, rates in throughput.items()
+        for rate in rates
+        if n > smallest
+    ]
+    return sqrt(mean(each * each for each in off))
+
+
+def fraction_of_ideal(nodes: int, throughput: float, base: int, unit: float) -> float:
+    """Return (X(n) / X(n0)) / (n / n0): 1 if n/n0 times the nodes give n/n0 times the throughput X of the base n0."""
+    return (throughput / unit) / (nodes / base)

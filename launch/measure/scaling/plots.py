@@ -93,7 +93,8 @@ def _throughput(axes: Axes, arms: dict[str, Any]) -> None:
 
 def _fraction_of_ideal(axes: Axes, arms: dict[str, Any]) -> None:
     for name, arm in arms.items():
-        _curve(axes, name, arm["nodes"], "fraction_of_ideal", label=name)
+        if all(found["fraction_of_ideal"] is not None for found in arm["nodes"].values()):
+            _curve(axes, name, arm["nodes"], "fraction_of_ideal", label=name)
     axes.axhline(1, color="grey", linewidth=1, linestyle=":", label="ideal")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("fraction of ideal throughput")
@@ -102,7 +103,7 @@ def _fraction_of_ideal(axes: Axes, arms: dict[str, Any]) -> None:
 def _amdahl(axes: Axes, arms: dict[str, Any]) -> None:
     for name, arm in arms.items():
         smallest, nodes, fraction = arm["smallest"], arm["nodes"], arm["parallel_fraction"]
-        fitted = "one node count, no fit" if fraction is None else f"f = {fraction:.4f}"
+        fitted = "no fit" if fraction is None else f"f = {fraction:.4f}"
         unit = nodes[smallest]["examples_per_second"]["mean"]
         colour, marker = _STYLE[name]
         means = [found["examples_per_second"]["mean"] / unit for found in nodes.values()]

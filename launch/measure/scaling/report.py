@@ -15,7 +15,10 @@ from dpdist.run.directory import write_atomically
 from dpdist_launch.measure.scaling import markdown, plots
 from dpdist_launch.measure.scaling.arms import ARMS, DP
 from dpdist_launch.measure.scaling.directory import SweepDirectory
-from dpdist_launch.measure.scaling.model import fraction_of_ideal, parallel_fraction
+from dpdist_launch.measure.scaling.model import fraction_of_ideal, misfit, parallel_fraction
+
+#: Largest misfit with which Amdahl's law still describes an arm.
+DESCRIBED = 0.1
 
 #: Quantities that are averaged over the repeats of one arm at one node count.
 _AVERAGED = (
@@ -47,7 +50,10 @@ def write(directory: SweepDirectory) -> Path:
         "created": described["created"],
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "measured": described["measured"],
-        "missing": [point.name for point in asked if directory.measured(point) is None],
+        "missing": {
+            point.name: directory.record(point).get("failed") for point in asked if directory.measured(point) is None
+        },
+        "base": base_of(points),
         "arms": aggregate(points),
         "points": points,
     }
@@ -78,11 +84,13 @@ def require_one_epsilon(points: list[dict[str, Any]]) -> None:
 
 
 def aggregate(points: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return, by arm, Amdahl's parallel fraction and, by node count, statistics over the repeats.
+    """Return, by arm, the fit of Amdahl's law and, by node count, statistics over the repeats.
 
-    Throughput (examples per second) and fraction of ideal (relative to the arm's own smallest node count) have `mean`,
-    `min`, `max` and `std`, the sample standard deviation (0 for one repeat).
+    Throughput (examples per second) and fraction of ideal (relative to the arm's own at `base_of(points)`; None without
+    a base) have `mean`, `min`, `max` and `std`, the sample standard deviation (0 for one repeat). `parallel_fraction`
+    is None where the law does not describe the arm: where its `misfit` is above `DESCRIBED`.
     """
+    base = base_of(points)
     arms: dict[str, dict[str, Any]] = {}
     for arm in ARMS:
         rates: dict[int, list[float]] = {}
@@ -91,22 +99,38 @@ def aggregate(points: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
                 rates.setdefault(point["nodes"], []).append(point["examples_per_second"])
         if not rates:
             continue
-        smallest = min(rates)
-        unit = statistics.mean(rates[smallest])
+        unit = statistics.mean(rates[base]) if base is not None else None
         nodes = {}
         for count in sorted(rates):
             same = [point for point in points if point["arm"] == arm and point["nodes"] == count]
-            ideal = [fraction_of_ideal(count, rate, smallest, unit) for rate in rates[count]]
+            ideal = None
+            if base is not None and unit is not None:
+                ideal = [fraction_of_ideal(count, rate, base, unit) for rate in rates[count]]
             nodes[count] = {
                 "devices": same[0]["devices"],
                 "repeats": len(same),
                 "physical_batch_size": sorted({point["physical_batch_size"] for point in same}),
                 "examples_per_second": _spread(rates[count]),
-                "fraction_of_ideal": _spread(ideal),
+                "fraction_of_ideal": _spread(ideal) if ideal is not None else None,
                 **{name: statistics.mean(point[name] for point in same) for name in _AVERAGED},
             }
-        arms[arm] = {"smallest": smallest, "parallel_fraction": parallel_fraction(rates), "nodes": nodes}
+        fraction = parallel_fraction(rates)
+        off = misfit(rates, fraction) if fraction is not None else None
+        arms[arm] = {
+            "smallest": min(rates),
+            "parallel_fraction": fraction if off is not None and off <= DESCRIBED else None,
+            "misfit": off,
+            "nodes": nodes,
+        }
     return arms
+
+
+def base_of(points: list[dict[str, Any]]) -> int | None:
+    """Return the smallest node count that every arm was measured at, or None where there is none."""
+    counts: dict[str, set[int]] = {}
+    for point in points:
+        counts.setdefault(point["arm"], set()).add(point["nodes"])
+    return min(set.intersection(*counts.values()), default=None) if counts else None
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from dpdist_launch.measure.scaling import report
 from dpdist_launch.measure.scaling.arms import ARMS, config_of
 from dpdist_launch.measure.scaling.clusters import Cluster, Local, PointJob, Slurm, config_for
 from dpdist_launch.measure.scaling.directory import Point, SweepDirectory, grid, measuring_code
+from dpdist_launch.slurm.sbatch import RefusedError
+from dpdist_launch.slurm.scontrol import Status
 
 EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 75
 #: Seconds in which the result of a job that has ended well must become visible on a network file system.
@@ -49,9 +51,11 @@ class Request:
     #: Cores of each SLURM process.
     cpus_per_task: int = 8
     #: Further options of sbatch.
-    sbatch: dict[str, str] = field(default_factory=dict)
+    sbatch: dict[str, str | bool] = field(default_factory=dict)
     #: The site file of SLURM; None is the usual one.
     site: str | None = None
+    #: Seconds that a SLURM job may wait in the queue before its point is given up; None is no limit.
+    longest_wait: float | None = None
 
     def __post_init__(self) -> None:
         for name, values in (("--nodes", self.nodes), ("--arms", self.arms)):
@@ -111,11 +115,11 @@ class Request:
 def sweep(request: Request) -> int:
     """Measure what is not measured yet, and write the reports. Returns 0; 1 where a point failed; 75 when told to stop.
 
-    Called again, interrupted or not, it goes on: finished points stay as they are, jobs that still run are waited
-    for, failed points are tried again.
+    However it ends, the reports hold what there is. Called again, interrupted or not, it goes on: finished points stay
+    as they are, jobs that still run are waited for, failed points are tried again.
 
     Raises:
-        InputError: the directory holds another sweep, or the points cannot be compared.
+        InputError: the directory holds another sweep, or the points cannot be compared, or none could be submitted.
     """
     directory = SweepDirectory(request.to.resolve())
     points = grid(request.nodes, request.arms, request.repeats)
@@ -125,6 +129,7 @@ def sweep(request: Request) -> int:
         with directory.locked():
             failed = _Measuring(request, directory, points).work()
     except KeyboardInterrupt:
+        _report(directory)
         say("interrupted; the same command goes on from here (SLURM jobs that were submitted run on)")
         return EXIT_INTERRUPTED
     finally:
@@ -157,12 +162,13 @@ def _standing(record: dict[str, Any], cluster: str) -> str:
     """Of a point that is not measured: `missing`, `failed` or the state of its job."""
     if "failed" in record:
         return f"failed ({record['failed']})"
-    if "id" not in record or cluster == "local":
+    if "identity" not in record or cluster == "local":
         return "missing"
     from dpdist_launch.slurm.job import Job
+    from dpdist_launch.slurm.scontrol import Identity
 
-    job = Job(record["id"], Path(record["folder"]))
-    return f"{'failed' if job.ended() else 'running'} (job {job.id}: {job.state()})"
+    now = Job(record["id"], Path(record["folder"]), Identity(**record["identity"])).status()
+    return f"{'failed' if now.ended else 'running'} (job {record['id']}: {now})"
 
 
 class _Measuring:
@@ -175,10 +181,17 @@ class _Measuring:
         self._total = len(points)
         self._left = [point for point in points if directory.measured(point) is None]
         self._running: dict[Point, PointJob] = {}
+        #: When each running job was first looked at.
+        self._since: dict[Point, float] = {}
         self._failed: list[Point] = []
+        self._refused: dict[Point, InputError] = {}
 
     def work(self) -> list[Point]:
-        """Until every point is measured or has failed; returns those that failed."""
+        """Until every point is measured, has failed, or cannot be had; returns those that are not measured.
+
+        Raises:
+            RefusedError: SLURM took none of them.
+        """
         if len(self._left) < self._total:
             say(f"{self._total - len(self._left)} of {self._total} points are measured already")
         self._adopt()
@@ -189,13 +202,17 @@ class _Measuring:
             self._look()
             if self._running:
                 time.sleep(self._cluster.poll_seconds)
-        return self._failed
+        if len(self._refused) == self._total:
+            raise next(iter(self._refused.values()))
+        for point, error in self._refused.items():
+            self._directory.write_record(point, {"failed": str(error)})
+        return [*self._failed, *self._refused]
 
     def _adopt(self) -> None:
         for point in list(self._left):
             job = self._cluster.adopt(self._directory.record(point))
             if job is not None:
-                say(f"{point}: job {job.id} of an earlier call is {job.state()}")
+                say(f"{point}: job {job.id} of an earlier call is {job.status()}")
                 self._left.remove(point)
                 self._running[point] = job
 
@@ -211,8 +228,15 @@ class _Measuring:
         }
         if self._request.cluster == "local":
             say(f"{point}: running")
-        job = self._cluster.start(point, arguments, self._directory)
-        self._directory.write_record(point, {"id": job.id, "folder": str(self._directory.jobs)})
+        try:
+            job = self._cluster.start(point, arguments, self._directory)
+        except RefusedError as error:
+            say(f"{point}: cannot be had: {error.remedy}")
+            self._refused[point] = error
+            return
+        identity = getattr(job, "identity", None)
+        known = {"identity": asdict(identity)} if identity is not None else {}
+        self._directory.write_record(point, {"id": job.id, "folder": str(self._directory.jobs)} | known)
         if self._request.cluster != "local":
             say(f"{point}: submitted as job {job.id}")
         self._running[point] = job
@@ -220,24 +244,42 @@ class _Measuring:
     def _look(self) -> None:
         """Report the jobs that have ended."""
         for point, job in list(self._running.items()):
-            if not job.ended():
+            now = job.status()
+            if (why := self._hopeless(point, now)) is not None:
+                job.cancel()
+            elif not now.ended:
                 continue
             del self._running[point]
-            measured = self._result(point, job)
             done = self._total - len(self._left) - len(self._running)
+            if why is not None:
+                self._failed.append(point)
+                self._directory.write_record(point, self._directory.record(point) | {"failed": why})
+                say(f"[{done}/{self._total}] {point}: cannot be had: job {job.id} was {why}, and is cancelled")
+                continue
+            measured = self._result(point, job)
             if measured is not None:
                 rate, build = measured["examples_per_second"], measured["compile_seconds"]
                 say(f"[{done}/{self._total}] {point}: {rate:,.0f} ex/s (compile {build:.0f} s)")
                 continue
             self._failed.append(point)
-            self._directory.write_record(point, self._directory.record(point) | {"failed": job.state()})
-            say(f"[{done}/{self._total}] {point}: failed (job {job.id}: {job.state()}); its last lines:")
+            self._directory.write_record(point, self._directory.record(point) | {"failed": str(now)})
+            say(f"[{done}/{self._total}] {point}: failed (job {job.id}: {now}); its last lines:")
             say("\n".join(f"    {line}" for line in job.last_lines().splitlines()))
+
+    def _hopeless(self, point: Point, now: Status) -> str | None:
+        """Why the job of a point is not waited for any longer; None where it is."""
+        if now.never:
+            return str(now)
+        longest = self._request.longest_wait
+        if now.state != "PENDING" or longest is None:
+            return None
+        waited = time.monotonic() - self._since.setdefault(point, time.monotonic())
+        return f"{now} for longer than {longest:g} s" if waited > longest else None
 
     def _result(self, point: Point, job: PointJob) -> dict[str, Any] | None:
         deadline = time.monotonic() + _FILE_SYSTEM_SECONDS
         while True:
             measured = self._directory.measured(point)
-            if measured is not None or job.state() != "COMPLETED" or time.monotonic() > deadline:
+            if measured is not None or job.status().state != "COMPLETED" or time.monotonic() > deadline:
                 return measured
             time.sleep(0.5)

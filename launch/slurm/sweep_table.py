@@ -1,0 +1,91 @@
+"""Where the points of a sweep stand, what each has cost, and what choosing among them costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dpdist.config import Config
+from dpdist.mechanism.ledger import Ledger, LedgerError
+from dpdist.release.together import cost_together
+from dpdist.run.directory import RunDirectory
+from dpdist.run.summary import guarantee
+from dpdist_launch.slurm.sweep import Point, Sweep
+
+
+def standing(sweep: Sweep) -> dict[str, Any]:
+    """The sweep as JSON: `points`, the composed cost of all that were ever asked for, and what it covers."""
+    return {"run_dir": str(sweep.root), "points": [_of_point(point) for point in sweep.points]} | _together(sweep)
+
+
+def _of_point(point: Point) -> dict[str, Any]:
+    job, summary = point.job(), point.ended()
+    last = _last_metrics(RunDirectory(point.run_dir).metrics)
+    standing = "not submitted" if job is None else str(job.status())
+    found = summary or last
+    return {
+        "point": point.name,
+        "settings": point.settings,
+        "state": summary["status"] if summary is not None else standing,
+        "ended": summary is not None,
+        "job": None if job is None else job.id,
+        "step": found.get("step", 0),
+        "epsilon": found.get("epsilon"),
+        "accuracy": found.get("accuracy"),
+        "run_dir": str(point.run_dir),
+        "log": None if job is None else str(job.log()),
+    }
+
+
+def _last_metrics(file: Path) -> dict[str, Any]:
+    """The last value of each public metric; a line that is being written is left out."""
+    last: dict[str, Any] = {}
+    text = file.read_text() if file.exists() else ""
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        last |= json.loads(line)
+    return last
+
+
+def _together(sweep: Sweep) -> dict[str, Any]:
+    asked = sweep.asked()
+    names = [point["name"] for points in asked for point in points]
+    ledgers, without = [], [point.name for point in sweep.points if not _holds(point.config)]
+    for name in names:
+        try:
+            ledger = Ledger(RunDirectory(sweep.root / name).ledger)
+        except (LedgerError, OSError):
+            without.append(name)
+            continue
+        if ledger.plan is None:
+            continue  # it has not begun
+        if any(plan.privacy is None or plan.insecure for plan in ledger.plans):
+            without.append(name)
+        else:
+            ledgers.append(ledger)
+    if without or not ledgers:
+        why = f"no guarantee holds for {', '.join(dict.fromkeys(without))}" if without else "no point has begun"
+        return {"composed": None, "composed_says": f"no composed epsilon: {why}"}
+    cost = cost_together(ledgers, at_once=len(asked) == 1)
+    text = (
+        f"choosing the best of the sweep costs the composed epsilon, {cost.epsilon:.4g} at delta {cost.delta:g}, and "
+        f"not that of the point that is chosen; it covers the whole plans of the {len(ledgers)} of {len(names)} points "
+        f"that have begun{'' if len(asked) == 1 else ', some of which were added later'}"
+    )
+    composed = {"epsilon": cost.epsilon, "delta": cost.delta, "accountant": cost.accountant, "points": len(ledgers)}
+    return {"composed": composed, "composed_says": text}
+
+
+def _holds(config: Config) -> bool:
+    return guarantee(config, finite=True).startswith("holds")
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The table, and under it the composed epsilon."""
+    rows = [("point", "state", "step", "epsilon", "accuracy")]
+    for point in found["points"]:
+        numbers = (f"{value:.4g}" if value is not None else "-" for value in (point["epsilon"], point["accuracy"]))
+        rows.append((point["point"], point["state"], str(point["step"]), *numbers))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, found["composed_says"]])
