@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 
@@ -9,6 +10,14 @@ from dpdist.errors import InputError
 from dpdist.run.private_log import record_exception
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+#: The words with which XLA begins a message. They quote nothing.
+_STATUS = ["CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED"]
+#: How collectives and JAX's coordination service report that another process is gone.
+_BROKEN = re.compile(
+    r"(Gloo|NCCL) .{0,200}(failed|error)|Connection (closed|reset) by peer|coordination service", re.DOTALL
+)
+#: What is said then; `dpdist_launch.slurm.deaths` looks for the cause elsewhere.
+ECHO = "a connection to another rank broke"
 
 
 def report_failure(error: BaseException, *, ours: tuple[type[BaseException], ...] = ()) -> int:
@@ -33,5 +42,14 @@ def report_failure(error: BaseException, *, ours: tuple[type[BaseException], ...
         kind = type(error).__name__
         if isinstance(error, OSError) and error.strerror:  # the system's words, such as No space left on device
             kind += f" ({error.strerror})"
-        print(f"dpdist: failed with {kind}; what it says is in {log}", file=sys.stderr)
+        print(f"dpdist: failed with {kind}{_status(str(error))}; what it says is in {log}", file=sys.stderr)
     return EXIT_FAILED
+
+
+def _status(text: str) -> str:
+    """What of an exception's text is safe to show: XLA's status word, and whether the text is about another process."""
+    word = text.partition(":")[0]
+    parts = [word] if word in _STATUS else []
+    if parts and _BROKEN.search(text):
+        parts.append(ECHO)
+    return f" ({', '.join(parts)})" if parts else ""

@@ -41,24 +41,31 @@ def python(environ: Mapping[str, str]) -> str:
     return shlex.join(PYTHON)
 
 
+def _shared() -> Path:
+    """What all batch scripts share."""
+    shared = repository() / "slurm" / "job.sh"
+    if not shared.exists():
+        raise InputError("DPDIST_HOME", str(repository()), "has no slurm/job.sh; set it to a clone of the repository.")
+    return shared
+
+
 def setup(site: Path | None, run_dir: Path | None) -> list[str]:
     """The lines before `srun`; `run_dir` is that of a job that trains.
 
     Raises:
         InputError: there is no slurm/job.sh to take them from.
     """
-    shared = repository() / "slurm" / "job.sh"
-    if not shared.exists():
-        raise InputError("DPDIST_HOME", str(repository()), "has no slurm/job.sh; set it to a clone of the repository.")
     exports = [f"export DPDIST_SITE={shlex.quote(str(site))}"] if site else []
     # The task is started by Python itself: there need not be a `dpdist` command.
     command = f"export DPDIST=${{DPDIST:-{shlex.quote(sys.executable)}}}"
     return [
-        *shared.read_text().splitlines(),
+        *_shared().read_text().splitlines(),
         *exports,
         command,
         f"read_site {shlex.quote(str(repository()))}",
         shlex.join(["begin_job", *([str(run_dir)] if run_dir else [])]),
+        # submitit writes the call of srun itself.
+        'srun() { supervise "$@"; }',
     ]
 
 
@@ -76,7 +83,7 @@ def submission_environment(site: Path | None, options: Mapping[str, str]) -> Ite
     environ = rank_environment(outside)
     if site is not None:
         read = subprocess.run(
-            ["bash", "-c", 'set -a; . "$1" >&2 && env -0', "bash", str(site)],
+            ["bash", "-c", 'set -a; . "$1"; source_site "$2" >&2; env -0', "bash", str(_shared()), str(site)],
             capture_output=True,
             text=True,
             check=False,
