@@ -11,7 +11,11 @@ from dpdist.run.private_log import record_exception
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 #: The words with which XLA begins a message. They quote nothing.
-_STATUS = ["CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED"]
+_STATUS = {
+    "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE",
+    "DATA_LOSS", "UNAUTHENTICATED",
+}  # fmt: skip
 #: How collectives and JAX's coordination service report that another process is gone.
 _BROKEN = re.compile(
     r"(Gloo|NCCL) .{0,200}(failed|error)|Connection (closed|reset) by peer|coordination service", re.DOTALL

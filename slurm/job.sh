@@ -14,10 +14,11 @@ source_site() {
     site_said=$(bash -n "$site_file" 2>&1) || die "${site_said%%$'\n'*}"
     site_options=$(set +o)
     [[ $- != *e* ]] || site_options+=$'\nset -e' # which a command substitution does not see
-    trap 'say "$site_file line $site_line: $site_command: ended the shell; use return"' EXIT
+    trap 'die "$site_file line $site_line: $site_command: ended the shell; use return"' EXIT
     set +euo pipefail
     set -o functrace
-    trap '[[ ${BASH_SOURCE[0]} != "$site_file" ]] || { site_line=$LINENO site_command=$BASH_COMMAND; }' DEBUG
+    # The trap above has this function's own last command as BASH_COMMAND.
+    trap '[[ ${BASH_SOURCE[0]} != "$site_file" || $BASH_COMMAND == ". "* ]] || { site_line=$LINENO site_command=$BASH_COMMAND; }' DEBUG
     # shellcheck disable=SC1090
     . "$site_file"
     site_status=$?
