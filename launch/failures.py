@@ -38,10 +38,10 @@ def report_failure(error: BaseException, *, ours: tuple[type[BaseException], ...
         more = f" ({log} says more)" if log is not None and error.__cause__ is not None else ""
         print(f"dpdist: error: {error}{more}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    if log is None:  # no data was read yet
-        traceback.print_exc()
-    elif isinstance(error, ours):
+    if isinstance(error, ours):
         print(f"dpdist: failed: {error}", file=sys.stderr)
+    elif log is None:  # no data was read yet
+        traceback.print_exc()
     else:
         kind = type(error).__name__
         if isinstance(error, OSError) and error.strerror:  # the system's words, such as No space left on device

@@ -6,6 +6,7 @@ import logging
 
 from dpdist.cluster.join import abort, leave
 from dpdist.cluster.lease import LeaseLostError
+from dpdist.cluster.rendezvous import MissingRanksError
 from dpdist.config import Config
 from dpdist.mechanism.ledger import LedgerError
 from dpdist.run.checkpoint import SaveFailedError
@@ -13,7 +14,7 @@ from dpdist.trainer import train
 from dpdist_launch.failures import report_failure
 
 #: Errors whose texts are dpdist's own, about files and processes.
-QUOTES_NO_DATA = (LedgerError, SaveFailedError, LeaseLostError)
+QUOTES_NO_DATA = (LedgerError, SaveFailedError, LeaseLostError, MissingRanksError)
 EXIT_DONE, EXIT_PREEMPTED = 0, 75
 
 
