@@ -80,8 +80,8 @@ def cause_of(log: Sequence[str], layout: Layout, code: int | None) -> Cause:
             return Cause("lost", f"node {found[1]} could not start its ranks ({found[2]})", found[1])
     for _, text in said:
         if found := _MISSING.search(text):
-            node = re.search(r"\] \(([^,)]+)\)", found[1])
-            return Cause("lost", found[1], node[1] if node else None)
+            alone = re.search(r"\] \(([^,)]+)\)", found[1])
+            return Cause("lost", found[1], alone[1] if alone else None)
     # A program ends itself by such a signal, and the others' errors are its echo, though they may be heard first.
     for death in deaths:
         if death.how.startswith(_FAULTS):

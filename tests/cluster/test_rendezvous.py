@@ -83,7 +83,9 @@ def test_strangers_and_those_who_leave_again_do_not_count() -> None:
             with socket.create_connection(("127.0.0.1", port)) as stranger:
                 stranger.sendall(words)
 
-    assert met([0], 3, 1.5, strangers) == ["ranks [1, 2] (n2) did not come within 1.5 s; look into what they logged last"]
+    assert met([0], 3, 1.5, strangers) == [
+        "ranks [1, 2] (n2) did not come within 1.5 s; look into what they logged last"
+    ]
 
 
 @pytest.mark.parametrize(
