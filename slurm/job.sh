@@ -5,6 +5,8 @@
 # Files of the user's in the working directory, such as json.py, stand in for no module that a task imports.
 export PYTHONSAFEPATH=1
 
+# note: what happens meanwhile; say: how it ended, on the last line.
+note() { echo "+ $*" >&2; }
 say() { echo "dpdist job: $*" >&2; }
 die() { say "$*"; exit 2; }
 
@@ -125,7 +127,7 @@ log_of_start() {
 # pass_on SIGNAL: a notice that reached this shell alone (--signal=B:TERM) goes to all ranks, as the TERM they know.
 pass_on() {
     [[ $(job_field JobState) == RUNNING ]] || return 0 # cancelled, requeued: SLURM tells the ranks itself
-    say "this shell was told to leave by SIG$1; all ranks are told"
+    note "this shell was told to leave by SIG$1; all ranks are told"
     scancel --quiet --signal=TERM "$SLURM_JOB_ID" || true
 }
 
@@ -173,7 +175,7 @@ judge() {
     job_verdict=()
     mapfile -t job_verdict < <(log_of_start | verdict judge "${known[@]}")
     if [ "${job_verdict[0]:-}" = probe ]; then
-        say "${job_verdict[5]}; asking the nodes whether they answer"
+        note "${job_verdict[5]}; asking the nodes whether they answer"
         known+=("alive=$(answering_nodes)")
         mapfile -t job_verdict < <(log_of_start | verdict judge "${known[@]}")
     fi
@@ -200,11 +202,11 @@ supervise() {
 
 # go_on: prepare another srun in this allocation, without the nodes that do not answer.
 go_on() {
-    say "${job_verdict[5]}"
+    note "${job_verdict[5]}"
     if [ -n "${job_verdict[4]}" ]; then
         # A node that SLURM gives up later must not take the job along.
         scontrol update JobId="$SLURM_JOB_ID" NodeList="${job_verdict[2]}" >/dev/null \
-            || say "could not give back ${job_verdict[4]}, as the line above says"
+            || note "could not give back ${job_verdict[4]}, as the line above says"
         rm -f "slurm_job_${SLURM_JOB_ID}_resize.sh" "slurm_job_${SLURM_JOB_ID}_resize.csh"
         job_nodes=${job_verdict[2]//,/ } job_tasks=${job_verdict[3]}
     fi
