@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 
@@ -10,6 +11,18 @@ from dpdist.run.events import public_cause
 from dpdist.run.private_log import record_exception
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+#: The words with which XLA begins a message. They quote nothing.
+_STATUS = {
+    "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE",
+    "DATA_LOSS", "UNAUTHENTICATED",
+}  # fmt: skip
+#: How collectives and JAX's coordination service report that another process is gone.
+_BROKEN = re.compile(
+    r"(Gloo|NCCL) .{0,200}(failed|error)|Connection (closed|reset) by peer|coordination service", re.DOTALL
+)
+#: What is said then; `dpdist_launch.slurm.deaths` looks for the cause elsewhere.
+ECHO = "a connection to another rank broke"
 
 
 def report_failure(error: BaseException, *, ours: tuple[type[BaseException], ...] = ()) -> int:
@@ -26,10 +39,21 @@ def report_failure(error: BaseException, *, ours: tuple[type[BaseException], ...
         more = f" ({log} says more)" if log is not None and error.__cause__ is not None else ""
         print(f"dpdist: error: {error}{more}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    if log is None:  # no data was read yet
-        traceback.print_exc()
-    elif isinstance(error, ours):
+    if isinstance(error, ours):
         print(f"dpdist: failed: {error}", file=sys.stderr)
+    elif log is None:  # no data was read yet
+        traceback.print_exc()
     else:
-        print(f"dpdist: failed with {public_cause(error)}; what it says is in {log}", file=sys.stderr)
+        print(
+            f"dpdist: failed with {public_cause(error)}{_status(str(error))}; what it says is in {log}", file=sys.stderr
+        )
     return EXIT_FAILED
+
+
+def _status(text: str) -> str:
+    """What of an exception's text is safe to show: XLA's status word, and whether the text is about another process."""
+    word = text.partition(":")[0]
+    parts = [word] if word in _STATUS else []
+    if parts and _BROKEN.search(text):
+        parts.append(ECHO)
+    return f" ({', '.join(parts)})" if parts else ""

@@ -1,17 +1,41 @@
-# What dpdist's batch scripts share: the site's settings, the command to run, and how a job ends. train_80gpu.sh and
-# scaling.sh source it, `dpdist submit` writes it into the script that it submits. Bash, inside a SLURM job.
+# What dpdist's batch scripts share: the site's settings, the command to run, starting it again, and how a job ends.
+# train_80gpu.sh and scaling.sh source it, `dpdist submit` writes it into the script that it submits. Bash, in a SLURM job.
+# What is decided is decided in launch/slurm/verdict.py; here it is done.
 
 # Files of the user's in the working directory, such as json.py, stand in for no module that a task imports.
 export PYTHONSAFEPATH=1
 
-die() { echo "dpdist job: $*" >&2; exit 2; }
+# note: what happens meanwhile; say: how it ended, on the last line.
+note() { echo "+ $*" >&2; }
+say() { echo "dpdist job: $*" >&2; }
+die() { say "$*"; exit 2; }
+
+# source_site FILE: read it as a login shell would. Modules and site files are not written for `set -euo pipefail`.
+source_site() {
+    local site_file=$1 site_options site_status site_line=0 site_command="" site_said
+    site_said=$(bash -n "$site_file" 2>&1) || die "${site_said%%$'\n'*}"
+    site_options=$(set +o)
+    [[ $- != *e* ]] || site_options+=$'\nset -e' # which a command substitution does not see
+    trap 'die "$site_file line $site_line: $site_command: ended the shell; use return"' EXIT
+    set +euo pipefail
+    set -o functrace
+    # The trap above has this function's own last command as BASH_COMMAND.
+    trap '[[ ${BASH_SOURCE[0]} != "$site_file" || $BASH_COMMAND == ". "* ]] || { site_line=$LINENO site_command=$BASH_COMMAND; }' DEBUG
+    # shellcheck disable=SC1090
+    . "$site_file"
+    site_status=$?
+    trap - DEBUG EXIT
+    set +o functrace
+    eval "$site_options"
+    [ "$site_status" = 0 ] \
+        || die "$site_file line $site_line: $site_command: status $site_status; if that is no failure, end the file with: true"
+}
 
 # read_site REPOSITORY: the site's own file, DPDIST_SITE or slurm/site.sh. Sets dpdist_container, what to put in front of a
-# command so that it runs in the site's container (nothing where there is none), and dpdist_command.
+# command so that it runs in the site's container (nothing where there is none), dpdist_command, and job_python.
 read_site() {
     local site=${DPDIST_SITE:-$1/slurm/site.sh}
-    # shellcheck disable=SC1090
-    if [ -f "$site" ]; then . "$site"; fi
+    if [ -f "$site" ]; then source_site "$site"; fi
     [ -f "$site" ] || [ -z "${DPDIST_SITE:-}" ] \
         || die "DPDIST_SITE = $site: no such file; copy slurm/site.example.sh there, or unset DPDIST_SITE"
     dpdist_container=()
@@ -27,78 +51,205 @@ read_site() {
         [ -f "$site" ] || site="slurm/site.sh (copy slurm/site.example.sh)"
         die "no command ${dpdist_command[0]}; install it with launch/quickstart.sh, or name another as DPDIST in $site"
     fi
+    job_repository=$1
 }
 
 # as_task COMMAND...: run it where the tasks run. A container may have other paths than this shell.
 as_task() { if [ "${#dpdist_container[@]}" = 0 ]; then "$@"; else "${dpdist_container[@]}" "$@"; fi; }
 
-# stamp_summary: print what changes whenever the summary of the run is written; nothing where there is none.
-stamp_summary() { as_task stat -c '%i %Y' "$job_run_dir/summary.json" 2>/dev/null || true; }
+# verdict ARGUMENT...: ask launch/slurm/verdict.py, in the container or with the first Python here that can.
+verdict() {
+    if [ "${#dpdist_container[@]}" != 0 ]; then
+        as_task python -P -m dpdist_launch.slurm.verdict "$@"
+        return
+    fi
+    PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}${job_repository:-} "$job_python" -m dpdist_launch.slurm.verdict "$@"
+}
 
-# summary_says PATTERN: succeed where the run's summary has a status that matches.
-summary_says() { as_task grep -qsE "\"status\": \"($1)\"" "$job_run_dir/summary.json" 2>/dev/null; }
+# find_python: which Python answers `verdict`: that of the tasks' command, the repository's, or the system's.
+find_python() {
+    local command candidate
+    [ "${#dpdist_container[@]}" = 0 ] || return 0
+    command=$(command -v "${dpdist_command[0]:-}" || true)
+    for candidate in "$command" "${command%/*}/python" "${job_repository:-}/.venv/bin/python" python3; do
+        [[ ${candidate##*/} == python* ]] && command -v "$candidate" >/dev/null || continue
+        job_python=$candidate
+        ! verdict time UNLIMITED 1 >/dev/null 2>&1 || return 0
+    done
+    job_python=python3
+}
 
-# begin_job [RUN_DIR]: remember what lies there from before, to tell it at the end from what this start wrote. A job
-# without a run directory trains nothing.
+# begin_job [RUN_DIR]: once, before the first srun. A job without a run directory trains nothing.
 begin_job() {
+    local limit refusal
     job_run_dir=${1-}
-    job_summary=${job_run_dir:+$(stamp_summary)}
-    # The lines of this start alone: a requeued job appends to the log of its former starts.
     job_log=$(readlink /proc/$$/fd/2 || true)
-    job_log_begin=$(stat -L -c %s "$job_log" 2>/dev/null || echo 0)
+    # The number of one job of an array: SLURM_JOB_ID may be that of the whole array.
+    job_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID-}}
+    job_id=${job_id:-${SLURM_JOB_ID:-0}}
     # For `dpdist logs` and the goodput of the run: tasks can see neither from where they are.
     export DPDIST_LOG=$job_log DPDIST_QUEUED
     DPDIST_QUEUED=$(queued_seconds || true)
+    job_nodes=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null | xargs || true)
+    job_tasks=${SLURM_TASKS_PER_NODE:-}
+    job_step_options=()
+    find_python
+    limit=$(squeue --noheader --jobs="$job_id" --format=%l 2>/dev/null || true)
+    refusal=$(verdict time "$limit" "${DPDIST_GRACE:-300}" || true)
+    [ -z "$refusal" ] || [ -z "$job_run_dir" ] || die "$refusal"
+    begin_start
 }
 
 # queued_seconds: print how long this start of the job waited in the queue; nothing where SLURM does not say. A requeued
 # job has the time at which it was requeued as its time of submission.
 queued_seconds() {
-    local job submitted started
-    job=$(timeout 5 scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null) || return 1
-    submitted=$(date -d "$(grep -oP ' SubmitTime=\K\S+' <<<"$job")" +%s 2>/dev/null) || return 1
-    started=$(date -d "$(grep -oP ' StartTime=\K\S+' <<<"$job")" +%s 2>/dev/null) || return 1
+    local submitted started
+    submitted=$(job_field SubmitTime) started=$(job_field StartTime)
+    [ -n "$submitted" ] && [ -n "$started" ] || return 1
+    submitted=$(date -d "$submitted" +%s 2>/dev/null) && started=$(date -d "$started" +%s 2>/dev/null) || return 1
     [ "$started" -lt "$submitted" ] || echo $((started - submitted))
 }
 
-# run_has_ended LOG: succeed where this start brought the run to its end, or found it there and said so. That all processes
-# returned 0 is no proof: they may have been another program.
-run_has_ended() {
-    summary_says "finished|budget_exhausted" || return 1
-    [ "$job_summary" != "$(stamp_summary)" ] || [ ! -f "$job_log" ] || grep -q "nothing to do" <<<"$1"
+# begin_start: what lies there from before a start, to tell it at the end from what this start wrote.
+begin_start() {
+    job_begin=${job_run_dir:+$(verdict begin "$job_run_dir" || true)}
+    # The lines of this start alone: a requeued job appends to the logs of its former starts.
+    declare -gA job_log_begin=()
+    local file files
+    mapfile -t files < <(job_logs)
+    for file in ${files[@]+"${files[@]}"}; do job_log_begin[$file]=$(stat -L -c %s "$file" 2>/dev/null || echo 0); done
 }
 
-# end_job CODE: requeue what was preempted and saved; otherwise exit with CODE, the reason on the last line.
-end_job() {
-    local code=$1 lines="" first reason restarts=${SLURM_RESTART_COUNT:-0} most=${DPDIST_MAX_RESTARTS:-20}
-    [ ! -f "$job_log" ] || lines=$(tail -c "+$((job_log_begin + 1))" "$job_log")
-    if [ "$code" = 0 ]; then
-        if [ -z "$job_run_dir" ] || run_has_ended "$lines"; then
-            echo "dpdist job: done" >&2
-            exit 0
+# job_logs: this shell's log, and those of the other ranks where each has one of its own (`dpdist submit`).
+job_logs() {
+    [ ! -f "$job_log" ] || echo "$job_log"
+    [[ $job_log == *_0_log.err ]] || return 0
+    local file
+    for file in "${job_log%_0_log.err}"_*_log.err; do [ "$file" = "$job_log" ] || echo "$file"; done
+}
+
+# log_of_start: the lines of this start, with the number of the rank in front where its log is a file of its own.
+log_of_start() {
+    local file files rank
+    mapfile -t files < <(job_logs)
+    for file in ${files[@]+"${files[@]}"}; do
+        rank=${file#"${job_log%_0_log.err}"_} rank=${rank%_log.err}
+        if [ "$file" != "$job_log" ]; then
+            tail -c "+$((${job_log_begin[$file]:-0} + 1))" "$file" | sed "s/^/$rank: /"
+        else
+            tail -c "+$((${job_log_begin[$file]:-0} + 1))" "$file"
         fi
-        echo "dpdist job: failed: all processes returned 0, but $job_run_dir/summary.json does not say that this run has ended;" \
-            "what was started seems to be something other than dpdist" >&2
-        exit 1
+    done
+}
+
+# pass_on SIGNAL: a notice that reached this shell alone (--signal=B:TERM) goes to all ranks, as the TERM they know.
+pass_on() {
+    [[ $(job_field JobState) == RUNNING ]] || return 0 # cancelled, requeued: SLURM tells the ranks itself
+    note "this shell was told to leave by SIG$1; all ranks are told"
+    scancel --quiet --signal=TERM "$job_id" || true
+}
+
+# job_field NAME: what SLURM says of this job.
+job_field() { timeout 10 scontrol show job --oneliner "$job_id" 2>/dev/null | grep -oE "\b$1=[^ ]+" | head -1 | cut -d= -f2 || true; }
+
+# wait_for_step PID: sets job_step_code, its exit code; nothing where srun had to be killed. It waits minutes for a node that is dead, although
+# it has said that a rank has ended badly, and that it ends the others.
+wait_for_step() {
+    local step=$1 timer since=""
+    job_step_code=0
+    while kill -0 "$step" 2>/dev/null; do
+        sleep 5 &
+        timer=$!
+        wait -n "$step" "$timer" 2>/dev/null || true
+        kill "$timer" 2>/dev/null || true
+        if [ -f "$job_log" ] && [ -z "$since" ] \
+            && tail -c "+$((${job_log_begin[$job_log]:-0} + 1))" "$job_log" | grep -qE '^srun: error: [^ ]+: tasks? '; then
+            since=$SECONDS
+        elif [ -n "$since" ] && [ $((SECONDS - since)) -ge 20 ]; then
+            kill -KILL "$step" 2>/dev/null || true
+            wait "$step" 2>/dev/null || true
+            job_step_code=""
+            return 0
+        fi
+    done
+    wait "$step" 2>/dev/null || job_step_code=$?
+}
+
+# answering_nodes: those on which a task can be started now. srun waits long for one that does not answer; we do not.
+answering_nodes() {
+    timeout --signal=KILL "${DPDIST_PROBE_SECONDS:-20}" srun --overlap --export=ALL --nodes="$(wc -w <<<"$job_nodes")" \
+        --ntasks-per-node=1 --ntasks="$(wc -w <<<"$job_nodes")" --nodelist="${job_nodes// /,}" --cpus-per-task=1 --gpus-per-node=0 \
+        bash -c 'echo "$SLURMD_NODENAME"' 2>/dev/null | xargs || true
+}
+
+# judge CODE: what to do next, as job_verdict: action, exit code, nodes, tasks, nodes to leave out, the reason.
+judge() {
+    local -a known=(
+        "code=$1" "job=${SLURM_JOB_ID:-}" "run_dir=$job_run_dir" "begin=$job_begin" "restarts=${SLURM_RESTART_COUNT:-0}"
+        "most=${DPDIST_MAX_RESTARTS:-20}" "nodes=$job_nodes" "tasks=$job_tasks" "min_nodes=${DPDIST_MIN_NODES:-}"
+        "left=$(squeue --noheader --jobs="$job_id" --format=%L 2>/dev/null || true)"
+        "grace=${DPDIST_GRACE:-300}" "state=$(job_field JobState)" "restarts_now=$(job_field Restarts)"
+    )
+    job_verdict=()
+    mapfile -t job_verdict < <(log_of_start | verdict judge "${known[@]}")
+    if [ "${job_verdict[0]:-}" = probe ]; then
+        note "${job_verdict[5]}; asking the nodes whether they answer"
+        known+=("alive=$(answering_nodes)")
+        mapfile -t job_verdict < <(log_of_start | verdict judge "${known[@]}")
     fi
-    # srun reports in the order of events, and then ends the others; its own code is only the highest of all.
-    first=$(grep -m 1 -oE 'error: [^ ]+: tasks? .*' <<<"$lines" || true)
-    # A saved preemption counts also where srun killed a rank that was still leaving. A rank that is told to leave before
-    # it has joined knows no other way than to end, and nothing is lost.
-    if { [ "$job_summary" != "$(stamp_summary)" ] && summary_says preempted; } \
-        || [[ $first == *"exit code 75" || $first == *": Terminated" ]]; then
-        [ "$restarts" -lt "$most" ] || {
-            echo "dpdist job: preempted, and already restarted $restarts times (DPDIST_MAX_RESTARTS): submit it again" >&2
-            exit 75
-        }
-        echo "dpdist job: preempted; requeued (start $((restarts + 1)) of at most $most more), and held for two minutes by SLURM" >&2
-        # One job of an array has the number of the whole array, which would be requeued with it.
-        [ "$SLURM_JOB_ID" != "${SLURM_ARRAY_JOB_ID:-}" ] || SLURM_JOB_ID+=_$SLURM_ARRAY_TASK_ID
-        scontrol requeue "$SLURM_JOB_ID" && exit 0
-        echo "dpdist job: preempted, but not requeued, as the line above says: submit it again" >&2
-        exit 75
+    [ "${#job_verdict[@]}" = 6 ] || job_verdict=(fail "${1:-1}" "" 0 "" \
+        "failed (exit code ${1:-1}); no Python could say why: ${job_python:-that of the container} has no dpdist_launch")
+}
+
+# supervise SRUN-ARGUMENT...: srun, and again while that helps. Returns once it is known how the job ends.
+supervise() {
+    local signal
+    for signal in TERM USR1 USR2; do
+        # shellcheck disable=SC2064  # This signal is meant.
+        trap "pass_on $signal" "$signal"
+    done
+    while :; do
+        # --export: with --export=NONE for sbatch, a rule at some sites, srun would keep the site file's exports to itself.
+        command srun --export=ALL ${job_step_options[@]+"${job_step_options[@]}"} "$@" &
+        wait_for_step $!
+        judge "$job_step_code"
+        [ "${job_verdict[0]}" = again ] || return "${job_verdict[1]}"
+        go_on
+    done
+}
+
+# go_on: prepare another srun in this allocation, without the nodes that do not answer.
+go_on() {
+    note "${job_verdict[5]}"
+    if [ -n "${job_verdict[4]}" ]; then
+        # A node that SLURM gives up later must not take the job along.
+        scontrol update JobId="$job_id" NodeList="${job_verdict[2]}" >/dev/null \
+            || note "could not give back ${job_verdict[4]}, as the line above says"
+        rm -f "slurm_job_${SLURM_JOB_ID}_resize.sh" "slurm_job_${SLURM_JOB_ID}_resize.csh"
+        job_nodes=${job_verdict[2]//,/ } job_tasks=${job_verdict[3]}
     fi
-    reason=$(grep -m 1 -oE '(dpdist|dpdist job): (error|failed).*|watchdog: .*' <<<"$lines" || true)
-    echo "dpdist job: failed (exit code $code)${reason:+: $reason}${first:+ [first of all, ${first#error: }]}" >&2
-    exit "$code"
+    # --overlap: SLURM counts the former step as running until its last node has answered.
+    job_step_options=(--overlap --nodelist="${job_verdict[2]}" --nodes="$(wc -w <<<"$job_nodes")" --ntasks="$((${job_verdict[3]//,/+}))")
+    begin_start
+}
+
+# end_job CODE: do what was found right after the last srun, which returned CODE; the reason is the last line.
+end_job() {
+    [ -n "${job_verdict[*]-}" ] || judge "$1"
+    local action=${job_verdict[0]} code=${job_verdict[1]} reason=${job_verdict[5]} try
+    say "$reason"
+    [ "$action" != done ] || exit 0
+    [ "$action" = requeue ] || exit "$code"
+    trap '' TERM # SLURM ends this shell as it requeues the job; there is something left to do
+    if ! scontrol requeue "$job_id"; then
+        say "not requeued, as the line above says: submit it again [$reason]"
+        exit "$code"
+    fi
+    [ -n "${job_verdict[4]}" ] || exit 0
+    for ((try = 0; try < 20; try++)); do # only a job in the queue can be told
+        ! scontrol update JobId="$job_id" ExcNodeList="${job_verdict[4]}" 2>/dev/null || exit 0
+        sleep 1
+    done
+    say "requeued, but could not exclude ${job_verdict[4]}: scontrol update JobId=$job_id ExcNodeList=${job_verdict[4]}"
+    exit 0
 }

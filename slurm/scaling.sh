@@ -36,5 +36,5 @@ echo "+ job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: ${dpdist_command[*]}
 begin_job # no run: srun's words alone tell how it ended
 code=0
 # In a step, not in this shell: SLURM sends TERM to steps.
-srun --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${dpdist_command[@]}" scaling "$@" --cluster slurm || code=$?
+supervise --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${dpdist_command[@]}" scaling "$@" --cluster slurm || code=$?
 end_job "$code"

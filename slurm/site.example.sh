@@ -30,8 +30,9 @@
 # export JAX_COMPILATION_CACHE_DIR=/scratch/$USER/jax-cache
 # export XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
 
-# --- How often a preempted job is put back into the queue ---
+# --- Restarts: after how many starts that saved nothing new to give up; with how few nodes to go on when one dies ---
 # export DPDIST_MAX_RESTARTS=20
+# export DPDIST_MIN_NODES=18      # default: all of the job's; then it is requeued without the dead one
 
 # Worked examples, written from the sites' public user guides and UNTESTED there:
 #

@@ -19,7 +19,8 @@
 #
 # Account, partition, modules, container: slurm/site.sh, copied from slurm/site.example.sh (`source slurm/site.sh` first,
 # so that sbatch sees them too). Submit from the repository, or name it as DPDIST_HOME, on a file system that all nodes share.
-# Preempted or short of time, the run is saved on all ranks, put back into the queue, and goes on from there.
+# Preempted or short of time, the run is saved on all ranks, put back into the queue, and goes on from there. After the death
+# of a rank or a node it starts again in this job, or is put back into the queue without that node (docs/slurm.md).
 set -euo pipefail
 
 [ -n "${SLURM_JOB_ID:-}" ] || { echo "submit it: sbatch slurm/train_80gpu.sh CONFIG [--run-dir DIR] [key=value ...]" >&2; exit 2; }
@@ -42,6 +43,6 @@ echo "+ job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, $SLURM_NTASKS proces
 begin_job "$run_dir"
 code=0
 # --kill-on-bad-exit: one dead rank ends all. --cpus-per-task: srun no longer inherits it from sbatch.
-srun --kill-on-bad-exit=1 --wait=60 --label --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+supervise --kill-on-bad-exit=1 --wait=60 --label --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
     "${dpdist_command[@]}" train "$@" || code=$?
 end_job "$code"

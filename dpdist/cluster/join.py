@@ -24,6 +24,9 @@ from dpdist import config
 from dpdist.cluster import agreement
 from dpdist.cluster.core_files import forbid_core_files
 from dpdist.cluster.environment import Membership, detect, node_name
+from dpdist.cluster.node_list import node_of_rank
+from dpdist.cluster.preemption import listen
+from dpdist.cluster.rendezvous import meet
 from dpdist.cluster.step_daemon import step_of_process
 from dpdist.cluster.streams import open_missing_streams
 from dpdist.cluster.world import AXIS, World
@@ -61,7 +64,7 @@ def join(cluster: config.Cluster, membership: Membership | None = None) -> World
             platform or number of devices is not what `cluster` asks for, here or on any other process, and then all
             processes raise it.
         TimeoutError: a process joined but did not answer within `cluster.shutdown_timeout`.
-        jax.errors.JaxRuntimeError: not all processes came within `cluster.initialization_timeout`.
+        MissingRanksError: not all processes came within `cluster.initialization_timeout`; the text names those.
     """
     open_missing_streams()
     _pin()
@@ -161,6 +164,8 @@ def _initialize(cluster: config.Cluster, membership: Membership) -> None:
             _require_resolvable(socket.gethostname(), "this host itself, by which Gloo listens", membership)
     if membership.process_id == 0:
         _require_free(host, int(port), membership)
+    node_of = node_of_rank(os.environ) if membership.launcher == "slurm" else lambda rank: None
+    meet(membership, node_of, cluster.initialization_timeout)
     jax.distributed.initialize(
         coordinator_address=membership.coordinator_address,
         num_processes=membership.num_processes,
@@ -174,6 +179,8 @@ def _initialize(cluster: config.Cluster, membership: Membership) -> None:
         heartbeat_timeout_seconds=cluster.heartbeat_timeout,
         shutdown_timeout_seconds=cluster.shutdown_timeout,
     )
+    if membership.launcher == "slurm":
+        listen()
 
 
 def _require_resolvable(host: str, whose: str, membership: Membership) -> None:

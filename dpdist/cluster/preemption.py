@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import signal
 
 from jax.experimental import multihost_utils
 
@@ -20,3 +23,13 @@ def preempted(world: World) -> bool:
     Collective: all processes must call it equally often. Always False if `world.distributed` is False.
     """
     return world.distributed and bool(multihost_utils.reached_preemption_sync_point(next(_calls)))
+
+
+def listen() -> None:
+    """Take SIGUSR1 and SIGUSR2 for the notice too: sites and users ask SLURM for them (`--signal=USR1@300`).
+
+    Unhandled they end the process and lose what is not saved. SIGTERM itself is JAX's, and is sent to it from here.
+    """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

@@ -23,6 +23,7 @@ from jaxtyping import Array
 
 from dpdist.cluster.lease import Lease, LeaseLostError
 from dpdist.cluster.preflight import BadNodeError
+from dpdist.cluster.rendezvous import MissingRanksError
 from dpdist.cluster.world import World
 from dpdist.config import Config
 from dpdist.mechanism.ledger import Ledger, LedgerError
@@ -40,7 +41,7 @@ from dpdist.run.summary import Outcome, closing_line, summarise
 logger = logging.getLogger(__name__)
 
 #: Errors whose texts are dpdist's own, about files and processes.
-QUOTES_NO_DATA = (LedgerError, SaveFailedError, LeaseLostError, BadNodeError)
+QUOTES_NO_DATA = (LedgerError, SaveFailedError, LeaseLostError, BadNodeError, MissingRanksError)
 
 
 class RunWriter:

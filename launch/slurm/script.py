@@ -40,6 +40,14 @@ def python(environ: Mapping[str, str]) -> str:
     return shlex.join(PYTHON)
 
 
+def _shared() -> Path:
+    """What all batch scripts share."""
+    shared = repository() / "slurm" / "job.sh"
+    if not shared.exists():
+        raise InputError("DPDIST_HOME", str(repository()), "has no slurm/job.sh; set it to a clone of the repository.")
+    return shared
+
+
 def setup(site: Path | None, run_dirs: Sequence[Path]) -> list[str]:
     """The lines before `srun`.
 
@@ -50,19 +58,18 @@ def setup(site: Path | None, run_dirs: Sequence[Path]) -> list[str]:
     Raises:
         InputError: there is no slurm/job.sh to take them from.
     """
-    shared = repository() / "slurm" / "job.sh"
-    if not shared.exists():
-        raise InputError("DPDIST_HOME", str(repository()), "has no slurm/job.sh; set it to a clone of the repository.")
     exports = [f"export DPDIST_SITE={shlex.quote(str(site))}"] if site else []
     # The task is started by Python itself: there need not be a `dpdist` command.
     command = f"export DPDIST=${{DPDIST:-{shlex.quote(sys.executable)}}}"
     return [
-        *shared.read_text().splitlines(),
+        *_shared().read_text().splitlines(),
         *exports,
         command,
         f"read_site {shlex.quote(str(repository()))}",
         f"dpdist_runs=({shlex.join(map(str, run_dirs))})",
         'begin_job ${dpdist_runs[@]:+"${dpdist_runs[${SLURM_ARRAY_TASK_ID:-0}]}"}',
+        # submitit writes the call of srun itself.
+        'srun() { supervise "$@"; }',
     ]
 
 
@@ -77,7 +84,7 @@ def submission_environment(site: Path | None) -> dict[str, str]:
     environ = rank_environment({name: value for name, value in os.environ.items() if not _of_a_job(name)})
     if site is not None:
         read = subprocess.run(
-            ["bash", "-c", 'set -a; . "$1" >&2 && env -0', "bash", str(site)],
+            ["bash", "-c", 'set -a; . "$1"; source_site "$2" >&2; env -0', "bash", str(_shared()), str(site)],
             capture_output=True,
             text=True,
             errors="surrogateescape",

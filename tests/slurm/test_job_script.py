@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from dpdist.errors import InputError
+from dpdist_launch.slurm.script import submission_environment
 
 JOB = Path(__file__).parents[2] / "slurm" / "job.sh"
 FINISHED, SPENT = {"status": "finished", "step": 9}, {"status": "budget_exhausted", "step": 9}
@@ -28,14 +33,18 @@ def end(
     log = root / "job.log"
     script = [
         "set -euo pipefail",
+        "job_repository=" + str(JOB.parents[1]),
         f". {JOB}",
         f"dpdist_container=({shlex.join(container)})",
         f"begin_job {run_dir}",
         *lines,
         f"end_job {code}",
     ]
+    environ = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(JOB.parents[1])}
     with log.open("a") as stderr:
-        done = subprocess.run(["bash", "-c", "\n".join(script)], cwd=root, stderr=stderr, timeout=30, check=False)
+        done = subprocess.run(
+            ["bash", "-c", "\n".join(script)], cwd=root, env=environ, stderr=stderr, timeout=60, check=False
+        )
     return done.returncode, log.read_text().splitlines()[-1]
 
 
@@ -83,3 +92,55 @@ def test_the_summary_is_looked_for_where_the_tasks_write_it(tmp_path: Path) -> N
     container = (str(engine), str(inside))
     assert end(tmp_path, write(inside / "run" / "summary.json", FINISHED), container=container)[0] == 0
     assert end(tmp_path, write(Path("run/summary.json"), SPENT), container=container)[0] == 1
+
+
+def read_site(root: Path, text: str, then: str = "") -> tuple[int, str]:
+    """Exit code and last line of a batch script, strict as ours are, that reads a site file and goes on."""
+    site = root / "site.sh"
+    site.write_text(text)
+    script = f"set -euo pipefail\n. {JOB}\nread_site {root}\n{then}\nfalse\necho STRICT NO MORE"
+    environ = {"PATH": os.environ["PATH"], "DPDIST_SITE": str(site), "DPDIST": "/bin/true"}
+    done = subprocess.run(["bash", "-c", script], env=environ, capture_output=True, text=True, timeout=30, check=False)
+    assert "STRICT NO MORE" not in done.stdout, "the options of the batch script are not what they were"
+    return done.returncode, (done.stderr + done.stdout).splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "export LD_LIBRARY_PATH=/opt/lib:$LD_LIBRARY_PATH\n",
+        '[ -z "$PS1" ] || echo interactive\ntrue\n',
+        "module_of_nobody load cuda\nexport A=1\n",
+        "grep -q nothing /dev/null\nfalse | true\n: $(false)\nexport A=1\n",
+        "set -e\nexport A=1\n",
+    ],
+    ids=["unset variable", "PS1", "module", "grep -q", "set -e"],
+)
+def test_a_site_file_is_read_as_a_login_shell_reads_it(tmp_path: Path, text: str) -> None:
+    assert read_site(tmp_path, text + "SITE=read\n", 'echo "$SITE"')[1] == "read"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("A=1\nif true; then\n", "line 3: syntax error: unexpected end of file"),
+        ("A=1\nreturn 3\n", "line 2: return 3: status 3"),
+        ("A=1\n\ngrep -q nothing /dev/null\n", "line 3: grep -q nothing /dev/null: status 1"),
+        ("A=1\nexit 0\n", "line 2: exit 0: ended the shell"),
+    ],
+    ids=["syntax", "return", "last command", "exit"],
+)
+def test_a_site_file_that_fails_is_named_with_its_line(tmp_path: Path, text: str, said: str) -> None:
+    code, line = read_site(tmp_path, text)
+    assert (code, said in line) == (2, True), line
+    assert str(tmp_path / "site.sh") in line
+
+
+def test_submission_reads_a_site_file_in_the_same_way(tmp_path: Path) -> None:
+    site = tmp_path / "site.sh"
+    site.write_text("export SBATCH_ACCOUNT=ours:$UNSET\nmodule_of_nobody load\nDPDIST_EXTRAS=x\n")
+    with submission_environment(site, {}) as environ:
+        assert (environ["SBATCH_ACCOUNT"], environ["DPDIST_EXTRAS"]) == ("ours:", "x")
+    site.write_text("A=1\nreturn 3\n")
+    with pytest.raises(InputError, match="line 2: return 3: status 3"), submission_environment(site, {}):
+        pass

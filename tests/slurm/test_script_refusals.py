@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -118,3 +119,26 @@ def test_without_arguments_the_default_config_says_what_it_lacks(slurm: dict[str
     line = failing(slurm, jobs)
     assert "dpdist: error: " in line
     assert "cluster.platform" in line or "data.path = 'data/cifar-100-python.tar.gz': no such file" in line
+
+
+def test_a_time_limit_that_the_notice_fills(slurm: dict[str, str], jobs: Jobs) -> None:
+    line = failing(slurm, jobs, str(jobs.config), options=("--time=5",))
+    assert line.startswith("dpdist job: --time = 5:00: SLURM tells the job to leave 300 s before its limit")
+
+
+def test_a_rank_that_never_comes_is_named_with_its_node(slurm: dict[str, str], jobs: Jobs, tmp_path: Path) -> None:
+    late = tmp_path / "late"
+    command = shlex.join([sys.executable, "-m", "dpdist_launch"])
+    late.write_text(f'#!/bin/bash\n[ "$SLURM_PROCID" != 1 ] || sleep 600\nexec {command} "$@"\n')
+    late.chmod(0o755)
+    line = failing(
+        slurm,
+        jobs,
+        str(jobs.config),
+        "cluster.initialization_timeout=3",
+        tasks=2,
+        DPDIST=str(late),
+        DPDIST_MAX_RESTARTS="0",
+        PYTHONPATH=jobs.environ["PYTHONPATH"],
+    )
+    assert re.search(r"failed \(exit code \d+\): rank \[1\] \(n\d+\) did not come within 3 s", line), line

@@ -91,6 +91,10 @@ class Batch:
     def wait_until_requeued(self) -> None:
         wait_for(lambda: self.state() == "PENDING", LIMIT, every=0.1)
 
+    def wait_until_excluded(self, node: str) -> None:
+        """Until SLURM will not give the job this node again."""
+        wait_for(lambda: f"ExcNodeList={node}" in self.ask("scontrol", "show", "job", self.id), LIMIT, every=0.1)
+
     def start_again(self) -> None:
         """`start_requeued`, for this job."""
         start_requeued(self.id, self.slurm)

@@ -81,6 +81,7 @@ LANES = {
     "tests/run/test_notices.py": WAIT,
     "tests/run/test_private_log.py": FAST,
     "tests/slurm": HOSTS,
+    "tests/slurm/test_deaths.py": FAST,
     "tests/test_cli.py": FAST,
     "tests/test_cli.py::test_dpdist_train_is_the_function_whatever_was_imported_before": WAIT,
     "tests/test_cli.py::test_questions_are_answered_without_starting_jax": WAIT,
