@@ -101,6 +101,8 @@ def parser() -> argparse.ArgumentParser:
     _add_training(train)
     train.set_defaults(run=_train)
 
+    submit.add_to(commands)
+
     run_dir = commands.add_parser(
         "run-dir",
         help="the run directory that `train` takes from the same arguments",
@@ -109,8 +111,6 @@ def parser() -> argparse.ArgumentParser:
     _add_training(run_dir)
     run_dir.add_argument("--default", metavar="DIR", help="where neither the arguments nor CONFIG name one")
     run_dir.set_defaults(run=_run_dir)
-
-    submit.add_to(commands)
 
     plan = commands.add_parser(
         "plan",

@@ -35,6 +35,11 @@ def require_runnable(config: Config, request: Request, *, paths_on_nodes: bool) 
         _require_code(config)
         if not paths_on_nodes:
             _require_paths(config)
+    if any("\udc80" <= letter <= "\udcff" for letter in config.run.dir):  # as Python holds what it could not decode
+        remedy = (
+            "is no UTF-8, which checkpoints need; name another directory, or, in a locale such as C, set LANG=C.UTF-8."
+        )
+        raise InputError("run.dir", config.run.dir, remedy)
     RunDirectory(Path(config.run.dir)).require_ours()
 
 

@@ -20,7 +20,8 @@ from dpdist_launch import local
 from dpdist_launch.cli import main
 from dpdist_launch.local import run_local, train_local
 from dpdist_launch.ranks import outdated_summary, rank_environment
-from dpdist_launch.slurm.job import JobFailedError, TrainingJob, attach, job_folder
+from dpdist_launch.slurm.job import JobFailedError, TrainingJob, attach
+from dpdist_launch.slurm.scontrol import Identity
 
 SOURCE = Path(dpdist.__file__).parents[1]
 #: What the ranks run where it is not dpdist: the program is an argument.
@@ -191,18 +192,18 @@ def test_the_command_judges_by_the_summary(
     assert "-m dpdist_launch seems to run something other than dpdist" in capsys.readouterr().err
 
 
-def test_a_job_is_judged_by_a_summary_that_it_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a later Python finds it: `attach` knows what lay there when the job was submitted."""
+def test_a_job_is_judged_by_a_summary_of_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a later Python finds it: `attach` knows the config that was submitted."""
     monkeypatch.setattr(TrainingJob, "wait", lambda *_, **__: "COMPLETED")
-    run, outdated = RunDirectory(tmp_path), {"status": "finished", "incarnation": 0}
-    folder = job_folder(tmp_path)
-    folder.mkdir(parents=True)
-    (folder / "job.json").write_text(json.dumps({"job": "7", "outdated": outdated}))
+    run, asked = RunDirectory(tmp_path), training(tmp_path, steps=20)
+    run.begin(training(tmp_path))
+    run.write_summary({"status": "finished", "incarnation": 0})
+    TrainingJob("7", tmp_path, asked, identity=Identity(cluster="c", name="n", folder="f")).record()
     job = attach(tmp_path)
     assert job is not None
-    run.write_summary(outdated)
     with pytest.raises(JobFailedError, match="job 7 is COMPLETED"):
         job.result()
-    run.write_summary(outdated | {"incarnation": 1})
+    run.begin(asked)
+    run.write_summary({"status": "finished", "incarnation": 1})
     assert job.result()["incarnation"] == 1
-    assert TrainingJob("8", tmp_path).result()["incarnation"] == 1  # ended before, and nothing else was asked for
+    assert TrainingJob("8", tmp_path).result()["incarnation"] == 1  # nothing is known of what was asked for

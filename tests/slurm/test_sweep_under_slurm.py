@@ -41,10 +41,13 @@ def test_one_job_of_an_array_is_requeued_alone_and_the_same_line_follows_all_to_
     subprocess.run(["scancel", "--signal=TERM", last.id], check=True)
     wait_for(lambda: (runs[2].root / "summary.json").exists() and last.state() == "PENDING", every=0.1)
     assert runs[2].summary["status"] == "preempted"
+    shown = subprocess.run(["scontrol", "show", "job", last.id], capture_output=True, text=True, check=True)
+    assert f"JobId={found['job']} ArrayJobId={found['job']} ArrayTaskId=2 " in shown.stdout, "another one was given it"
     pace.unlink()
     start_requeued(found["job"], os.environ, called=last.id)
     again, table = submit_sweep(cluster, root, "--follow")
-    assert again["job"] is None, "a point that had a job was submitted twice"
+    twice = [Path(point["log"]).read_text()[-2000:] for point in found["points"]]
+    assert again["job"] is None, f"a point that had a job was submitted twice; the first logs: {twice}"
     assert [point["state"] for point in again["points"]] == ["finished"] * 3
     assert [point["step"] for point in again["points"]] == [STEPS] * 3
     for run in runs:
