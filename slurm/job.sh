@@ -147,14 +147,24 @@ wait_for_step() {
         if [ -f "$job_log" ] && [ -z "$since" ] \
             && tail -c "+$((${job_log_begin[$job_log]:-0} + 1))" "$job_log" | grep -qE '^srun: error: [^ ]+: tasks? '; then
             since=$SECONDS
-        elif [ -n "$since" ] && [ $((SECONDS - since)) -ge 20 ]; then
+        elif [ -n "$since" ] && [ $((SECONDS - since)) -ge 30 ]; then
             kill -KILL "$step" 2>/dev/null || true
             wait "$step" 2>/dev/null || true
             job_step_code=""
             return 0
+        elif [ -n "$since" ] && [ $((SECONDS - since)) -ge 20 ]; then
+            kill_steps # srun has sent TERM, which a rank that waits for the dead one never sees
         fi
     done
     wait "$step" 2>/dev/null || job_step_code=$?
+}
+
+# kill_steps: end what still runs of this job's steps, so that the next one finds the run free.
+kill_steps() {
+    local step
+    for step in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i 2>/dev/null || true); do
+        [[ ! $step =~ \.[0-9]+$ ]] || scancel --quiet --signal=KILL "$step" || true
+    done
 }
 
 # answering_nodes: those on which a task can be started now. srun waits long for one that does not answer; we do not.
