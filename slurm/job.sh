@@ -152,27 +152,44 @@ pass_on() {
 # job_field NAME: what SLURM says of this job.
 job_field() { timeout 10 scontrol show job --oneliner "$job_id" 2>/dev/null | grep -oE "\b$1=[^ ]+" | head -1 | cut -d= -f2 || true; }
 
-# wait_for_step PID: sets job_step_code, its exit code; nothing where srun had to be killed. It waits minutes for a node that is dead, although
-# it has said that a rank has ended badly, and that it ends the others.
+# wait_for_step PID: sets job_step_code, its exit code; nothing where srun had to be killed. After a rank has ended badly it
+# ends the others, by a TERM that a rank in a collective never sees, and waits minutes for a node that is dead.
 wait_for_step() {
-    local step=$1 timer since=""
+    local step=$1 timer since=0 patience=5 first=""
     job_step_code=0
     while kill -0 "$step" 2>/dev/null; do
-        sleep 5 &
+        sleep "$([ -z "$first" ] && echo 5 || echo 1)" &
         timer=$!
         wait -n "$step" "$timer" 2>/dev/null || true
         kill "$timer" 2>/dev/null || true
-        if [ -f "$job_log" ] && [ -z "$since" ] \
-            && tail -c "+$((${job_log_begin[$job_log]:-0} + 1))" "$job_log" | grep -qE '^srun: error: [^ ]+: tasks? '; then
+        if [ -z "$first" ]; then
+            first=$(first_death)
             since=$SECONDS
-        elif [ -n "$since" ] && [ $((SECONDS - since)) -ge 20 ]; then
+            [[ $first != *"exit code 75" && $first != *Terminated ]] || patience=20 # they have saved, and are leaving
+        elif [ $((SECONDS - since)) -ge $((patience + 10)) ]; then
             kill -KILL "$step" 2>/dev/null || true
             wait "$step" 2>/dev/null || true
             job_step_code=""
             return 0
+        elif [ $((SECONDS - since)) -ge "$patience" ]; then
+            kill_steps
         fi
     done
     wait "$step" 2>/dev/null || job_step_code=$?
+}
+
+# first_death: srun's first line on a rank that ended badly, in this start.
+first_death() {
+    [ ! -f "$job_log" ] || tail -c "+$((${job_log_begin[$job_log]:-0} + 1))" "$job_log" \
+        | grep -m 1 -E '^srun: error: [^ ]+: tasks? ' || true
+}
+
+# kill_steps: end what still runs of this job's steps, so that the next one finds the run free.
+kill_steps() {
+    local step
+    for step in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i 2>/dev/null || true); do
+        [[ ! $step =~ \.[0-9]+$ ]] || scancel --quiet --signal=KILL "$step" || true
+    done
 }
 
 # answering_nodes: those on which a task can be started now. srun waits long for one that does not answer; we do not.

@@ -289,7 +289,8 @@ def test_a_notice_to_the_batch_shell_or_by_another_signal_saves_too(
     assert "told to leave by SIGTERM; all ranks are told" in batch.text
     assert run.summary["status"] == "preempted"
     batch.start_again()
-    batch.wait_for_step(run, run.summary["step"] + 2)
+    later = run.summary["step"] + 2
+    wait_for(lambda: any(record["step"] >= later for record in run.diagnostics), LIMIT, every=0.05)
     batch.ask("scancel", "--signal=USR1", batch.id)
     batch.wait_until_requeued()
     assert run.summary["status"] == "preempted", batch.text
