@@ -101,10 +101,10 @@ def _look(run: RunPaths, slurm: Answer) -> Snapshot:
     state = state_of(held=held, queued=queued, summary=summary, told=told, begun=plan is not None)
     if broken is not None and state in ("interrupted", "not begun"):
         state = "broken"
-    shown = [m for m in metrics if "step" in m]
-    step = _number(summary or {}, "step") if summary else (shown[-1]["step"] if shown else None)
+    shown = [_numbers(m) for m in metrics if isinstance(m.get("step"), int)]
+    ended, terms = _numbers(summary or {}), _numbers(plan or {})
+    step = ended.get("step") if summary else (shown[-1]["step"] if shown else None)
     spent = [m["epsilon"] for m in shown if m.get("epsilon") is not None]
-    terms = plan or {}
     running = state in ("running", "RUNNING")
     well = running or state in (*DONE, "not begun") or events.how_it_ended(told) == "preempted"
     return Snapshot(
@@ -115,8 +115,8 @@ def _look(run: RunPaths, slurm: Answer) -> Snapshot:
         job=job,
         nodes=list(dict.fromkeys(placed.nodes)) if placed is not None else [],
         step=step if step is not None else (0 if plan else None),
-        steps=_number(terms, "steps_asked"),
-        epsilon=(summary or {}).get("epsilon_spent") or (spent[-1] if spent else None),
+        steps=terms.get("steps_asked"),
+        epsilon=ended.get("epsilon_spent") or (spent[-1] if spent else None),
         target_epsilon=terms.get("target_epsilon") or terms.get("epsilon"),
         accuracy=next((m["accuracy"] for m in reversed(shown) if "accuracy" in m), None),
         eta=_eta(shown, terms, _age(run.metrics)) if running else None,
@@ -252,7 +252,11 @@ def _eta(shown: list[dict[str, Any]], plan: dict[str, Any], age: float) -> float
 
 def _goodput(run: RunPaths, summary: dict[str, Any] | None) -> dict[str, Any] | None:
     record = goodput.read(run.goodput)  # newer than the summary, which was written before the last seconds
-    return goodput.public_of(record) if record is not None else (summary or {}).get("goodput")
+    if record is not None:
+        return goodput.public_of(record)
+    told = (summary or {}).get("goodput")
+    whole = isinstance(told, dict) and isinstance(told.get("shares"), dict) and "training" in _numbers(told["shares"])
+    return told if whole else None
 
 
 def _last_error(run: RunPaths, told: list[dict[str, Any]], job: str | None) -> str | None:
@@ -278,6 +282,6 @@ def first_of_all(line: str) -> str:
     return f"{found[1]}; {line[: found.start()]}" if found else line
 
 
-def _number(record: dict[str, Any], name: str) -> int | None:
-    value = record.get(name)
-    return value if isinstance(value, int) else None
+def _numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """What of a record is a number: a file that somebody has edited may have anything in their places."""
+    return {name: value for name, value in record.items() if isinstance(value, int | float)}

@@ -15,7 +15,7 @@ import pytest
 from run_files import fake_command, first_on_path, write_run
 
 from dpdist_launch.cli import main
-from dpdist_launch.observe import queue, table
+from dpdist_launch.observe import queue, snapshot, table
 from dpdist_launch.observe.queue import Answer, QueuedJob
 from dpdist_launch.observe.snapshot import look, state_of
 
@@ -112,6 +112,9 @@ def spoiled(root: Path) -> None:
         ("ledger", "ledger.jsonl", "garbage\n"),
         ("ledger-cut", "ledger.jsonl", '{"record": "plan", "steps": 1\n'),
         ("binary-metrics", "metrics.jsonl", "\x00\xff\n{}\n[1]\n"),
+        ("odd-metrics", "metrics.jsonl", '{"step": 3, "epsilon": "x", "seconds": []}\n{"step": "y"}\n'),
+        ("odd-ledger", "ledger.jsonl", '{"record": "plan", "steps_asked": "many", "target_epsilon": "x"}\n'),
+        ("odd-summary", "summary.json", '{"status": "failed", "step": "y", "epsilon_spent": [1], "goodput": 3}'),
         ("events", "events.jsonl", "null\n{}\n"),
         ("lease", "private/lease.3", "{}"),
         ("ranks", "private/ranks.json", '{"nodes": 3}'),
@@ -120,6 +123,8 @@ def spoiled(root: Path) -> None:
     ):
         run = write_run(root / name, step=40)
         run.jobs.mkdir()
+        if name == "odd-summary":
+            run.goodput.unlink()
         (run.root / file).write_text(content, encoding="latin-1")
     (root / "loop").symlink_to(root / "loop")
     (root / "file").write_text("")
@@ -138,6 +143,9 @@ def test_no_directory_takes_the_table_away(tmp_path: Path, capsys: pytest.Captur
         "ledger": "broken",
         "ledger-cut": "broken",
         "binary-metrics": "interrupted",
+        "odd-metrics": "interrupted",
+        "odd-ledger": "interrupted",
+        "odd-summary": "failed",
         "events": "interrupted",
         "lease": "interrupted",
         "ranks": "interrupted",
@@ -162,6 +170,13 @@ def test_no_line_is_wider_than_the_terminal(
     if width >= 100:
         assert lines[0].split() == ["RUN", "STATE", "STEP", "EPSILON", "ETA", "RESTARTS", "GOODPUT", "NODES"]
         assert any("node-0000 +19" in line for line in lines)
+
+
+def test_even_an_error_that_nobody_thought_of_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "a", step=40)
+    monkeypatch.setattr(snapshot, "_is_held", lambda run: 1 / 0)
+    seen = look(run.root, NOBODY)
+    assert (seen.state, seen.reason) == ("broken", "cannot be understood (ZeroDivisionError)")
 
 
 def test_control_characters_of_a_name_do_not_reach_the_terminal(

@@ -88,7 +88,7 @@ class Observed:
 
     def status(self, run: Run) -> dict[str, Any]:
         assert main(["status", str(run.root), "--json"]) == 0
-        (seen,) = json.loads(self.capsys.readouterr().out)["runs"]
+        (seen,) = json.loads(self.capsys.readouterr().out.splitlines()[-1])["runs"]
         return seen
 
     def log(self, run: Run, *, rank: int) -> tuple[str, str]:
