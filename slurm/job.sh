@@ -253,7 +253,7 @@ go_on() {
 # end_job CODE: do what was found right after the last srun, which returned CODE; the reason is the last line.
 end_job() {
     [ -n "${job_verdict[*]-}" ] || judge "$1"
-    local action=${job_verdict[0]} code=${job_verdict[1]} reason=${job_verdict[5]} try
+    local action=${job_verdict[0]} code=${job_verdict[1]} reason=${job_verdict[5]} try excluded
     say "$reason"
     [ "$action" != done ] || exit 0
     [ "$action" = requeue ] || exit "$code"
@@ -263,10 +263,13 @@ end_job() {
         exit "$code"
     fi
     [ -n "${job_verdict[4]}" ] || exit 0
+    excluded=$(job_field ExcNodeList) # by the user, and by earlier starts
+    [[ $excluded == "(null)" ]] && excluded=""
+    excluded=${excluded:+$excluded,}${job_verdict[4]}
     for ((try = 0; try < 20; try++)); do # only a job in the queue can be told
-        ! scontrol update JobId="$job_id" ExcNodeList="${job_verdict[4]}" 2>/dev/null || exit 0
+        ! scontrol update JobId="$job_id" ExcNodeList="$excluded" 2>/dev/null || exit 0
         sleep 1
     done
-    say "requeued, but could not exclude ${job_verdict[4]}: scontrol update JobId=$job_id ExcNodeList=${job_verdict[4]}"
+    say "requeued, but could not exclude ${job_verdict[4]}: scontrol update JobId=$job_id ExcNodeList=$excluded"
     exit 0
 }

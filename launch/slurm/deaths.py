@@ -35,6 +35,7 @@ _ENDING = re.compile(
 _LAUNCH = re.compile(r"^srun: error: Task launch for \S+ failed on node ([^\s:]+): (.*)$")
 _NODE_FAILED = re.compile(r"^srun: error: Node failure on ([^\s:]+)")
 _MISSING = re.compile(r"dpdist: failed: (ranks? \[[\d, ]+\].*did not come.*)$")
+_BAD = re.compile(r"dpdist: failed: (bad node ([^\s:]+): .*)$")
 _MEMORY = re.compile(r"oom.kill event|Out Of Memory", re.IGNORECASE)
 
 
@@ -82,6 +83,8 @@ def cause_of(log: Sequence[str], layout: Layout, code: int | None) -> Cause:
         if found := _MISSING.search(text):
             alone = re.search(r"\] \(([^,)]+)\)", found[1])
             return Cause("lost", found[1], alone[1] if alone else None)
+        if found := _BAD.search(text):
+            return Cause("bad", found[1], found[2])
     # A program ends itself by such a signal, and the others' errors are its echo, though they may be heard first.
     for death in deaths:
         if death.how.startswith(_FAULTS):

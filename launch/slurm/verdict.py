@@ -24,7 +24,7 @@ _SLACK = 90.0
 #: Ends of a rank that was told to leave: saved, or before it listened.
 _TOLD = ("exit code 75", "Terminated", "User defined signal 1", "User defined signal 2")
 #: Causes that another start may not meet; the others would be met again.
-_PASSING = ("lost", "killed", "crashed", "stuck", "cut off", "unknown")
+_PASSING = ("lost", "bad", "killed", "crashed", "stuck", "cut off", "unknown")
 _CANCELLED = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))?(?:, SEE.*)? \*\*\*")
 
 
@@ -111,14 +111,17 @@ def _restarted(start: Start, cause: Cause, failed: str, code: int) -> Verdict:
     dead = tuple(node for node in start.nodes if node not in start.alive) if trusted else ()
     if not dead and cause.node is not None and cause.node == start.suspect:
         dead = (cause.node,)  # it answers, but has ended two starts
+    if cause.kind == "bad":
+        dead = tuple(node for node in start.nodes if node in dead or node == cause.node)
+    if (not dead or cause.kind == "bad") and start.idle >= min(IDLE_BY_DEATH, start.most):
+        return Verdict("fail", code, f"{failed}; {_nothing_new(start)}")
     if not dead:
-        if start.idle >= min(IDLE_BY_DEATH, start.most):
-            return Verdict("fail", code, f"{failed}; {_nothing_new(start)}")
         nodes = start.nodes
         text = f"{cause.text}; all nodes answer, so it starts again on them ({_counted(start)})"
         return Verdict("again", code, text, nodes, start.tasks, (), cause.node)
     left = [(node, tasks) for node, tasks in start.layout if node not in dead]
-    named = f"{cause.text}; {listed(dead)} {'does' if len(dead) == 1 else 'do'} not answer"
+    silent = tuple(node for node in dead if node not in start.alive)
+    named = cause.text + (f"; {listed(silent)} {'does' if len(silent) == 1 else 'do'} not answer" if silent else "")
     if start.suspect in dead and start.suspect in start.alive:
         named = f"{cause.text}, as at the start before"
     if len(left) >= (start.min_nodes or len(start.nodes)) and start.nodes[0] not in dead:

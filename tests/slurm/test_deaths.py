@@ -1,6 +1,7 @@
 """Why a job ended and what comes next, from logs that real jobs wrote on the virtual cluster (tests/slurm/deaths/).
 
-Only lines that say nothing (stacks, progress, Gloo's greetings) were removed, and paths shortened.
+Only lines that say nothing (stacks, progress, Gloo's greetings) were removed, and paths shortened. `bad-node` alone was
+written by hand: no node here is that slow.
 """
 
 from __future__ import annotations
@@ -83,6 +84,17 @@ def test_a_node_that_answers_but_has_ended_two_starts_is_left_out() -> None:
     second = judge(start("killed-rank-1", **known, idle=2, suspect=first.suspect))
     assert (second.action, second.without) == ("requeue", ("n2",))
     assert "as at the start before" in second.text
+
+
+def test_a_node_that_the_preflight_blames_is_left_out_and_three_such_in_a_row_end_it() -> None:
+    known: dict[str, Any] = {"nodes": THREE, "alive": frozenset(THREE)}
+    first = judge(start("bad-node", **known))
+    assert (first.action, first.without) == ("requeue", ("n3",))
+    assert first.text.startswith("bad node n3: the all-reduce reaches 0.2 GB/s a device, less than 1; ")
+    assert "requeued without n3" in first.text
+    again = judge(start("bad-node", **known, min_nodes=2))
+    assert (again.action, again.nodes) == ("again", ("n1", "n2"))
+    assert judge(start("bad-node", **known, idle=3)).action == "fail"
 
 
 def test_nobody_answers_says_nothing_about_any_node() -> None:
