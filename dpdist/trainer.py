@@ -30,6 +30,7 @@ from dpdist.mechanism.step import TrainState, accumulate_sample, noisy_update
 from dpdist.program.assignments import make_assigner, share_of_work
 from dpdist.program.build import TrainingSetup, build_setup, open_labelled_data, open_model
 from dpdist.program.flops import speed
+from dpdist.program.update import placed
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import all_finite, params_digest, step_inputs
@@ -101,7 +102,7 @@ def train(config: Config, *, began: float | None = None) -> dict[str, Any]:
             require_same({"initial parameters": params_digest(setup.initial.params)}, world)
             if setup.evaluator is not None:
                 cleanup.callback(setup.evaluator.close)
-            state = setup.step_programs.place(setup.initial)
+            state = placed(setup.initial, setup.step_programs.replicated)
             if start.step is not None:
                 state = checkpoints.restore(start.step, state)
             decide(world, lambda: writer.begin(start, checkpoints))

@@ -122,8 +122,7 @@ class StepPrograms:
         width, kind = self.parameters + len(DIAGNOSTICS), jnp.float32 if spec.grid is None else jnp.int64
 
         state, total, key = _as_on_devices(spec.state), _shape((width,), kind), _shape((2,), jnp.uint32)
-        #: Of each physical batch size, the compiled program on each of this process's devices.
-        self.accumulates = {
+        self._accumulate = {
             size: self._on_each_device(
                 self._accumulate_on_device, state.params, total, self._microbatch(size), key, consumed=1
             )
@@ -240,7 +239,7 @@ class StepPrograms:
 
     def accumulate(self, position: int, params: Any, acc: Array, batch: Microbatch, loss_key: Array) -> Array:
         """Add the (clipped) gradient sum of one microbatch on one device to its slice `acc`, which is consumed."""
-        return self.accumulates[batch.mask.shape[0]][position](params, acc, batch, loss_key)
+        return self._accumulate[batch.mask.shape[0]][position](params, acc, batch, loss_key)
 
     def draw(self, keys: Keys, step: int) -> tuple[Array | None, Array | None]:
         """The noise of a step as an array with one slice a device, and the draw itself where it was made.
@@ -263,23 +262,11 @@ class StepPrograms:
         state, diagnostics = self.whole(after, self.replicated)
         return state, acc, diagnostics
 
-    def place(self, state: TrainState) -> TrainState:
-        """A host copy of the state, the same on every process, replicated onto the mesh."""
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(self.replicated, np.asarray(x), np.shape(x)), state
-        )
-
-    def program_texts(self) -> dict[str, str]:
-        """The compiled HLO by program name, for tests that count collectives."""
+    def compiled(self) -> dict[str, Any]:
+        """The compiled programs by name, of one device where each has its own: for XLA's analyses and texts of them."""
         first = next(iter(self.local))
-        accumulates = {f"accumulate_{size}": str(each[first].as_text()) for size, each in self.accumulates.items()}
-        return accumulates | {"update": str(self._update[first].as_text()), "reduce": str(self._reduce.as_text())}
-
-    def peak_bytes(self) -> int:
-        """Temporary memory per device of the largest accumulate program, as XLA's analysis states it."""
-        programs = [program for each in self.accumulates.values() for program in each.values()]
-        analyses = [program.memory_analysis() for program in programs]
-        return max((int(analysis.temp_size_in_bytes) for analysis in analyses if analysis is not None), default=0)
+        accumulates = {f"accumulate_{size}": each[first] for size, each in self._accumulate.items()}
+        return accumulates | {"update": self._update[first], "reduce": self._reduce}
 
 
 def _shape(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
@@ -347,11 +334,3 @@ def noisy_update(
 def flatten(tree: Any) -> Float32[Array, " d"]:
     """All leaves as one float32 vector, in the order of `jax.tree.leaves`."""
     return jnp.concatenate([leaf.reshape(-1).astype(jnp.float32) for leaf in jax.tree.leaves(tree)])
-
-
-def unflatten(vector: Float32[Array, " d"], like: Any) -> Any:
-    """The inverse of `flatten`, in float32 and with the structure and shapes of `like`."""
-    leaves, structure = jax.tree.flatten(like)
-    edges = np.cumsum([0, *(leaf.size for leaf in leaves)])
-    pieces = [vector[a:b].reshape(leaf.shape) for a, b, leaf in zip(edges[:-1], edges[1:], leaves, strict=True)]
-    return jax.tree.unflatten(structure, pieces)

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from dpdist.models import Model
 from dpdist.models.nnx_model import compute_dtype, from_nnx
 from dpdist.models.pretrained import SAME, Naming, Tensors, dense, norm, with_weights
-from dpdist.models.transformer import Attention, Mlp, layer_norm
+from dpdist.models.transformer import Attention, LayerNorm, Mlp
 
 #: Width, depth, heads and the MLP's inner width; mini and small are from Turc et al. 2019.
 VARIANTS = {
@@ -30,7 +30,7 @@ class _Layer(nnx.Module):
     def __init__(self, width: int, heads: int, mlp: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.attention = Attention(width, heads, dtype, rngs, init=INIT)
         self.mlp = Mlp(width, mlp, dtype, rngs, init=INIT)
-        self.norm1, self.norm2 = layer_norm(width, dtype, rngs), layer_norm(width, dtype, rngs)
+        self.norm1, self.norm2 = LayerNorm(width, dtype, rngs), LayerNorm(width, dtype, rngs)
 
     def __call__(self, x: Array, mask: Array | None) -> Array:
         x = self.norm1(x + self.attention(x, mask))
@@ -51,7 +51,7 @@ class _Bert(nnx.Module):
         self.words = nnx.Param(INIT(rngs.params(), (vocabulary, width)))
         self.positions = nnx.Param(INIT(rngs.params(), (positions, width)))
         self.segments = nnx.Param(INIT(rngs.params(), (SEGMENTS, width)))
-        self.norm = layer_norm(width, dtype, rngs)
+        self.norm = LayerNorm(width, dtype, rngs)
         self.layers = nnx.List([_Layer(width, heads, mlp, dtype, rngs) for _ in range(depth)])
         # Always float32, because the loss is computed from these logits.
         self.pooler = nnx.Linear(width, width, kernel_init=INIT, dtype=jnp.float32, rngs=rngs)

@@ -17,6 +17,7 @@ from jaxtyping import Array
 from dpdist.models import Model
 from dpdist.models.images import check_image, prepare_image
 from dpdist.models.nnx_model import compute_dtype, from_nnx
+from dpdist.models.pooling import max_pool
 from dpdist.models.pretrained import CONVOLUTION, POINTWISE, Naming, Tensors, dense, norm, with_weights
 
 #: Blocks in each stage, and the width factor of all stages.
@@ -114,7 +115,7 @@ class _BitResNet(nnx.Module):
     def __call__(self, image: Array) -> Array:
         # BiT's pretrained network pads with zeros before max-pooling; the usual padding is minus infinity.
         x = jnp.pad(self.stem(image), ((1, 1), (1, 1), (0, 0)))
-        x = nnx.max_pool(x, (3, 3), strides=(2, 2))
+        x = max_pool(x, 3, 2)
         for stage in self.stages:
             for block in stage:
                 x = block(x)

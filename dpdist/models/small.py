@@ -14,6 +14,7 @@ from jaxtyping import Array
 from dpdist.models import Model
 from dpdist.models.images import prepare_image
 from dpdist.models.nnx_model import from_nnx
+from dpdist.models.pooling import max_pool
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
@@ -74,8 +75,8 @@ class _Cnn(nnx.Module):
         self.head = nnx.Linear(32, classes, rngs=rngs)
 
     def features(self, x: Array) -> Array:
-        x = nnx.max_pool(self.activation(self.conv1(x)), (2, 2), strides=(1, 1))
-        x = nnx.max_pool(self.activation(self.conv2(x)), (2, 2), strides=(1, 1))
+        x = max_pool(self.activation(self.conv1(x)), 2, 1)
+        x = max_pool(self.activation(self.conv2(x)), 2, 1)
         return x.reshape(-1)
 
     def __call__(self, x: Array) -> Array:

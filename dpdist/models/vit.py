@@ -14,7 +14,7 @@ from dpdist.models import Model
 from dpdist.models.images import check_image, prepare_image
 from dpdist.models.nnx_model import compute_dtype, from_nnx
 from dpdist.models.pretrained import LEADING, POSITIONS, Naming, Tensors, dense, norm, patches, with_weights
-from dpdist.models.transformer import Attention, Mlp, layer_norm
+from dpdist.models.transformer import Attention, LayerNorm, Mlp
 
 #: Width, depth, heads, the MLP's inner width, and patch side. B, L and H are from the paper, Ti and S from DeiT
 #: (Touvron et al. 2020).
@@ -29,7 +29,7 @@ VARIANTS = {
 
 class _Layer(nnx.Module):
     def __init__(self, width: int, heads: int, mlp: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.norm1, self.norm2 = layer_norm(width, dtype, rngs), layer_norm(width, dtype, rngs)
+        self.norm1, self.norm2 = LayerNorm(width, dtype, rngs), LayerNorm(width, dtype, rngs)
         self.attention = Attention(width, heads, dtype, rngs)
         self.mlp = Mlp(width, mlp, dtype, rngs)
 
@@ -49,7 +49,7 @@ class _Vit(nnx.Module):
         self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1 + grid * grid, width)))
         self.layers = nnx.List([_Layer(width, heads, mlp, dtype, rngs) for _ in range(depth)])
         # Always float32, because the loss is computed from these logits.
-        self.norm = layer_norm(width, jnp.float32, rngs)
+        self.norm = LayerNorm(width, jnp.float32, rngs)
         self.head = nnx.Linear(width, classes, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, image: Array) -> Array:

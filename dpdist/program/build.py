@@ -165,7 +165,7 @@ def build_setup(
         try:
             return StepPrograms(
                 StepSpec(
-                    grad_sum=gradients.grad_sum,
+                    grad_sum=gradients.of_batches((physical, tail_of(physical))),
                     state=initial,
                     example=example,
                     update=update_of(optimizer, average_decay=config.optimizer.average_decay, frozen=gradients.frozen),

@@ -100,7 +100,7 @@ def faster(rates: DeviceRates, *, tensor: bool = False) -> Preference:
         ghost = instantiate = 0.0
         for group in groups:
             t, f = length_of(group), group[0]
-            wide = (0 if f.one_hot else f.m) + f.n
+            wide = max((0 if use.one_hot else use.m) + use.n for use in group)  # of a tied table, the dense use
             inner = (2 if tensor else 1) * t * (t + 1) * wide * f.groups  # in float64, each pair of rows is taken once
             moved = entry * t * wide * f.groups + pair * t * t * f.groups
             ghost += inner / flops + moved / rates.bandwidth

@@ -16,7 +16,7 @@ def flops_per_example(programs: StepPrograms, physical: int) -> float | None:
 
     None where XLA does not tell, or where the program has a loop: of that it counts one pass alone.
     """
-    compiled = next(iter(programs.accumulates[physical].values()))
+    compiled = programs.compiled()[f"accumulate_{physical}"]
     flops = (compiled.cost_analysis() or {}).get("flops", 0.0)
     return flops / physical if flops > 0 and " while(" not in compiled.as_text() else None
 

@@ -26,6 +26,7 @@ from dpdist.mechanism.clipping import (
 from dpdist.mechanism.clipping.graph import trace
 from dpdist.mechanism.clipping.strategy import smaller, strategies_of
 from dpdist.mechanism.ledger import Plan
+from dpdist.program.cache import examples_at_a_time, few_at_a_time
 from dpdist.program.device_rates import device_rates, faster, has_tensor_cores
 from dpdist.program.diagnosis import naming_the_fault
 from dpdist.program.plain_gradients import plain_grad_sum
@@ -54,6 +55,12 @@ class Gradients:
     strategies: dict[str, str] | None
     #: `highest` or `tensor`: see `clipped_grad_sum`.
     precision: str
+    #: How many examples are computed at a time; None where the whole batch is.
+    examples_at_a_time: int | None
+
+    def of_batches(self, sizes: Collection[int]) -> GradSum:
+        """The gradient sum of batches of these sizes."""
+        return few_at_a_time(self.grad_sum, self.examples_at_a_time, sizes)
 
 
 def frozen_paths(model: config_module.Model, params: Any) -> frozenset[str]:
@@ -138,10 +145,13 @@ def build_gradients(
         InputError: as `strategies_for`; or one example's loss could see another example.
     """
     frozen = frozen_paths(config.model, loss.params)
+    examples = examples_at_a_time(loss.loss_fn, loss.params, loss.example, world.platform)
     if plan.privacy is None:
         plain = plain_grad_sum(loss.loss_fn, frozen=frozen)
         _require_supported(plain, loss, config, frozen)
-        return Gradients(grad_sum=plain, frozen=frozen, strategies=None, precision="highest")
+        return Gradients(
+            grad_sum=plain, frozen=frozen, strategies=None, precision="highest", examples_at_a_time=examples
+        )
     method, strategies = config.training.clipping, None
     precision = earlier["precision"] if earlier is not None else decide(world, lambda: precision_for(config, world))
     if method != "per_example":
@@ -159,7 +169,9 @@ def build_gradients(
         frozen=frozen,
     )
     _require_supported(grad_sum, loss, config, frozen)
-    return Gradients(grad_sum=grad_sum, frozen=frozen, strategies=strategies, precision=precision)
+    return Gradients(
+        grad_sum=grad_sum, frozen=frozen, strategies=strategies, precision=precision, examples_at_a_time=examples
+    )
 
 
 def _require_supported(grad_sum: GradSum, loss: ExampleLoss, config: Config, frozen: frozenset[str]) -> None:

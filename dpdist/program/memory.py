@@ -54,9 +54,14 @@ def memory_of(
         state=sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
         sums=(8 if noisy else 4) * programs.parameters,
         prefetched=(prefetch + 2) * physical * (rows + 8),
-        temporary=programs.peak_bytes(),
+        temporary=_temporary(programs),
         noisy=noisy,
     )
+
+
+def _temporary(programs: StepPrograms) -> int:
+    analyses = [program.memory_analysis() for name, program in programs.compiled().items() if "accumulate" in name]
+    return max((int(analysis.temp_size_in_bytes) for analysis in analyses if analysis is not None), default=0)
 
 
 def memory_limit(config: Config, world: World) -> float:

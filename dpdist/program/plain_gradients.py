@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Float32
 
 from dpdist.mechanism.clipping.graph import refuse_complex
 from dpdist.mechanism.clipping.paths import trainable, with_frozen
+from dpdist.program.flat_products import with_flat_products
 
 
 def plain_grad_sum(
@@ -36,7 +37,7 @@ def plain_grad_sum(
             losses = jax.vmap(loss_fn, in_axes=(None, 0))(with_frozen(training, params), real)
             return jnp.sum(jnp.where(used, losses, 0.0))
 
-        gradient = jax.grad(total)(trainable(params, frozen))
+        gradient = with_flat_products(jax.grad(total))(trainable(params, frozen))
         sums = jax.tree.map(lambda g: jnp.where(used.any(), g, 0).astype(jnp.float32), gradient)
         return sums, jnp.zeros(mask.shape, jnp.float32)
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float32
 
 from dpdist.mechanism.clipping import trainable, with_frozen
-from dpdist.mechanism.step import TrainState, Update, unflatten
+from dpdist.mechanism.step import TrainState, Update
 
 
 def initial_state(
@@ -21,6 +23,11 @@ def initial_state(
     moving = trainable(params, frozen)
     average = jax.tree.map(jnp.copy, moving) if averaged else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(moving), average)
+
+
+def placed(state: TrainState, replicated: NamedSharding) -> TrainState:
+    """A host copy of the state, the same on every process, on every device of a mesh."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(replicated, np.asarray(x), np.shape(x)), state)
 
 
 def update_of(
@@ -44,3 +51,11 @@ def update_of(
         return TrainState(state.step + 1, with_frozen(after, state.params), opt_state, average)
 
     return update
+
+
+def unflatten(vector: Float32[Array, " d"], like: Any) -> Any:
+    """The inverse of `mechanism.step.flatten`, in float32 and with the structure and shapes of `like`."""
+    leaves, structure = jax.tree.flatten(like)
+    edges = np.cumsum([0, *(leaf.size for leaf in leaves)])
+    pieces = [vector[a:b].reshape(leaf.shape) for a, b, leaf in zip(edges[:-1], edges[1:], leaves, strict=True)]
+    return jax.tree.unflatten(structure, pieces)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from dpdist.mechanism.clipping import clipped_grad_sum
 from dpdist.mechanism.keys import Keys, Secret
 from dpdist.mechanism.step import Microbatch, StepPrograms, StepSpec, accumulate_sample
-from dpdist.program.update import initial_state, update_of
+from dpdist.program.update import initial_state, placed, update_of
 
 PHYSICAL, MICROBATCHES = 64, 1021
 GRID = 2.0**-36
@@ -68,7 +68,7 @@ def summed(values: np.ndarray, grid: float | None) -> float:
             yield {0: jax.device_put(batch, programs.local[0])}
 
     key = programs.loss_key(Keys(Secret.from_insecure_seed(1), b""), 0)
-    sums = accumulate_sample(programs, programs.place(state).params, programs.zero_sums(), rounds(), key)
+    sums = accumulate_sample(programs, placed(state, programs.replicated).params, programs.zero_sums(), rounds(), key)
     return float(np.asarray(sums)[0]) * (grid or 1.0)
 
 

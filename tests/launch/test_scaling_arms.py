@@ -25,6 +25,7 @@ from dpdist.mechanism.sampling import Assignment, assign
 from dpdist.mechanism.step import DIAGNOSTICS, accumulate_sample, noisy_update
 from dpdist.program.assignments import make_assigner, shape_of_work
 from dpdist.program.build import OpenModel, build_setup, open_model
+from dpdist.program.update import placed
 from dpdist.run.fingerprints import environment
 from dpdist.run.plan import plan_run
 from dpdist_launch.measure.scaling import point
@@ -76,7 +77,7 @@ def trained(arm: str, asked: Config, world: World) -> tuple[list[Any], list[tupl
     plan = plan_of(plain, dataset, opened, fresh_nonce(secret))
     setup = build_setup(plain, plan, opened, dataset, world, earlier=None)
     programs, keys = setup.step_programs, Keys(secret, bytes.fromhex(plan.nonce))
-    state, sums = programs.place(setup.initial), programs.zero_sums()
+    state, sums = placed(setup.initial, programs.replicated), programs.zero_sums()
     share = Counting(sums, world.mesh) if arm == SGD_SYNC else None
     usual = make_assigner(plain, plan, setup, keys, world)
 
@@ -108,7 +109,10 @@ def trained(arm: str, asked: Config, world: World) -> tuple[list[Any], list[tupl
         reductions = 1 + (0 if share is None else share.calls - before)  # apply's own is always there
         steps.append((count, reductions, [len(assignment.sample), *np.asarray(diagnostics).tolist()]))
     feed.close()
-    texts = [*programs.program_texts().values(), *([share.program_text()] if share else [])]
+    texts = [
+        *(program.as_text() for program in programs.compiled().values()),
+        *([share.program_text()] if share else []),
+    ]
     return jax.tree.map(np.asarray, jax.tree.leaves(state.params)), steps, texts
 
 

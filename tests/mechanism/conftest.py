@@ -25,7 +25,7 @@ from dpdist.mechanism.step import (
     noisy_update,
 )
 from dpdist.program.plain_gradients import plain_grad_sum
-from dpdist.program.update import initial_state, update_of
+from dpdist.program.update import initial_state, placed, update_of
 
 
 class Rig:
@@ -100,7 +100,7 @@ class Rig:
 
     def start(self) -> tuple[TrainState, Any]:
         """Return the state before step 0 and an empty accumulator."""
-        return self.step.place(self.initial), self.step.zero_sums()
+        return placed(self.initial, self.step.replicated), self.step.zero_sums()
 
     def assign(self, sample: Sequence[int], step: int, *, physical: int, assignment: str = "balanced") -> Assignment:
         """The assignment of a step with this sample, grouped in the order given."""

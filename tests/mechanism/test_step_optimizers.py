@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from dpdist.config import Optimizer
-from dpdist.mechanism.step import flatten, unflatten
+from dpdist.mechanism.step import flatten
 from dpdist.program import optimizer
+from dpdist.program.update import unflatten
 
 SMALL = ((3, 4), (5,))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,3 +69,19 @@ def test_an_h100_takes_inner_products_on_tensor_cores_where_it_instantiates_in_f
         for tensor in (False, True)
     ]
     assert chosen == ["instantiate", "ghost"]
+
+
+def test_a_table_that_also_computes_the_logits_costs_as_that_product_does() -> None:
+    """Its first use, the lookup, has a one-hot factor, which costs nothing."""
+    table, tokens = {"table": np.zeros((5000, 64), np.float32)}, jax.ShapeDtypeStruct((32,), np.int32)
+
+    def tied(params: Any, ids: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.tanh(params["table"][ids] @ params["table"].T))
+
+    def logits(params: Any, ids: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.tanh(jax.nn.one_hot(ids, 64) @ params["table"].T))
+
+    prefer = faster(device_rates("NVIDIA A100-SXM4-80GB", "gpu"))
+    (both,), (alone,) = (choose_strategies(loss, table, tokens, prefer=prefer) for loss in (tied, logits))
+    assert [len(group) for group in both.groups] == [2]
+    assert dict(both.seconds)["ghost"] > dict(alone.seconds)["ghost"] > 0

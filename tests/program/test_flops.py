@@ -14,7 +14,8 @@ from dpdist.program.flops import flops_per_example, peak_flops, speed
 
 def programs(function: Any, *shapes: tuple[int, ...]) -> Any:
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return SimpleNamespace(accumulates={8: {0: jax.jit(function).lower(*arguments).compile()}})
+    program = jax.jit(function).lower(*arguments).compile()
+    return SimpleNamespace(compiled=lambda: {"accumulate_8": program})
 
 
 def test_operations_are_those_of_the_program_an_example() -> None:

@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from dpdist.mechanism.clipping.bookkeeping import bookkeeping_grad_sum
 from dpdist.mechanism.clipping.paths import matching, paths_of, trainable, with_frozen
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
@@ -30,6 +33,7 @@ __all__ = [
     "Preference",
     "UnsupportedLossError",
     "clipped_grad_sum",
+    "in_parts",
     "matching",
     "paths_of",
     "trainable",
@@ -95,3 +99,24 @@ def clipped_grad_sum(
         tensor=precision == "tensor",
         frozen=frozen,
     )
+
+
+def in_parts(grad_sum: GradSum, examples: int) -> GradSum:
+    """Return `grad_sum` of so many examples at a time, added up in float32: what these few hand on stays in caches.
+
+    The weight of an example depends on its own gradient alone, so it is the same sum but for rounding, and a bound on
+    the rounding of a sum in any order holds for this order too. `examples` must divide the batch.
+    """
+
+    def sum_of_parts(params: Any, batch: Any, mask: Any) -> tuple[Any, Any]:
+        parts = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, examples, *x.shape[1:]), (batch, mask))
+
+        def add(sums: Any, part: tuple[Any, Any]) -> tuple[Any, Any]:
+            found, norms = grad_sum(params, *part)
+            return jax.tree.map(jnp.add, sums, found), norms
+
+        shapes, _ = jax.eval_shape(grad_sum, params, *jax.tree.map(lambda x: x[0], parts))
+        sums, norms = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), parts)
+        return sums, norms.reshape(-1)
+
+    return sum_of_parts

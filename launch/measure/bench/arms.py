@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from dpdist.mechanism.clipping import GradSum, clipped_grad_sum
+from dpdist.program.cache import examples_at_a_time, few_at_a_time
 from dpdist.program.device_rates import device_rates, faster
 from dpdist.program.plain_gradients import plain_grad_sum
 from dpdist_launch.measure.bench.program import Arm, jax_program
@@ -43,16 +44,19 @@ def jax_arm(name: str) -> Arm:
 
 def grad_sum(name: str, problem: Problem) -> GradSum:
     """Return the arm's `f(params, batch, mask) -> (sums, norms)`; see `clipped_grad_sum`."""
-    if name == SGD:
-        return plain_grad_sum(problem.loss)
     if name == MASKED:
         return masked_grad_sum(problem.loss, clip_norm=problem.clip_norm)
     device = jax.devices()[0]
+    example = jax.tree.map(lambda column: jax.ShapeDtypeStruct(column.shape[1:], column.dtype), problem.batch)
+    examples = examples_at_a_time(problem.loss, problem.params, example, device.platform)  # as training does
+    if name == SGD:
+        return few_at_a_time(plain_grad_sum(problem.loss), examples, [problem.size])
     prefer = faster(device_rates(device.device_kind, device.platform), tensor=name == TENSOR)  # as training chooses
-    method, precision = ("auto", "tensor") if name == TENSOR else (name, "highest")
-    return clipped_grad_sum(
+    method, precision = {TENSOR: ("auto", "tensor"), NAIVE: ("per_example", "highest")}.get(name, (name, "highest"))
+    clipped = clipped_grad_sum(
         problem.loss, clip_norm=problem.clip_norm, method=method, precision=precision, prefer=prefer
     )
+    return clipped if name == NAIVE else few_at_a_time(clipped, examples, [problem.size])
 
 
 def masked_grad_sum(loss_fn: Callable[[Any, Any], Array], *, clip_norm: float) -> GradSum:

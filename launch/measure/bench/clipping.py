@@ -230,7 +230,7 @@ def measure(
         progress(f"{arms.NAIVE}: a series that compiles")
         series: dict[str, Any] = {"framework": arms.JAX, "private": True}
         try:
-            series |= naive_series(arms.grad_sum("per_example", problem), problem, clock=clock)
+            series |= naive_series(arms.grad_sum(arms.NAIVE, problem), problem, clock=clock)
             series["ratio"] = series["seconds"] / float(np.median(baselines[arms.JAX]))
         except Exception as error:
             series["failed"] = _reason(error)

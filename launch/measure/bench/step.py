@@ -24,6 +24,7 @@ from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
 from dpdist.mechanism.step import accumulate_sample, noisy_update
 from dpdist.program.assignments import make_assigner
 from dpdist.program.build import build_setup, open_model
+from dpdist.program.update import placed
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.fingerprints import code_digest, environment
 from dpdist.run.plan import plan_run
@@ -58,7 +59,7 @@ def bench_step(config: Config, *, steps: int) -> dict[str, Any]:
     )
     setup = build_setup(config, plan, opened, dataset, world, earlier=None)
     programs, keys = setup.step_programs, Keys(secret, nonce)
-    state, sums = programs.place(setup.initial), programs.zero_sums()
+    state, sums = placed(setup.initial, programs.replicated), programs.zero_sums()
     all_reduce = all_reduce_program(sums, world.mesh)
     assigner = make_assigner(config, plan, setup, keys, world)
     feed = Feed(dataset.train, assigner, world.mesh, data=config.data, start=0, stop=_WARM_UP + steps)

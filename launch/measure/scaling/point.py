@@ -39,6 +39,7 @@ from dpdist.mechanism.sampling import Assignment
 from dpdist.mechanism.step import accumulate_sample, noisy_update
 from dpdist.program.assignments import make_assigner, shape_of_work
 from dpdist.program.build import OpenModel, TrainingSetup, build_setup, open_model
+from dpdist.program.update import placed
 from dpdist.run.directory import write_atomically
 from dpdist.run.fingerprints import code_digest, environment, user_code_digest
 from dpdist.run.plan import plan_run
@@ -219,7 +220,7 @@ def _with_physical_batch(
 def _train(task: Task, watchdog: Watchdog) -> Timed | None:
     """The steps of `dpdist.trainer`, without ledger, checkpoints and records; None where the job has to leave."""
     world, programs, keys = task.world, task.setup.step_programs, Keys(task.secret, bytes.fromhex(task.plan.nonce))
-    state, sums = programs.place(task.setup.initial), programs.zero_sums()
+    state, sums = placed(task.setup.initial, programs.replicated), programs.zero_sums()
     assigner = make_assigner(task.config, task.plan, task.setup, keys, world)
     # It works on beyond the last measured step, as it would in training.
     stop = WARM_UP + task.steps + 2

@@ -11,6 +11,7 @@ from dpdist_launch.measure.bench.program import Arm
 #: Every peer arm, with its description.
 PEERS = {
     "jax_privacy": "`jax_privacy.clipped_grad`, with its padding mask",
+    "jax_privacy loop": "the same with `microbatch_size=1`: a loop over examples",
     "torch sgd": "plain SGD in eager PyTorch: one backward pass over the summed losses",
     "opacus": "Opacus, per-sample gradients (`GradSampleModule`, `DPOptimizer.clip_and_accumulate`)",
     "opacus ghost": "Opacus, ghost clipping (`GradSampleModuleFastGradientClipping`, two backward passes)",
@@ -33,9 +34,9 @@ def peer_arms(*, installed: bool = False) -> list[Arm]:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     found = []
     if "jax_privacy" not in missing:
-        from dpdist_launch.measure.bench.peers.jax_privacy_arm import jax_privacy_arm
+        from dpdist_launch.measure.bench.peers.jax_privacy_arm import jax_privacy_arms
 
-        found.append(jax_privacy_arm())
+        found += jax_privacy_arms()
     if not {"torch", "opacus"} & set(missing):
         from dpdist_launch.measure.bench.peers.torch_arms import torch_arms
 
