@@ -91,7 +91,7 @@ def detect(environ: Mapping[str, str], *, use_gpus: bool = True, step: str | Non
             name.startswith("SLURM_HET_")
             for name in environ  # whose components have numbers of their own
         ):
-            why = f"the SLURM_* variables are left over from step {named}, and this process is in {step or 'none'}"
+            why = f"the SLURM_* variables are left over from step {named}, and this process is in {step}"
         else:
             return _from_slurm_step(environ, use_gpus)
         logger.warning(

@@ -111,7 +111,6 @@ NESTED = STEP | recorded("""
     ("environ", "step", "words"),
     [
         (NESTED, "9.batch", "left over from step 9.0, and this process is in 9.batch"),
-        (STEP, "", "left over from step 2.0, and this process is in none"),  # a shell that outlived its step
         (STEP, "2.1", "this process is in 2.1"),
     ],
 )
@@ -163,22 +162,17 @@ def made_up_proc(root: Path, *titles: str) -> Path:
         (("python\0train", "bash", "slurmstepd: [12.0]\0", "slurmd"), "12.0"),
         (("python", "slurmstepd: [12.batch]"), "12.batch"),
         (("python", "slurmstepd: [12+1.0]", "init"), None),
-        (("python", "sshd", "init"), None),  # of a namespace that is not the host's, there being no ns/pid
+        (("python", "sshd", "init"), None),
     ],
 )
 def test_the_step_that_the_ancestors_show(tmp_path: Path, titles: tuple[str, ...], found: str | None) -> None:
     assert step_of_process(made_up_proc(tmp_path, *titles)) == found
 
 
-def test_hidden_ancestors_tell_nothing_and_those_of_the_host_tell_all(tmp_path: Path) -> None:
+def test_hidden_ancestors_tell_nothing(tmp_path: Path) -> None:
     proc = made_up_proc(tmp_path, "python", "bash", "init")
-    (proc / "self/ns").mkdir()
-    (proc / "self/ns/pid").touch()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpdist.cluster.step_daemon._HOST_NAMESPACE", (proc / "self/ns/pid").stat().st_ino)
-        assert step_of_process(proc) == ""
-        (proc / "1/status").unlink()
-        assert step_of_process(proc) is None
+    (proc / "1/status").unlink()
+    assert step_of_process(proc) is None
     assert step_of_process(tmp_path / "nowhere") is None
 
 
