@@ -19,7 +19,7 @@ from dpdist.cluster.agreement import barrier, decide, require_same
 from dpdist.cluster.join import join
 from dpdist.cluster.lease import LeaseLostError
 from dpdist.cluster.preemption import preempted
-from dpdist.cluster.preflight import require_network, require_shared
+from dpdist.cluster.preflight import require_network
 from dpdist.cluster.straggler import Stragglers
 from dpdist.cluster.watchdog import Watchdog
 from dpdist.cluster.world import World
@@ -63,10 +63,6 @@ def train(config: Config, *, began: float | None = None) -> dict[str, Any]:
         if world.is_main:
             say(f"{run.root} is {ended['status']} at step {ended['step']} of {ended['steps']}: nothing to do")
         return ended
-
-    if config.cluster.preflight:
-        for warning in require_shared(run.private, world):
-            _say_once(world, f"dpdist: warning: {warning}")
 
     with contextlib.ExitStack() as cleanup:
         # Open: one job in the directory, one secret, one dataset.
@@ -158,17 +154,11 @@ def _check_network(config: Config, start: Start, setup: TrainingSetup, world: Wo
         noisy=terms is not None and terms.grid is not None,
         least_bandwidth=None if least is None else least * 1e9,
     )
-    if found is not None:
-        _say_once(
-            world,
+    if found is not None and world.is_main:
+        say(
             f"preflight: {world.num_processes} processes on {len(set(world.nodes))} nodes; all-reduce of "
-            f"{found.bytes / 1e6:.3g} MB in {1e3 * found.seconds:.3g} ms, {found.bandwidth / 1e9:.2g} GB/s a device",
+            f"{found.bytes / 1e6:.3g} MB in {1e3 * found.seconds:.3g} ms, {found.bandwidth / 1e9:.2g} GB/s a device"
         )
-
-
-def _say_once(world: World, line: str) -> None:
-    if world.is_main:
-        say(line)
 
 
 @dataclass(kw_only=True)

@@ -84,9 +84,18 @@ begin_job() {
     local limit refusal
     job_run_dir=${1-}
     job_log=$(readlink /proc/$$/fd/2 || true)
-    # The number of one job of an array: SLURM_JOB_ID may be that of the whole array.
-    job_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID-}}
-    job_id=${job_id:-${SLURM_JOB_ID:-0}}
+    local name
+    for name in DPDIST_MAX_RESTARTS DPDIST_MIN_NODES DPDIST_GRACE DPDIST_PROBE_SECONDS; do
+        [[ ${!name-} =~ ^[0-9]*$ ]] || die "$name = ${!name}: give a whole number"
+    done
+    job_id=${SLURM_JOB_ID:-0}
+    # One job of an array: SLURM_JOB_ID may be that of the whole array. A job that one of an array has submitted inherits
+    # these variables, and is none.
+    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
+        job_id=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID-}
+        [ "$(job_field JobId)" = "${SLURM_JOB_ID:-}" ] || { job_id=${SLURM_JOB_ID:-0} && unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID; }
+    fi
+    job_again=0
     # For `dpdist logs` and the goodput of the run: tasks can see neither from where they are.
     export DPDIST_LOG=$job_log DPDIST_QUEUED
     DPDIST_QUEUED=$(queued_seconds || true)
@@ -187,7 +196,7 @@ first_death() {
 # kill_steps: end what still runs of this job's steps, so that the next one finds the run free.
 kill_steps() {
     local step
-    for step in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i 2>/dev/null || true); do
+    for step in $(squeue --noheader --steps --jobs="$job_id" --format=%i 2>/dev/null || true); do
         [[ ! $step =~ \.[0-9]+$ ]] || scancel --quiet --signal=KILL "$step" || true
     done
 }
@@ -203,6 +212,7 @@ answering_nodes() {
 judge() {
     local -a known=(
         "code=$1" "job=${SLURM_JOB_ID:-}" "run_dir=$job_run_dir" "begin=$job_begin" "restarts=${SLURM_RESTART_COUNT:-0}"
+        "again=$job_again" "distribution=${SLURM_DISTRIBUTION:-}"
         "most=${DPDIST_MAX_RESTARTS:-20}" "nodes=$job_nodes" "tasks=$job_tasks" "min_nodes=${DPDIST_MIN_NODES:-}"
         "left=$(squeue --noheader --jobs="$job_id" --format=%L 2>/dev/null || true)"
         "grace=${DPDIST_GRACE:-300}" "state=$(job_field JobState)" "restarts_now=$(job_field Restarts)"
@@ -214,8 +224,13 @@ judge() {
         known+=("alive=$(answering_nodes)")
         mapfile -t job_verdict < <(log_of_start | verdict judge "${known[@]}")
     fi
-    [ "${#job_verdict[@]}" = 6 ] || job_verdict=(fail "${1:-1}" "" 0 "" \
-        "failed (exit code ${1:-1}); no Python could say why: ${job_python:-that of the container} has no dpdist_launch")
+    [ "${#job_verdict[@]}" = 6 ] && return
+    local why="no Python could say more: ${job_python:-that of the container} cannot run dpdist_launch.slurm.verdict"
+    case $1 in
+        0) job_verdict=(done 0 "" 0 "" "done; $why") ;;
+        75) job_verdict=(requeue 75 "" 0 "" "preempted; requeued; $why") ;;
+        *) job_verdict=(fail "${1:-1}" "" 0 "" "failed (exit code ${1:-1}); $why") ;;
+    esac
 }
 
 # supervise SRUN-ARGUMENT...: srun, and again while that helps. Returns once it is known how the job ends.
@@ -238,6 +253,7 @@ supervise() {
 # go_on: prepare another srun in this allocation, without the nodes that do not answer.
 go_on() {
     note "${job_verdict[5]}"
+    job_again=$((job_again + 1))
     if [ -n "${job_verdict[4]}" ]; then
         # A node that SLURM gives up later must not take the job along.
         scontrol update JobId="$job_id" NodeList="${job_verdict[2]}" >/dev/null \
@@ -254,6 +270,7 @@ go_on() {
 end_job() {
     [ -n "${job_verdict[*]-}" ] || judge "$1"
     local action=${job_verdict[0]} code=${job_verdict[1]} reason=${job_verdict[5]} try excluded
+    [ "$action" != again ] || reason="failed (exit code $code) before it began to train" # nobody is there to start it
     say "$reason"
     [ "$action" != done ] || exit 0
     [ "$action" = requeue ] || exit "$code"
@@ -263,11 +280,12 @@ end_job() {
         exit "$code"
     fi
     [ -n "${job_verdict[4]}" ] || exit 0
-    excluded=$(job_field ExcNodeList) # by the user, and by earlier starts
-    [[ $excluded == "(null)" ]] && excluded=""
-    excluded=${excluded:+$excluded,}${job_verdict[4]}
     for ((try = 0; try < 20; try++)); do # only a job in the queue can be told
-        ! scontrol update JobId="$job_id" ExcNodeList="$excluded" 2>/dev/null || exit 0
+        excluded=$(job_field ExcNodeList) # by the user, and by earlier starts
+        [[ $excluded != "(null)" ]] || excluded=${job_verdict[4]}
+        [[ ,$excluded, == *,${job_verdict[4]},* ]] || excluded+=,${job_verdict[4]}
+        # Without an answer, the user's own would be lost.
+        [[ $excluded != ,* ]] && scontrol update JobId="$job_id" ExcNodeList="$excluded" 2>/dev/null && exit 0
         sleep 1
     done
     say "requeued, but could not exclude ${job_verdict[4]}: scontrol update JobId=$job_id ExcNodeList=$excluded"

@@ -165,7 +165,8 @@ def _initialize(cluster: config.Cluster, membership: Membership) -> None:
     if membership.process_id == 0:
         _require_free(host, int(port), membership)
     node_of = node_of_rank(os.environ) if membership.launcher == "slurm" else lambda rank: None
-    meet(membership, node_of, cluster.initialization_timeout)
+    start = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    meet(membership, node_of, cluster.initialization_timeout, ".".join(start))
     jax.distributed.initialize(
         coordinator_address=membership.coordinator_address,
         num_processes=membership.num_processes,

@@ -6,6 +6,7 @@ numbers whose sum is known. Both are collective and bounded, and take a second o
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -81,15 +82,12 @@ def require_shared(directory: Path, world: World, *, patience: float = PATIENCE)
     begun = decide(world, lambda: _begin(directory))
     folder = directory / begun["folder"]
     found = {"clock": time.time() - begun["clock"]} | _take_part(folder, world.process_id, patience)
-    reports = all_gather(found, world, timeout=patience + world.timeout)
-
-    def judge() -> None:
-        try:
-            _judge(folder, reports, world, patience)
-        finally:
+    try:
+        reports = all_gather(found, world, timeout=patience + world.timeout)
+        decide(world, lambda: _judge(folder, reports, world, patience), timeout=patience + world.timeout)
+    finally:
+        if world.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-
-    decide(world, judge, timeout=patience + world.timeout)
     return [
         f"the clock of {_named(world, rank)} differs from that of {_named(world, 0)} by {report['clock']:+.0f} s"
         for rank, report in enumerate(reports)
@@ -166,12 +164,14 @@ def _judge(folder: Path, reports: Sequence[dict[str, Any]], world: World, patien
 
 def _appears(path: Path, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
-    while not path.exists():
+    while True:
+        with contextlib.suppress(OSError):  # the directory may not be there at all, or be out of date
+            list(path.parent.parent.iterdir())  # makes NFS ask the server
+            if path.exists():
+                return True
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
-        list(path.parent.parent.iterdir())  # makes NFS ask the server again
-    return True
 
 
 def _write(path: Path) -> None:

@@ -5,7 +5,7 @@ end in C++ with a stack, naming whoever spoke first. Here every rank sends its n
 open until rank 0 answers: `come`, and all go on to `jax.distributed` at once; or the names of the missing, which all
 raise alike. JAX's service then takes the same port, so no firewall needs another hole.
 
-What comes in from strangers is dropped. A number that is sent twice is taken once.
+Both sides say of which job they are. What comes in from others is dropped. A number that is sent twice is taken once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 PATIENCE = 30.0
 #: Seconds between two attempts to reach rank 0, which may be minutes late.
 _AGAIN = 0.2
-_HELLO, _COME = b"dpdist rank ", b"come\n"
+_COME, _MISSING = b"come", b"missing "
 #: Longest line, in bytes, that is read from anybody.
 _LONGEST = 4096
 
@@ -34,10 +34,11 @@ class MissingRanksError(TimeoutError):
     """Not all processes of the job have come in time; the text names those that have not."""
 
 
-def meet(membership: Membership, node_of: Callable[[int], str | None], timeout: float) -> None:
+def meet(membership: Membership, node_of: Callable[[int], str | None], timeout: float, job: str = "") -> None:
     """Return on all processes once all have called it.
 
     Args:
+        job: what tells this start of this job from every other, the same on all processes, one word.
         node_of: the name of a rank's node, for messages; None where it is not known.
         timeout: seconds to wait.
 
@@ -48,13 +49,16 @@ def meet(membership: Membership, node_of: Callable[[int], str | None], timeout: 
     if membership.num_processes == 1:
         return
     host, _, port = membership.coordinator_address.rpartition(":")
+    greeting = f"dpdist {job or '-'} {membership.num_processes} ".encode()
     if membership.process_id == 0:
-        _receive(membership.num_processes, host, int(port), node_of, timeout)
+        _receive(greeting, membership.num_processes, host, int(port), node_of, timeout)
     else:
-        _announce(membership.process_id, host, int(port), node_of, timeout)
+        _announce(greeting, membership.process_id, host, int(port), node_of, timeout)
 
 
-def _receive(size: int, host: str, port: int, node_of: Callable[[int], str | None], timeout: float) -> None:
+def _receive(
+    greeting: bytes, size: int, host: str, port: int, node_of: Callable[[int], str | None], timeout: float
+) -> None:
     """Rank 0: wait for all others, and tell them how it went."""
     began = time.monotonic()
     say_at = began + PATIENCE
@@ -67,7 +71,7 @@ def _receive(size: int, host: str, port: int, node_of: Callable[[int], str | Non
             missing = [rank for rank in range(1, size) if rank not in present]
             if now >= began + timeout:
                 text = f"{_named(missing, node_of)} did not come within {timeout:g} s; look into what they logged last"
-                _answer(present.values(), text.encode()[:_LONGEST] + b"\n")
+                _answer(present.values(), greeting + _MISSING + text.encode()[: _LONGEST // 2] + b"\n")
                 raise MissingRanksError(text)
             if now >= say_at:
                 logger.warning("waiting for %s", _named(missing, node_of))
@@ -79,7 +83,7 @@ def _receive(size: int, host: str, port: int, node_of: Callable[[int], str | Non
                     selector.register(caller, selectors.EVENT_READ)
                     continue
                 assert isinstance(key.fileobj, socket.socket)
-                rank = _rank_of(key.fileobj, size)
+                rank = _rank_of(key.fileobj, greeting, size)
                 selector.unregister(key.fileobj)
                 if rank is None:
                     key.fileobj.close()
@@ -91,10 +95,12 @@ def _receive(size: int, host: str, port: int, node_of: Callable[[int], str | Non
         # Closed before they are answered: whoever is told to come must not find this listener in place of JAX's.
         selector.unregister(listener)
         listener.close()
-        _answer(present.values(), _COME)
+        _answer(present.values(), greeting + _COME + b"\n")
 
 
-def _announce(rank: int, host: str, port: int, node_of: Callable[[int], str | None], timeout: float) -> None:
+def _announce(
+    greeting: bytes, rank: int, host: str, port: int, node_of: Callable[[int], str | None], timeout: float
+) -> None:
     """Any other rank: reach rank 0, and wait for its answer."""
     began = time.monotonic()
     say_at = began + PATIENCE
@@ -111,13 +117,12 @@ def _announce(rank: int, host: str, port: int, node_of: Callable[[int], str | No
             say_at = now + (now - began)
         answer = b""
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=min(left, 10.0)) as rank_0:
-            rank_0.sendall(_HELLO + b"%d\n" % rank)
-            rank_0.settimeout(left + PATIENCE)
-            answer = _line(rank_0)
-        if answer == _COME:
+            rank_0.sendall(greeting + b"%d\n" % rank)
+            answer = _line(rank_0, left + PATIENCE)
+        if answer == greeting + _COME + b"\n":
             return
-        if answer.endswith(b"\n"):
-            raise MissingRanksError(answer.decode(errors="replace").strip())
+        if answer.startswith(greeting + _MISSING) and answer.endswith(b"\n"):
+            raise MissingRanksError(answer.removeprefix(greeting + _MISSING).decode(errors="replace").strip())
         time.sleep(_AGAIN)
 
 
@@ -130,24 +135,33 @@ def _listen(host: str, port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=1024)
 
 
-def _rank_of(caller: socket.socket, size: int) -> int | None:
+def _rank_of(caller: socket.socket, greeting: bytes, size: int) -> int | None:
     """The rank that calls; None if it is no rank of this job, or hangs up."""
-    caller.settimeout(1.0)
     try:
-        line = _line(caller)
+        line = _line(caller, 1.0)
     except OSError:
         return None
-    number = line.removeprefix(_HELLO).strip()
-    if not line.startswith(_HELLO) or not number.isdigit():
+    number = line.removeprefix(greeting).strip()
+    if not line.startswith(greeting) or not number.isdigit():
         return None
     return int(number) if 0 < int(number) < size else None
 
 
-def _line(connection: socket.socket) -> bytes:
-    """Up to a line end, the end of the stream, or `_LONGEST` bytes."""
-    line = b""
-    while not line.endswith(b"\n") and len(line) <= _LONGEST and (read := connection.recv(256)):
+def _line(connection: socket.socket, seconds: float) -> bytes:
+    """What comes within some seconds up to a line end, the end of the stream, or `_LONGEST` bytes.
+
+    Raises:
+        TimeoutError: the line is not whole by then.
+    """
+    line, deadline = b"", time.monotonic() + seconds
+    while not line.endswith(b"\n") and len(line) <= _LONGEST:
+        connection.settimeout(max(0.01, deadline - time.monotonic()))
+        read = connection.recv(256)
+        if not read:
+            break
         line += read
+        if time.monotonic() > deadline:
+            raise TimeoutError
     return line
 
 

@@ -145,10 +145,10 @@ def build_gradients(
         InputError: as `strategies_for`; or one example's loss could see another example.
     """
     frozen = frozen_paths(config.model, loss.params)
-    examples = examples_at_a_time(loss.loss_fn, loss.params, loss.example, world.platform)
     if plan.privacy is None:
         plain = plain_grad_sum(loss.loss_fn, frozen=frozen)
         _require_supported(plain, loss, config, frozen)
+        examples = examples_at_a_time(loss.loss_fn, loss.params, loss.example, world.platform)
         return Gradients(
             grad_sum=plain, frozen=frozen, strategies=None, precision="highest", examples_at_a_time=examples
         )
@@ -169,6 +169,7 @@ def build_gradients(
         frozen=frozen,
     )
     _require_supported(grad_sum, loss, config, frozen)
+    examples = examples_at_a_time(loss.loss_fn, loss.params, loss.example, world.platform)
     return Gradients(
         grad_sum=grad_sum, frozen=frozen, strategies=strategies, precision=precision, examples_at_a_time=examples
     )

@@ -41,7 +41,7 @@ class RunDirectory(RunPaths):
         Raises:
             InputError: it holds something else, or cannot be read.
         """
-        known = {"private", "checkpoints", "ledger.jsonl"}  # what a start that failed early leaves
+        known = {"private", "checkpoints", "ledger.jsonl", "events.jsonl"}  # what a start that failed early leaves
         with self._writing():
             if self.root.is_dir() and not self.config.exists() and {p.name for p in self.root.iterdir()} - known:
                 raise InputError("run.dir", str(self.root), "holds files but no run; name a new or empty directory.")

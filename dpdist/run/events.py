@@ -87,8 +87,8 @@ def public_cause(error: BaseException, *, ours: tuple[type[BaseException], ...] 
     if isinstance(error, (InputError, *ours)):
         return str(error)
     kind = type(error).__name__
-    if isinstance(error, OSError) and error.strerror:  # the system's words, such as No space left on device
-        return f"{kind} ({error.strerror})"
+    if isinstance(error, OSError) and isinstance(error.errno, int):
+        return f"{kind} ({os.strerror(error.errno)})"  # the system's words; `strerror` is whatever it was made with
     return kind
 
 

@@ -24,7 +24,7 @@ from dpdist.mechanism.incarnation import StepInputs, settings_digest
 
 _PACKAGE = Path(__file__).parents[1]
 #: Files of `dpdist/program/` that decide what a step computes.
-_STEP_FILES = ("gradients.py", "optimizer.py", "plain_gradients.py")
+_STEP_FILES = ("cache.py", "flat_products.py", "gradients.py", "optimizer.py", "plain_gradients.py", "update.py")
 #: Settings of JAX that decide bits, beside those that are pinned.
 JAX_SETTINGS = (
     "jax_allow_f16_reductions",

@@ -9,6 +9,7 @@ from typing import Any
 
 from dpdist.cluster.agreement import decide, require_same
 from dpdist.cluster.lease import Lease
+from dpdist.cluster.preflight import require_shared
 from dpdist.cluster.world import World
 from dpdist.config import Config, flatten
 from dpdist.errors import InputError
@@ -39,6 +40,9 @@ def agree(config: Config, run: RunDirectory, world: World) -> None:
     mine |= {"environment": environment(world.platform)} | numeric_settings()
     require_same(mine | flatten(config), world)
     decide(world, run.prepare)
+    for warning in require_shared(run.private, world) if config.cluster.preflight else ():
+        if world.is_main:
+            say(f"dpdist: warning: {warning}")
     log_to(run.logs / f"rank-{world.process_id}.log")
 
 

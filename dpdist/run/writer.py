@@ -228,7 +228,9 @@ class RunWriter:
             self._tell("finished", step=step, status=status)
 
     def write_failure(self, step: int, error: BaseException) -> None:
-        """Write a summary that says `failed`, after `step` steps, and tell why."""
+        """Write a summary that says `failed`, after `step` steps, and tell why; nothing if the run is another job's."""
+        if not self._is_ours():
+            return
         failed = self.summary(step=step, ended=False, params_sha256=None, finite=True)
         with contextlib.suppress(OSError):  # a full disk must not hide what it has led to
             self._run.write_summary(failed)
@@ -237,8 +239,15 @@ class RunWriter:
 
     def failed(self, error: BaseException | None) -> None:
         """Tell that this part of the run ends with `error`, if it has not been told; None is no failure."""
-        if error is not None and not self._told_end and not isinstance(error, LeaseLostError):
+        if error is not None and not self._told_end and self._is_ours():
             self._tell("failed", step=self._step, cause=events.public_cause(error, ours=QUOTES_NO_DATA))
+
+    def _is_ours(self) -> bool:
+        try:
+            self._lease.check()
+        except LeaseLostError:
+            return False
+        return True
 
     def stop_recording(self) -> None:
         """Close the metrics and give the terminal back. Repeated calls do nothing."""

@@ -34,9 +34,10 @@ _ENDING = re.compile(
 )
 _LAUNCH = re.compile(r"^srun: error: Task launch for \S+ failed on node ([^\s:]+): (.*)$")
 _NODE_FAILED = re.compile(r"^srun: error: Node failure on ([^\s:]+)")
-_MISSING = re.compile(r"dpdist: failed: (ranks? \[[\d, ]+\].*did not come.*)$")
+_MISSING = re.compile(r"dpdist: failed: (ranks? \[[\d, .]+\].*did not come.*)$")
 _BAD = re.compile(r"dpdist: failed: (bad node ([^\s:]+): .*)$")
-_MEMORY = re.compile(r"oom.kill event|Out Of Memory", re.IGNORECASE)
+#: SLURM's words alone: XLA speaks of memory that it then finds elsewhere.
+_MEMORY = re.compile(r"^(?: *\d+: ?)?(?:slurmstepd|srun)\S*: .*(?:oom.kill event|Out Of Memory)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def cause_of(log: Sequence[str], layout: Layout, code: int | None) -> Cause:
     said = [(rank, text) for line in log for rank, text in [_labelled(line)]]
     for rank, text in said:
         if found := re.search(r"dpdist(?: job)?: error: .*", text):
-            return Cause("input", _named(found[0], rank, layout))
+            passing = "start the job again" in found[0]  # such as a port that another program has
+            return Cause("cut off" if passing else "input", _named(found[0], rank, layout))
     for line in log:
         if _MEMORY.search(line):
             return Cause("memory", f"out of memory ({line.strip()}); give the job more with --mem")

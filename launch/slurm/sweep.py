@@ -18,6 +18,7 @@ from typing import Any
 from dpdist import config as config_module
 from dpdist.config import Config
 from dpdist.errors import InputError
+from dpdist.mechanism.incarnation import settings_digest
 from dpdist.run.directory import RunDirectory, write_atomically
 from dpdist_launch.slurm.check import require_runnable
 from dpdist_launch.slurm.job import TrainingJob, attach, job_folder
@@ -38,6 +39,11 @@ class Point:
     settings: dict[str, Any]
     #: With its run directory, an absolute path.
     config: Config
+
+    @property
+    def digest(self) -> str:
+        """Of all settings that a step depends on, to see whether the same name means the same point."""
+        return settings_digest(config_module.flatten(self.config))
 
     @property
     def run_dir(self) -> Path:
@@ -115,15 +121,37 @@ class Sweep:
             raise InputError("run.dir", str(self.root), "holds a run; name another directory for a sweep.")
         if not self.description.exists():
             RunDirectory(self.root).require_ours()
+        told = {point["name"]: point for points in self.asked() for point in points}
+        for point in self.points:
+            before = told.get(point.name)
+            if before is not None and before["digest"] != point.digest:
+                raise InputError(
+                    "--sweep",
+                    point.name,
+                    f"{self.description} has a point of that name with other settings; its cost was fixed when it was "
+                    "asked for. Name a new run.dir.",
+                )
+        if any(before["data"] != _data_of(point.config) for before in told.values() for point in self.points):
+            raise InputError(
+                "data",
+                str(self.root),
+                "is not what earlier points of this sweep were asked for with: one would be tested on records that "
+                "another trains on; name a new run.dir.",
+            )
 
     def _note(self) -> None:
         """Write down which points are new, before any of them can have a result."""
         asked = self.asked()
         known = {point["name"] for points in asked for point in points}
-        new = [{"name": p.name, "settings": p.settings} for p in self.points if p.name not in known]
+        new = [
+            {"name": p.name, "settings": p.settings, "digest": p.digest, "data": _data_of(p.config)}
+            for p in self.points
+            if p.name not in known
+        ]
         if not new:
             return
-        if any(RunDirectory(self.root / name).ledger.exists() for name in known):
+        # A directory that is gone may have held results.
+        if any(RunDirectory(self.root / name).ledger.exists() or not (self.root / name).is_dir() for name in known):
             asked = [*asked, new]
         else:  # nothing was seen yet: all were asked for at once
             asked = [[*itertools.chain(*asked), *new]]
@@ -143,6 +171,15 @@ def plan_sweep(make: Callable[[Mapping[str, Any]], Config], axes: Mapping[str, S
     for axis, values in axes.items():
         if axis.startswith("run."):
             raise InputError("--sweep", axis, "the settings of run say where a run is; sweep over others.")
+        if axis.startswith("data."):
+            raise InputError(
+                "--sweep",
+                axis,
+                "all points must train on the same records and be tested on the same, or one publishes its accuracy on "
+                "records that another trains on; sweep over others.",
+            )
+        if axis == "privacy.delta":
+            raise InputError("--sweep", axis, "the composed epsilon is at one delta for all points; sweep over others.")
         if not values:
             raise InputError("--sweep", axis, "give at least one value, as in optimizer.learning_rate=0.1,0.3,1.")
     short = {axis: axis.rpartition(".")[2] for axis in axes}
@@ -173,6 +210,15 @@ def _name(settings: Mapping[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
+
+
+def _data_of(config: Config) -> str:
+    """Digest of what decides which records are trained on and tested on, and of delta."""
+    told = {name: value for name, value in config_module.flatten(config).items() if name.startswith("data.")}
+    told = {name: value for name, value in told.items() if name not in ("data.workers", "data.prefetch")} | {
+        "delta": config.privacy.delta
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _at_work(point: Point) -> bool:

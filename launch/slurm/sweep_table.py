@@ -51,7 +51,13 @@ def _together(sweep: Sweep) -> dict[str, Any]:
     asked = sweep.asked()
     names = [point["name"] for points in asked for point in points]
     ledgers, without = [], [point.name for point in sweep.points if not _holds(point.config)]
+    if gone := [name for name in names if not (sweep.root / name).is_dir()]:
+        return {"composed": None, "composed_says": f"no composed epsilon: what {', '.join(gone)} has cost is gone"}
     for name in names:
+        summary = RunDirectory(sweep.root / name).read_summary() or {}
+        if not str(summary.get("guarantee", "holds")).startswith("holds"):
+            without.append(name)
+            continue
         try:
             ledger = Ledger(RunDirectory(sweep.root / name).ledger)
         except (LedgerError, OSError):
@@ -59,14 +65,18 @@ def _together(sweep: Sweep) -> dict[str, Any]:
             continue
         if ledger.plan is None:
             continue  # it has not begun
-        if any(plan.privacy is None or plan.insecure for plan in ledger.plans):
+        if ledger.copied or any(plan.privacy is None or plan.insecure for plan in ledger.plans):
             without.append(name)
         else:
             ledgers.append(ledger)
     if without or not ledgers:
         why = f"no guarantee holds for {', '.join(dict.fromkeys(without))}" if without else "no point has begun"
         return {"composed": None, "composed_says": f"no composed epsilon: {why}"}
-    cost = cost_together(ledgers, at_once=len(asked) == 1)
+    if ledgers[0].path.parent.name != names[0]:  # the bound's order is that of this point, fixed before any result
+        return {"composed": None, "composed_says": f"no composed epsilon before {names[0]} has begun"}
+    # How many have begun may depend on what was seen: as long as some have not, only a bound that allows for it holds.
+    fixed = len(asked) == 1 and len(ledgers) == len(names)
+    cost = cost_together(ledgers, at_once=fixed)
     text = (
         f"choosing the best of the sweep costs the composed epsilon, {cost.epsilon:.4g} at delta {cost.delta:g}, and "
         f"not that of the point that is chosen; it covers the whole plans of the {len(ledgers)} of {len(names)} points "

@@ -50,6 +50,8 @@ class Start:
     min_nodes: int | None = None
     #: Starts in a row that have saved nothing new, this one included; 0 if this one has.
     idle: int = 0
+    #: False where ranks do not fill one node after the other: then a rank's node is not known from its number.
+    in_blocks: bool = True
     #: DPDIST_MAX_RESTARTS.
     most: int = 20
     #: The node that the start before this one was lost on, if it saved nothing either.
@@ -64,6 +66,11 @@ class Start:
     @property
     def layout(self) -> Layout:
         return list(zip(self.nodes, self.tasks, strict=False))
+
+    @property
+    def layout_of_ranks(self) -> Layout:
+        """`layout`, or empty where it does not tell which ranks a node has."""
+        return self.layout if self.in_blocks else []
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def judge(start: Start) -> Verdict:
     told = deaths and any(deaths[0].how.startswith(word) for word in _TOLD)
     if (start.fresh and start.status == "preempted") or told:
         return _preempted(start)
-    cause = cause_of(start.log, start.layout, start.code)
+    cause = cause_of(start.log, start.layout_of_ranks, start.code)
     failed = f"failed (exit code {code}): {cause.text}"
     if cause.kind not in _PASSING or start.most == 0:
         return Verdict("fail", code, failed)
@@ -107,7 +114,9 @@ def judge(start: Start) -> Verdict:
 def _restarted(start: Start, cause: Cause, failed: str, code: int) -> Verdict:
     """After a death that another start may not meet, once the nodes were asked."""
     assert start.alive is not None
-    trusted = bool(start.nodes) and start.nodes[0] in start.alive  # this very node asks: else the question has failed
+    if not start.nodes:
+        return Verdict("fail", code, f"{failed}; SLURM does not say on which nodes it ran")
+    trusted = start.nodes[0] in start.alive  # this very node asks: else the question has failed
     dead = tuple(node for node in start.nodes if node not in start.alive) if trusted else ()
     if not dead and cause.node is not None and cause.node == start.suspect:
         dead = (cause.node,)  # it answers, but has ended two starts
@@ -117,7 +126,8 @@ def _restarted(start: Start, cause: Cause, failed: str, code: int) -> Verdict:
         return Verdict("fail", code, f"{failed}; {_nothing_new(start)}")
     if not dead:
         nodes = start.nodes
-        text = f"{cause.text}; all nodes answer, so it starts again on them ({_counted(start)})"
+        answer = "all nodes answer" if trusted else "the nodes could not be asked"
+        text = f"{cause.text}; {answer}, so it starts again on them ({_counted(start)})"
         return Verdict("again", code, text, nodes, start.tasks, (), cause.node)
     left = [(node, tasks) for node, tasks in start.layout if node not in dead]
     silent = tuple(node for node in dead if node not in start.alive)
@@ -147,7 +157,7 @@ def _returned_0(start: Start) -> Verdict:
 def _preempted(start: Start) -> Verdict:
     if start.idle >= start.most:
         return Verdict("fail", 75, f"preempted, and {_nothing_new(start)} (DPDIST_MAX_RESTARTS): submit it again")
-    by_time = start.left is not None and start.left <= start.grace + _SLACK
+    by_time = start.run_dir is not None and start.left is not None and start.left <= start.grace + _SLACK
     if by_time and start.idle >= IDLE_BY_TIME:
         return Verdict(
             "fail",
@@ -273,7 +283,8 @@ def _read(known: Mapping[str, str], log: Sequence[str]) -> tuple[Start, Path | N
             past = {}
         if past.get("job") != known["job"]:
             past = {}
-    before = past.get("idle", 0) if run_dir is not None else int(known.get("restarts") or 0)
+    # What trains nothing saves nothing: each of its starts counts, those in place too.
+    before = past.get("idle", 0) if run_dir is not None else int(known.get("restarts") or 0) + int(known["again"] or 0)
     counts = tuple(int(c) for n, r in _spread(known.get("tasks", "")) for c in [n] * r)
     start = Start(
         code=int(known["code"]) if known["code"] else None,
@@ -286,6 +297,7 @@ def _read(known: Mapping[str, str], log: Sequence[str]) -> tuple[Start, Path | N
         alive=frozenset(known["alive"].split()) if "alive" in known else None,
         min_nodes=int(known["min_nodes"]) if known.get("min_nodes") else None,
         idle=0 if new else before + 1,
+        in_blocks=(known.get("distribution") or "block").startswith("block"),
         most=int(known.get("most") or 20),
         suspect=None if new else past.get("suspect"),
         left=seconds_of(known.get("left", "")),

@@ -46,6 +46,10 @@ FAULTS = {
         "folder = folder / str(rank)\nfolder.mkdir()",
         ["rank 1 (n2) does not see what rank 0 (n1) writes there", "shared|share"],
     ),
+    "not there at all": (
+        "folder = folder / str(rank)\nif rank == 0: folder.mkdir()",
+        ["rank 1 (n2) does not see what rank 0 (n1) writes there"],
+    ),
     "cannot be written": (
         "def full(path): raise OSError(28, 'No space left on device')\nif rank == 1: preflight._write = full",
         ["rank 1 (n2) cannot write there (No space left on device)"],

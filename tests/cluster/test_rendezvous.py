@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -79,13 +80,65 @@ def test_who_is_waited_for_is_said_after_a_while_and_rarely(
 def test_strangers_and_those_who_leave_again_do_not_count() -> None:
     def strangers(port: int) -> None:
         time.sleep(0.2)
-        for words in (b"GET / HTTP/1.1\r\n\r\n", b"dpdist rank 9\n", b"dpdist rank 1\n"):
+        for words in (b"GET / HTTP/1.1\r\n\r\n", b"dpdist - 3 9\n", b"dpdist 12.0.0 3 1\n", b"dpdist - 3 1\n"):
             with socket.create_connection(("127.0.0.1", port)) as stranger:
                 stranger.sendall(words)
 
     assert met([0], 3, 1.5, strangers) == [
         "ranks [1, 2] (n2) did not come within 1.5 s; look into what they logged last"
     ]
+
+
+def test_a_rank_of_another_job_is_nobody() -> None:
+    """Ports of jobs may be the same, once in thousands; the second waits in vain and says so."""
+    port, found = free_port(), dict.fromkeys(("12.0.0", "13.0.0"), "")
+
+    def run(rank: int, job: str) -> None:
+        try:
+            meet(member(rank, 2, port), NODES.get, 1.0, job)
+        except MissingRanksError as error:
+            found[job] = str(error)
+
+    threads = [threading.Thread(target=run, args=each) for each in ((0, "12.0.0"), (1, "13.0.0"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found["12.0.0"].startswith("rank [1] (n2) did not come")
+    assert found["13.0.0"].startswith("rank [0] (n1) did not come")
+
+
+def test_an_answer_that_is_not_of_rank_0_is_none() -> None:
+    port, said = free_port(), []
+
+    def run() -> None:
+        try:
+            meet(member(1, 2, port), NODES.get, 1.0)
+        except MissingRanksError as error:
+            said.append(str(error))
+
+    with socket.create_server(("127.0.0.1", port)) as server:
+        thread = threading.Thread(target=run)
+        thread.start()
+        connection, _ = server.accept()
+        connection.sendall(b"SSH-2.0-OpenSSH_9\n")
+        connection.close()
+    thread.join(60)
+    assert said == ["rank [0] (n1) did not come within 1 s; look into what it logged"]
+
+
+def test_who_sends_a_byte_now_and_then_does_not_hold_rank_0() -> None:
+    def slow(port: int) -> None:
+        time.sleep(0.1)
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            for _ in range(8):
+                with contextlib.suppress(OSError):
+                    stranger.sendall(b"d")
+                time.sleep(0.4)
+
+    began = time.monotonic()
+    assert met([0], 2, 1.5, slow)[0].startswith("rank [1]")
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize(

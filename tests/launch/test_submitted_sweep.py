@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,69 @@ def test_points_that_were_asked_for_before_any_had_begun_count_as_one_request(qu
     assert [len(points) for points in json.loads((tmp_path / "s/sweep.json").read_text())["asked"]] == [3]
 
 
+def test_as_long_as_some_points_have_not_begun_the_bound_allows_for_any_number_of_them(
+    queue: Queue, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever likes the second point may cancel the third: how many there are is chosen on what was seen."""
+    sweep("--sweep", RATES)
+    begin(tmp_path / "s/learning_rate=0.3")
+    capsys.readouterr()
+    sweep("--sweep", RATES)
+    cost, text = composed(capsys)
+    assert cost is None
+    assert "before learning_rate=0.1 has begun" in text
+    begin(tmp_path / "s/learning_rate=0.1")
+    sweep("--sweep", RATES)
+    cost, _ = composed(capsys)
+    assert (cost["accountant"], cost["points"]) == (ADAPTIVE, 2)
+
+
+def test_a_point_that_was_deleted_is_not_forgotten(
+    queue: Queue, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep("--sweep", RATES)
+    points = [tmp_path / "s" / f"learning_rate={rate}" for rate in ("0.1", "0.3", "1")]
+    for point in points:
+        begin(point)
+    shutil.rmtree(points[0])
+    capsys.readouterr()
+    sweep("--sweep", "optimizer.learning_rate=0.3,3")
+    cost, text = composed(capsys)
+    assert cost is None
+    assert "what learning_rate=0.1 has cost is gone" in text
+    assert len(json.loads((tmp_path / "s/sweep.json").read_text())["asked"]) == 2
+
+
+def test_a_point_whose_guarantee_is_void_voids_that_of_the_sweep(
+    queue: Queue, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep("--sweep", RATES)
+    for rate in ("0.1", "0.3", "1"):
+        begin(tmp_path / "s" / f"learning_rate={rate}")
+    summary = {"status": "finished", "step": 16, "epsilon": 1.0, "accuracy": 0.1, "guarantee": "void: not finite"}
+    RunDirectory(tmp_path / "s/learning_rate=1").write_summary(summary)
+    capsys.readouterr()
+    sweep("--sweep", RATES)
+    cost, text = composed(capsys)
+    assert cost is None
+    assert "no guarantee holds for learning_rate=1" in text
+
+
+@pytest.mark.parametrize("changed", ["training.steps=5000", "data.split_seed=7", "privacy.delta=1e-5"])
+def test_the_same_points_with_other_settings_are_refused(
+    queue: Queue, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: str
+) -> None:
+    sweep("--sweep", RATES)
+    begin(tmp_path / "s/learning_rate=0.1")
+    capsys.readouterr()
+    assert sweep("--sweep", RATES, changed) == 2
+    assert "Name a new run.dir" in capsys.readouterr().err
+    if not changed.startswith("training"):
+        assert sweep("--sweep", "optimizer.learning_rate=7", changed) == 2
+        assert "name a new run.dir" in capsys.readouterr().err
+    assert len(queue.submitted()) == 1
+
+
 def test_a_sweep_with_a_point_without_privacy_has_no_epsilon(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
     sweep("--sweep", "privacy.enabled=true,false")
     cost, text = composed(capsys)
@@ -174,6 +238,8 @@ def test_a_sweep_with_a_point_without_privacy_has_no_epsilon(queue: Queue, capsy
         (("--sweep", "optimizer.learning_rate=1,1"), "is given twice"),
         (("--sweep", RATES, "--sweep", RATES), "is swept already"),
         (("--sweep", "run.dir=a,b"), "sweep over others"),
+        (("--sweep", "data.split_seed=0,1"), "records that another trains on"),
+        (("--sweep", "privacy.delta=1e-4,1e-5"), "one delta for all points"),
         (("--sweep", RATES, "--at-most", "0"), "--at-most = 0"),
         (("--at-most", "2"), "belongs to --sweep"),
     ],
