@@ -196,6 +196,7 @@ def test_a_point_whose_guarantee_is_void_voids_that_of_the_sweep(
     for rate in ("0.1", "0.3", "1"):
         begin(tmp_path / "s" / f"learning_rate={rate}")
     summary = {"status": "finished", "step": 16, "epsilon": 1.0, "accuracy": 0.1, "guarantee": "void: not finite"}
+    finish(tmp_path / "s/learning_rate=1")
     RunDirectory(tmp_path / "s/learning_rate=1").write_summary(summary)
     capsys.readouterr()
     sweep("--sweep", RATES)

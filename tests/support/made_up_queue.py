@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+# Here, and not first within a test: as it is imported it closes absl's stream, which may be pytest's.
+import submitit  # noqa: F401
+
 from dpdist_launch.slurm.job import Job
 
 REPOSITORY = Path(__file__).parents[2]
