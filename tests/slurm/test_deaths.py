@@ -13,7 +13,7 @@ import pytest
 
 from dpdist_launch import failures
 from dpdist_launch.slurm import deaths
-from dpdist_launch.slurm.verdict import Start, judge, refusal_of_time, seconds_of
+from dpdist_launch.slurm.verdict import Start, judge, main, refusal_of_time, seconds_of
 
 LOGS = Path(__file__).with_name("deaths")
 TWO, THREE = ("n1", "n2"), ("n1", "n2", "n3")
@@ -95,6 +95,62 @@ def test_a_node_that_the_preflight_blames_is_left_out_and_three_such_in_a_row_en
     again = judge(start("bad-node", **known, min_nodes=2))
     assert (again.action, again.nodes) == ("again", ("n1", "n2"))
     assert judge(start("bad-node", **known, idle=3)).action == "fail"
+
+
+def of_lines(*log: str, **known: Any) -> Start:
+    return Start(log=log, **{"code": 137, "run_dir": "/r", "idle": 1, "nodes": THREE, "tasks": (2, 2, 2)} | known)
+
+
+def test_memory_that_xla_finds_elsewhere_is_no_cause() -> None:
+    warning = "1: W allocator.cc] Allocator (GPU_0_bfc) ran out of memory trying to allocate 2GiB ... not a failure"
+    lost = "srun: error: Node failure on n2"
+    assert judge(of_lines(warning, lost, alive=frozenset(("n1", "n3")))).action == "requeue"
+    for line in (
+        "slurmstepd-n1: error: Detected 1 oom-kill event(s) in StepId=12.0",
+        "srun: error: n1: task 0: Out Of Memory",
+    ):
+        assert "out of memory" in judge(of_lines(line, lost)).text
+
+
+def test_a_port_that_another_program_has_is_worth_another_start() -> None:
+    said = (
+        "0: dpdist: error: coordinator = n1:20001: rank 0/2 cannot listen there; start the job again: it gets another."
+    )
+    assert judge(of_lines(said, code=2)).action == "probe"
+    assert judge(of_lines(said.replace("start the job again", "no"), code=2)).action == "fail"
+
+
+def test_many_missing_ranks_are_lost_too() -> None:
+    ranks = ", ".join(map(str, range(1, 17)))
+    said = f"0: dpdist: failed: ranks [{ranks}, ...] (n2) did not come within 60 s"
+    verdict = judge(of_lines(said, code=1, alive=frozenset(("n1", "n3"))))
+    assert (verdict.action, verdict.without) == ("requeue", ("n2",))
+
+
+def test_no_node_is_blamed_by_the_number_of_a_rank_where_ranks_are_not_in_blocks() -> None:
+    lost = ("0: unhealthy (stopped sending heartbeats):", "0: 2")
+    known: dict[str, Any] = {"alive": frozenset(THREE)}
+    assert judge(of_lines(*lost, **known)).suspect == "n2"
+    scattered = judge(of_lines(*lost, **known, in_blocks=False))
+    assert (scattered.suspect, "on n" in scattered.text) == (None, False)
+
+
+def test_where_the_nodes_could_not_be_asked_it_does_not_say_that_they_answer() -> None:
+    assert "the nodes could not be asked" in judge(of_lines("srun: error: n2: task 2: Killed", alive=frozenset())).text
+    assert judge(of_lines("srun: error: n2: task 2: Killed", alive=frozenset(), nodes=(), tasks=())).action == "fail"
+
+
+def test_every_start_of_a_job_that_trains_nothing_counts() -> None:
+    """Also those in the same allocation, which SLURM does not count."""
+    known = {
+        "code": "139", "job": "9", "run_dir": "", "begin": "", "restarts": "0", "most": "20",
+        "nodes": "n1 n2", "tasks": "1(x2)", "alive": "n1 n2",
+    }  # fmt: skip
+    log = ["srun: error: n2: task 1: Segmentation fault"]
+    said = [main(["judge", *(f"{n}={v}" for n, v in (known | {"again": str(k)}).items())], log)[0] for k in range(4)]
+    assert said == ["again", "again", "fail", "fail"]
+    by_time = of_lines("srun: error: n1: task 0: Exited with exit code 75", run_dir=None, code=75, left=10.0, idle=2)
+    assert judge(by_time).action == "requeue"  # it may well have done a point in each
 
 
 def test_nobody_answers_says_nothing_about_any_node() -> None:

@@ -139,8 +139,8 @@ def test_a_site_file_that_fails_is_named_with_its_line(tmp_path: Path, text: str
 def test_submission_reads_a_site_file_in_the_same_way(tmp_path: Path) -> None:
     site = tmp_path / "site.sh"
     site.write_text("export SBATCH_ACCOUNT=ours:$UNSET\nmodule_of_nobody load\nDPDIST_EXTRAS=x\n")
-    with submission_environment(site, {}) as environ:
-        assert (environ["SBATCH_ACCOUNT"], environ["DPDIST_EXTRAS"]) == ("ours:", "x")
+    environ = submission_environment(site)
+    assert (environ["SBATCH_ACCOUNT"], environ["DPDIST_EXTRAS"]) == ("ours:", "x")
     site.write_text("A=1\nreturn 3\n")
-    with pytest.raises(InputError, match="line 2: return 3: status 3"), submission_environment(site, {}):
-        pass
+    with pytest.raises(InputError, match="line 2: return 3: status 3"):
+        submission_environment(site)
