@@ -23,7 +23,6 @@ from dpdist_launch.observe.queue import Answer, QueuedJob
 _TAIL = 2**16
 #: Lines in which dpdist and its launchers, or else SLURM, say why something ended.
 _ERRORS = (re.compile(r"(dpdist|dpdist job): (error|failed)|watchdog: |launcher: rank"), re.compile(r"\w+: error: "))
-_FIRST = re.compile(r" \[first of all, (.*)\]$")
 #: SLURM's states of a job that is not over.
 GOING_ON = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STOPPED"}
 
@@ -272,14 +271,8 @@ def _last_error(run: RunPaths, told: list[dict[str, Any]], job: str | None) -> s
         for pattern in _ERRORS:
             said = [line.strip() for line in lines if pattern.search(line)]
             if said and (own is None or said[-1].startswith("dpdist job: failed")):
-                return first_of_all(said[-1])
+                return said[-1]
     return own
-
-
-def first_of_all(line: str) -> str:
-    """A line in which the batch script names the rank that died first at its end, with that in front."""
-    found = _FIRST.search(line)
-    return f"{found[1]}; {line[: found.start()]}" if found else line
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, Any]:

@@ -88,11 +88,12 @@ def test_why_a_run_stopped_comes_from_its_events_or_from_its_log(tmp_path: Path)
     log = tmp_path / "dpdist-17.log"
     log.write_text(
         "0: step 40/100\nsrun: error: n2: task 1: Killed\n"
-        "dpdist job: failed (exit code 137): x [first of all, n2: task 1: Killed]\nbye\n"
+        "dpdist job: failed (exit code 137): task 1 on n2: Killed; it has saved nothing new\nbye\n"
     )
     for told in ([START], [START, FAILED]):
         killed = write_run(tmp_path / f"b{len(told)}", step=40, told=told, job="17", log=log)
-        assert look(killed.root, NOBODY).error == "n2: task 1: Killed; dpdist job: failed (exit code 137): x"
+        said = "dpdist job: failed (exit code 137): task 1 on n2: Killed; it has saved nothing new"
+        assert look(killed.root, NOBODY).error == said
     log.write_text("srun: error: n2: task 1: Killed\n")
     assert look(tmp_path / "b1", NOBODY).error == "srun: error: n2: task 1: Killed"
     assert look(tmp_path / "b2", NOBODY).error == "OSError (No space left on device)"
