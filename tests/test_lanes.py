@@ -137,7 +137,7 @@ def test_it_shows_what_a_lane_is_about_and_told_to_end_it_ends_every_lane_and_do
     assert any("wait 0/1 (tests/trainer/test_b.py::test_c)" in line for line in iter(process.stdout.readline, ""))
     wait_for(begun.exists)  # what ends pytest between its own lines may be swallowed, or take another code
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=240)  # it may run beside the eighty processes of another lane
+    out, _ = process.communicate(timeout=400)  # beside eighty processes, a lane that is nice gets next to nothing
     assert process.returncode == 1
     assert "lane wait FAILED: pytest ended with code 2" in out
 
