@@ -192,18 +192,11 @@ class Lease:
         """Try to become the owner; return False if another process was first."""
         temporary = self.directory / f".lease.{self._holder.owner}"
         try:
-            _write_new(temporary, self._holder.encode())
+            write_new(temporary, self._holder.encode())
             # Neither error decides the outcome: NFS may repeat a link whose answer was lost and then find our own file
             # in place, and a new owner may have removed our temporary file. We look at the directory afterwards.
             with contextlib.suppress(FileExistsError, FileNotFoundError):
-                try:
-                    os.link(temporary, self._path)
-                except OSError as error:
-                    if error.errno not in _NO_LINKS:
-                        raise
-                    # This is exclusive too, but the file is empty at first: a reader then sees an unknown owner and
-                    # waits.
-                    _write_new(self._path, self._holder.encode())
+                claim(self._path, temporary, self._holder.encode())
         finally:
             temporary.unlink(missing_ok=True)
         if self._why_lost() is not None:
@@ -283,7 +276,23 @@ def _read(path: Path) -> bytes | None:
         raise
 
 
-def _write_new(path: Path, content: bytes) -> None:
+def claim(name: Path, complete: Path, content: bytes) -> None:
+    """Give a name to the file `complete`, or to a new one of the same content where there are no hard links.
+
+    Raises:
+        FileExistsError: somebody has the name.
+    """
+    try:
+        os.link(complete, name)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # This is exclusive too, but the file is empty at first: who reads a lease then sees an unknown owner and waits.
+        write_new(name, content)
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that does not exist yet, durably, for its owner alone."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         os.write(descriptor, content)

@@ -7,7 +7,6 @@ numbers whose sum is known. Both are collective and bounded, and take a second o
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import statistics
@@ -23,6 +22,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpdist.cluster.agreement import all_gather, decide
+from dpdist.cluster.lease import claim, write_new
 from dpdist.cluster.world import AXIS, World
 from dpdist.errors import InputError
 from dpdist.mechanism.step import StepPrograms
@@ -37,8 +37,7 @@ _MEASURING, _CALLS = 5.0, 3
 _PROBE = 2**20
 #: A node is slow if its connection has less than this share of the median's bandwidth.
 _SLOW = 0.5
-#: Errors of `link` on file systems without hard links.
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_CONTENT = b"preflight\n"
 
 
 class BadNodeError(RuntimeError):
@@ -120,16 +119,9 @@ def _take_part(folder: Path, rank: int, patience: float) -> dict[str, Any]:
 def _claims(own: Path, name: Path) -> bool:
     """Try to get the name as a lease does."""
     try:
-        os.link(own, name)
+        claim(name, own, _CONTENT)
     except FileExistsError:
         return False
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        try:
-            _write(name)
-        except FileExistsError:
-            return False
     return True
 
 
@@ -175,12 +167,7 @@ def _appears(path: Path, seconds: float) -> bool:
 
 
 def _write(path: Path) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.write(descriptor, b"preflight\n")
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_new(path, _CONTENT)
 
 
 def require_network(

@@ -28,7 +28,8 @@ def few_at_a_time(grad_sum: GradSum, examples: int | None, sizes: Collection[int
     """
     if examples is None:
         return grad_sum
-    divisor = max(each for each in range(1, examples + 1) if math.gcd(each, *sizes) == each)
+    common = math.gcd(*sizes)
+    divisor = max(each for each in range(1, examples + 1) if common % each == 0)
     return in_parts(grad_sum, divisor) if examples / 2 <= divisor < max(sizes) else grad_sum
 
 

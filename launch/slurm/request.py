@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from dpdist.config.nearest import did_you_mean
 from dpdist.errors import InputError
+from dpdist_launch.slurm import verdict
 
 #: Seconds between a notice and the kill at the time limit, as in slurm/train_80gpu.sh.
 GRACE = 300
@@ -141,12 +141,9 @@ def seconds_of(limit: str, field: str = "--time") -> float | None:
     """
     if str(limit).upper() in ("INFINITE", "UNLIMITED", "0", "-1"):
         return None
-    parts = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(limit))
-    if parts is None:
+    seconds = verdict.seconds_of(str(limit))
+    if seconds is None:
         hint = did_you_mean(limit, ("UNLIMITED",)) if isinstance(limit, str) else ""
         remedy = f"{hint}write days-hours:minutes:seconds, such as 24:00:00 or 2-12:00:00."
         raise InputError(field, limit, remedy)
-    days, numbers = parts[1], [int(number) for number in parts.groups()[1:] if number is not None]
-    # Of one number alone, or of two, the first are minutes; behind a day they are hours.
-    units = [3600, 60, 1] if days is not None or len(numbers) == 3 else [60, 1]
-    return 86400 * int(days or 0) + sum(number * unit for number, unit in zip(numbers, units, strict=False))
+    return seconds

@@ -204,7 +204,7 @@ def _nothing_new(start: Start) -> str:
 
 def seconds_of(time: str) -> float | None:
     """A time as SLURM writes and takes it, `days-hours:minutes:seconds` or minutes; None for UNLIMITED and the like."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time.strip())
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if found is None:
         return None
     days, *rest = found.groups()
@@ -219,7 +219,7 @@ def seconds_of(time: str) -> float | None:
 
 def refusal_of_time(limit: str, grace: float) -> str | None:
     """Why a job of this time limit could never take a step; None if it could."""
-    seconds = seconds_of(limit)
+    seconds = seconds_of(limit.strip())
     if seconds is None or seconds > grace:
         return None
     return (
@@ -300,7 +300,7 @@ def _read(known: Mapping[str, str], log: Sequence[str]) -> tuple[Start, Path | N
         in_blocks=(known.get("distribution") or "block").startswith("block"),
         most=int(known.get("most") or 20),
         suspect=None if new else past.get("suspect"),
-        left=seconds_of(known.get("left", "")),
+        left=seconds_of(known.get("left", "").strip()),
         grace=float(known.get("grace") or 300),
         state=known.get("state") or "RUNNING",
         requeued=int(known.get("restarts_now") or 0) > int(known.get("restarts") or 0),

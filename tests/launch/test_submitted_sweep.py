@@ -65,6 +65,12 @@ def begin(point: Path, *, steps: int = 16, sigma: float = 4.0) -> None:
     Ledger(RunDirectory(point).ledger).begin(plan)
 
 
+def begin_all(root: Path) -> None:
+    """All points of `RATES` have their plans."""
+    for rate in ("0.1", "0.3", "1"):
+        begin(root / "s" / f"learning_rate={rate}")
+
+
 def finish(point: Path) -> None:
     """The end of that run."""
     run, job = RunDirectory(point), attach(point)
@@ -131,8 +137,7 @@ def test_choosing_the_best_costs_what_all_of_them_cost(
     queue: Queue, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep("--sweep", RATES)
-    for rate in ("0.1", "0.3", "1"):
-        begin(tmp_path / "s" / f"learning_rate={rate}")
+    begin_all(tmp_path)
     capsys.readouterr()
     sweep("--sweep", RATES)
     cost, text = composed(capsys)
@@ -193,8 +198,7 @@ def test_a_point_whose_guarantee_is_void_voids_that_of_the_sweep(
     queue: Queue, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep("--sweep", RATES)
-    for rate in ("0.1", "0.3", "1"):
-        begin(tmp_path / "s" / f"learning_rate={rate}")
+    begin_all(tmp_path)
     summary = {"status": "finished", "step": 16, "epsilon": 1.0, "accuracy": 0.1, "guarantee": "void: not finite"}
     finish(tmp_path / "s/learning_rate=1")
     RunDirectory(tmp_path / "s/learning_rate=1").write_summary(summary)
