@@ -24,13 +24,14 @@ from dpdist.cluster.straggler import Stragglers
 from dpdist.cluster.watchdog import Watchdog
 from dpdist.cluster.world import World
 from dpdist.config import Config
-from dpdist.data import fingerprint
+from dpdist.data import fingerprint, open_dataset
 from dpdist.data.feed import Feed
 from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.step import TrainState, accumulate_sample, noisy_update
 from dpdist.program.assignments import make_assigner, share_of_work
-from dpdist.program.build import TrainingSetup, build_setup, open_labelled_data, open_model
+from dpdist.program.build import TrainingSetup, build_setup, open_model
 from dpdist.program.flops import speed
+from dpdist.program.probe import described, require_something_to_learn
 from dpdist.program.update import placed
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
@@ -69,7 +70,7 @@ def train(config: Config, *, began: float | None = None) -> dict[str, Any]:
         writer = open_writer(config, run, world, began=began)
         cleanup.callback(writer.release)
         cleanup.push(lambda kind, error, trace: writer.failed(error))
-        dataset = open_labelled_data(config)
+        dataset = open_dataset(config.data)
         opened = open_model(config, dataset)
         secret, secret_lost = open_secret(config, run, world)
         parts = {"training data": dataset.train, "test data": dataset.test}
@@ -108,6 +109,8 @@ def train(config: Config, *, began: float | None = None) -> dict[str, Any]:
             state = placed(setup.initial, setup.step_programs.replicated)
             if start.step is not None:
                 state = checkpoints.restore(start.step, state)
+            with writer.phase("compile"):
+                decide(world, lambda: _try_out(setup, state, start.step or 0, writer))
             decide(world, lambda: writer.begin(start, checkpoints))
             meta = {"config": config_module.to_dict(config), "plan": start.plan.to_record()}
             meta |= setup.decisions()
@@ -161,6 +164,23 @@ def _check_network(config: Config, start: Start, setup: TrainingSetup, world: Wo
         )
 
 
+def _try_out(setup: TrainingSetup, state: TrainState, step: int, writer: RunWriter | SilentWriter) -> None:
+    """Look at a few training examples before the first step, on process 0; what is found is private.
+
+    Raises:
+        InputError: none of them has a gradient.
+    """
+    found = _look(setup, state)
+    writer.looked(step, found)
+    require_something_to_learn(found)
+
+
+def _look(setup: TrainingSetup, state: TrainState) -> dict[str, Any]:
+    if setup.probe is None:
+        raise RuntimeError("only process 0 looks at examples")
+    return described(*setup.probe.measure(next(iter(setup.step_programs.slices(state.params).values()))))
+
+
 @dataclass(kw_only=True)
 class Trainer:
     """Takes the steps of a run. Every process has one, in the same state, and calls the same methods in the same order.
@@ -188,7 +208,7 @@ class Trainer:
     leaving: bool
     #: Steps taken so far.
     step: int = field(init=False)
-    #: The newest step that was given to `checkpoints`, and the newest whose accuracy is known.
+    #: The newest step that was given to `checkpoints`, and the newest that was evaluated.
     saved: int = field(init=False)
     evaluated: int | None = field(init=False, default=None)
     #: Each device's accumulator: zeros between two steps.
@@ -221,7 +241,8 @@ class Trainer:
             self.checkpoints.check()
             if self.step == self.last or self.evaluation_is_due() or self.leaving or self.step % every == 0:
                 self.save()
-            if self.evaluation_is_due() and not self.leaving:
+            if self.measuring_is_due() and not self.leaving:
+                self.look()
                 self.evaluate()
             self.writer.publish_if_committed(self.saved, self.checkpoints)
 
@@ -258,29 +279,39 @@ class Trainer:
                     _save(self.step, self.state, self.meta, self.checkpoints, self.writer)
                     self.saved = self.step
 
-    def evaluation_is_due(self) -> bool:
-        """Whether the parameters after this step are to be evaluated."""
+    def measuring_is_due(self) -> bool:
+        """Whether the parameters after this step are to be looked at."""
         every = self.config.training.evaluate_every or self.config.checkpoint.every_steps
-        return self.setup.evaluator is not None and (self.step == self.last or self.step % every == 0)
+        return self.step == self.last or self.step % every == 0
+
+    def evaluation_is_due(self) -> bool:
+        """Whether the parameters after this step are to be evaluated on test examples."""
+        return self.setup.evaluator is not None and self.measuring_is_due()
+
+    def look(self) -> None:
+        """Note, under `private/`, the training loss and gradient norms of a few examples; on process 0 alone."""
+        if self.setup.probe is not None:
+            with self.writer.phase("evaluation"):
+                self.writer.looked(self.step, _look(self.setup, self.state))
 
     def evaluate(self) -> None:
-        """Measure the accuracy of this step, or set `leaving` where the job is told to leave first."""
+        """Measure the test metrics of this step, or set `leaving` where the job is told to leave first."""
         if self.setup.evaluator is None:
             return
         allowed = self.watchdog.allow(self.config.cluster.initialization_timeout)
         with allowed, self.writer.phase("evaluation"):
-            accuracy = self.setup.evaluator.accuracy(self.state.released, stop=lambda: preempted(self.world))
-        if accuracy is None:
+            metrics = self.setup.evaluator.measure(self.state.released, stop=lambda: preempted(self.world))
+        if metrics is None:
             self.leaving = True
         else:
-            self.writer.evaluated(self.step, accuracy)
+            self.writer.evaluated(self.step, metrics)
             self.evaluated = self.step
 
     def evaluate_resumed_step(self) -> None:
         """Evaluate the checkpoint this part resumes from, if the part before it was ended between save and publish."""
         if self.step == 0 or self.leaving or not self.evaluation_is_due():
             return
-        if not decide(self.world, lambda: self.writer.has_accuracy(self.step)):
+        if not decide(self.world, lambda: self.writer.has_evaluation(self.step)):
             self.evaluate()
 
     def finish(self) -> dict[str, Any]:

@@ -153,6 +153,17 @@ def parser() -> argparse.ArgumentParser:
             question.add_argument("--target-epsilon", type=float, required=True)
         question.set_defaults(run=run)
 
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="training loss, gradient norms and clipping of a run: private, for the owner of the data alone",
+        description="Show what lies under RUN/private of how training goes, and plot it there: the loss and gradient "
+        "norms of a few training examples, and the shares of examples clipped or not finite. No guarantee covers it, "
+        "nor a choice made by it.",
+    )
+    diagnose.add_argument("run_dir", type=path_argument, metavar="RUN")
+    diagnose.add_argument("--json", action="store_true", help="print one JSON object")
+    diagnose.set_defaults(run=_diagnose)
+
     export = commands.add_parser(
         "export",
         help="parameters, config and privacy statement of a run, to give away",
@@ -233,6 +244,14 @@ def _settings(options: argparse.Namespace) -> int:
         return EXIT_DONE
     found = settings.settings(options.pattern)
     print(settings.as_json(found) if options.json else settings.as_text(found))
+    return EXIT_DONE
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    from dpdist.run import diagnose
+
+    found = diagnose.diagnose(options.run_dir)
+    print(json.dumps(found) if options.json else diagnose.as_text(found))
     return EXIT_DONE
 
 

@@ -13,7 +13,19 @@ from dpdist.errors import InputError
 
 
 def load_function(path: str, field: str, builtin: Sequence[str]) -> Callable[..., Any]:
-    """Import `module:function`; modules in the working directory are found too.
+    """Import `module:function`, as `load_object` does.
+
+    Raises:
+        InputError: as `load_object`; or it is no function.
+    """
+    function = load_object(path, field, builtin)
+    if not callable(function):
+        raise InputError(field, path, f"{path.partition(':')[0]} has no function {path.partition(':')[2]}.")
+    return function
+
+
+def load_object(path: str, field: str, builtin: Sequence[str]) -> Any:
+    """Import `module:object`; modules in the working directory are found too.
 
     Args:
         path: what the config says.
@@ -21,19 +33,19 @@ def load_function(path: str, field: str, builtin: Sequence[str]) -> Callable[...
         builtin: the names that would have needed no import, for error messages.
 
     Raises:
-        InputError: not of that form, no such module or function, or the module fails to import.
+        InputError: not of that form, no such module or object, or the module fails to import.
     """
     module_name, function_name = split_function(path, field, builtin)
     here = find_modules_here()
     try:
-        function = getattr(importlib.import_module(module_name), function_name, None)
+        found = getattr(importlib.import_module(module_name), function_name, None)
     except ImportError as error:
         raise InputError(
             field, path, f"cannot import {module_name}: {error}. Is it installed, or in {here}?"
         ) from error
-    if not callable(function):
+    if found is None:
         raise InputError(field, path, f"{module_name} has no function {function_name}.")
-    return function
+    return found
 
 
 def split_function(path: str, field: str, builtin: Sequence[str]) -> tuple[str, str]:

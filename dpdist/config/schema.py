@@ -48,8 +48,15 @@ class Model(Section):
     name: str = "mlp"
     #: Keyword arguments for that function, e.g. `{hidden: [64], activation: relu}`.
     options: dict[str, Any] = field(default_factory=dict)
-    #: `cross_entropy`, or `module:function` taking (logits, example) of one example to a scalar.
-    loss: str = "cross_entropy"
+    #: What is learned, hence the loss, the test metrics and the columns needed: `classification`, `binary`,
+    #: `regression`, `multilabel`, `language_modeling`, `none` (the loss alone is measured), or `module:object`, a
+    #: `dpdist.models.Task`. null is `language_modeling` for language models, else `classification`.
+    task: str | None = None
+    #: `module:function` taking (outputs, example) of one example to a scalar; null is the task's, or the model's own.
+    loss: str | None = None
+    #: More test metrics by name, each a `module:function` taking (outputs, example) of one test example to a number;
+    #: their means are shown.
+    metrics: dict[str, str] = field(default_factory=dict)
     #: Number of classes; null takes it from the data source (a public constant there).
     classes: Annotated[
         int | None, AtLeast(2, "give at least 2 classes, or leave it out to take the data source's.")

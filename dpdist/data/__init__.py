@@ -4,8 +4,8 @@ To use your own dataset, write a function that returns a `Dataset` or `(train, t
 `data.source: module:function`. Train and test are objects with `__len__` and `__getitem__`, or an `ArraySource`.
 """
 
-from dpdist.data.checks import check_labels, fingerprint
+from dpdist.data.checks import fingerprint
 from dpdist.data.datasets import Dataset, open_dataset
 from dpdist.data.sources import ArraySource, Source, Subset, read_rows
 
-__all__ = ["ArraySource", "Dataset", "Source", "Subset", "check_labels", "fingerprint", "open_dataset", "read_rows"]
+__all__ = ["ArraySource", "Dataset", "Source", "Subset", "fingerprint", "open_dataset", "read_rows"]

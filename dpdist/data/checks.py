@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ from jaxtyping import Int64
 from dpdist.data.sources import ArraySource, BadRecordError, Source, Subset, read_rows, schema
 from dpdist.errors import InputError
 
-#: Number of labels checked if each example costs a call of the user's code.
-LABELS_CHECKED = 16
+#: Number of examples looked at if each costs a call of the user's code, and rows of an array at a time otherwise.
+LOOKED_AT, BLOCK_CHECKED = 16, 1 << 16
 #: An array source of up to HASHED_WHOLE bytes is hashed whole; of a larger one, HASHED_ROWS examples are hashed.
 HASHED_WHOLE, HASHED_ROWS = 256 << 20, 4096
 #: Number of examples hashed if each costs a call of the user's code.
@@ -25,55 +25,28 @@ READ_TWICE = 16
 BLOCK = 256
 
 
-def check_labels(source: Source, classes: int, field: str = "model.classes") -> None:
-    """Check that the labels are integers in `[0, classes)`; a source without a `label` column passes.
+def require_below(source: Source, column: str, bound: int, *, field: str, value: Any, remedy: str) -> None:
+    """Check that the integers of a column lie in `[0, bound)`.
 
     JAX would not complain: it clamps an index out of range or returns NaN, so training would silently go wrong. All
-    labels of an `ArraySource` are checked; of any other source only the first 16, because each example may cost a read
+    rows of an `ArraySource` are checked; of any other source only the first 16, because each example may cost a read
     and a decode.
 
     Args:
-        source: examples whose label column, if any, may have any shape.
-        classes: number of classes, a public constant.
-        field: the config field that set `classes`, named in the error.
+        source: examples whose `column` holds integers or bools of any shape.
+        bound: a public constant.
+        field: the setting to blame in the error, with its value, and what to do.
 
     Raises:
-        InputError: the labels are not integers, or one is out of range; the error does not say which, because labels
-            are private; its cause, a `BadRecordError`, does.
+        InputError: one is out of range; the error does not say which, because they are private; its cause, a
+            `BadRecordError`, does.
     """
-    labels = _labels(source)
-    if labels is None:
-        return
-    if labels.dtype.kind not in "iu":
-        row = np.empty(labels.shape[1:], labels.dtype)
-        raise InputError("data.source", _described("label", row), f"labels are integers from 0; {_convert(row)}.")
-    if labels.min() < 0 or labels.max() >= classes:
-        wrong = np.argwhere((labels < 0) | (labels >= classes))
-        raise InputError(
-            field,
-            classes,
-            f"some labels lie outside 0 to {classes - 1}; set model.classes to the number of classes of the task, "
-            "and number them from 0.",
-        ) from BadRecordError(f"{len(wrong)} labels, the first {labels[tuple(wrong[0])]}, of example {wrong[0][0]}")
-
-
-def require_class_labels(example: Mapping[str, Any], part: str) -> None:
-    """Check that an example has one integer class as its `label`, which `cross_entropy` and the accuracy compare with.
-
-    Args:
-        example: what has the shape and dtype of each column of one example.
-        part: `train` or `test`, to be named in the error.
-
-    Raises:
-        InputError: there is no such column, or it holds something else, such as one-hot rows.
-    """
-    needs = f"each {part} example needs one integer class as its label"
-    if "label" not in example:
-        columns = ", ".join(sorted(example))
-        raise InputError("data.source", f"columns {columns}", f"{needs}; add a column named 'label'.")
-    label = example["label"]
-    if label.shape != () or label.dtype.kind not in "iu":
-        raise InputError("data.source", _described("label", label), f"{needs}, of shape []; {_convert(label)}.")
+    for start, values in _blocks(source, column):
+        if values.size and (values.min() < 0 or values.max() >= bound):
+            wrong = np.argwhere((values < 0) | (values >= bound))
+            raise InputError(
+                field, value, f"some values of {column!r} lie outside 0 to {bound - 1}; {remedy}"
+            ) from BadRecordError(f"{values[tuple(wrong[0])]}, of example {start + wrong[0][0]}")
 
 
 def require_values(example: Mapping[str, Any]) -> None:
@@ -91,19 +64,16 @@ def _described(name: str, value: Any) -> str:
     return f"column {name!r}: {value.dtype.name}[{','.join(map(str, value.shape))}] an example"
 
 
-def _convert(label: Any) -> str:
-    """What makes classes of labels of this shape."""
-    if label.shape == ():
-        return "convert them"
-    return "drop the last axis (labels[:, 0])" if label.shape == (1,) else "take labels.argmax(-1) of one-hot rows"
-
-
-def _labels(source: Source) -> np.ndarray | None:
+def _blocks(source: Source, column: str) -> Iterator[tuple[int, np.ndarray]]:
+    """What can be looked at of a column: the number of the first row, and rows."""
     base, indices = (source.source, source.indices) if isinstance(source, Subset) else (source, None)
-    if isinstance(base, ArraySource):
-        labels = base.arrays.get("label")
-        return labels if labels is None or indices is None else labels[indices]
-    return read_rows(source, np.arange(min(len(source), LABELS_CHECKED))).get("label")
+    if not isinstance(base, ArraySource):
+        yield 0, read_rows(source, np.arange(min(len(source), LOOKED_AT)))[column]
+        return
+    values = base.arrays[column]
+    for start in range(0, len(source), BLOCK_CHECKED):
+        rows = slice(start, min(start + BLOCK_CHECKED, len(source)))
+        yield start, values[rows] if indices is None else values[indices[rows]]
 
 
 def require_repeatable(source: Source, indices: Int64[np.ndarray, " n"]) -> None:

@@ -6,18 +6,21 @@ instance, cannot be written here.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import optax
 from jaxtyping import Array
 
 from dpdist import config as config_module
 from dpdist.config.plugins import load_function
 from dpdist.errors import InputError
+from dpdist.models.tasks import Task, cross_entropy, task_of
+
+__all__ = ["Model", "Task", "build", "cross_entropy", "example_loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +32,15 @@ class Model:
         apply: `apply(params, example) -> logits` of one example, a dict of arrays without a batch axis. Integer images
             are scaled in here, on the device. A randomised model finds a PRNG key in `example["key"]` in training, and
             no such entry in evaluation.
-        loss: `loss(logits, example) -> scalar`; by default the cross entropy with `example["label"]`.
+        loss: `loss(outputs, example) -> scalar`; by default that of `model.task`.
         randomised: if True, every training example gets its own key, derived from (secret, step, index), so that
             dropout and augmentation do not depend on the number of devices.
     """
 
     init: Callable[[Array], Any]
     apply: Callable[[Any, dict[str, Array]], Array]
-    loss: Callable[[Array, dict[str, Array]], Array] | None = None
+    loss: Callable[[Array, Mapping[str, Array]], Array] | None = None
     randomised: bool = False
-
-
-def cross_entropy(logits: Array, example: dict[str, Array]) -> Array:
-    """Return the softmax cross entropy of one example's logits [classes] with the integer `example["label"]`."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, example["label"])
 
 
 def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruct], classes: int | None) -> Model:
@@ -52,11 +50,12 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
         config: the `model` section. The model's function is called with `config.options` and, if it has parameters of
             these names, with `example` and `classes`.
         example: shapes and dtypes of one example, by column.
-        classes: the data source's number of classes, or None; `config.classes` takes precedence.
+        classes: the data source's number of classes, or None; `config.classes` takes precedence. The model is given
+            the number of outputs that the task makes of it, such as 1 for `binary`.
 
     Raises:
-        InputError: there is no such model, it does not accept the options, it needs a number of classes and none is
-            given, or it does not return a `Model`.
+        InputError: there is no such model, task or loss, the model does not accept the options, it needs a number of
+            classes and none is given, or it does not return a `Model`.
     """
     from dpdist.models.bert import bert
     from dpdist.models.resnet import bit_resnet
@@ -70,10 +69,11 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
         "bit_resnet": bit_resnet,
         "bert": bert,
     }
+    task = task_of(config)
     build_fn = builtin.get(config.name) or load_function(config.name, "model.name", list(builtin))
     options = dict(config.options)
     parameters = inspect.signature(build_fn).parameters
-    for name, value in (("example", example), ("classes", config.classes or classes)):
+    for name, value in (("example", example), ("classes", task.width(example, config.classes or classes))):
         if name in parameters and name not in options:
             if value is None:
                 raise InputError("model.classes", None, "the data source does not say; set model.classes.")
@@ -91,14 +91,23 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
         raise InputError("model.options", config.options, f"{config.name} refused them: {error}") from error
     if not isinstance(model, Model):
         raise InputError("model.name", config.name, f"must return a dpdist.models.Model, not {type(model).__name__}.")
-    if config.loss != "cross_entropy":
-        loss = load_function(config.loss, "model.loss", ["cross_entropy"])
-    else:
-        loss = model.loss or cross_entropy
-    return Model(init=model.init, apply=model.apply, loss=loss, randomised=model.randomised)
+    return dataclasses.replace(model, loss=_loss(config, task, model))
+
+
+def _loss(config: config_module.Model, task: Task, model: Model) -> Callable[..., Array]:
+    if config.loss == "cross_entropy" and task.loss is cross_entropy:
+        return model.loss or cross_entropy
+    if config.loss is not None:
+        return load_function(config.loss, "model.loss", ["cross_entropy"])
+    loss = model.loss or task.loss
+    if loss is None:
+        raise InputError("model.loss", None, f"the task {task.name} has none; give module:function of your own.")
+    return loss
 
 
 def example_loss(model: Model) -> Callable[[Any, dict[str, Array]], Array]:
     """Return `f(params, example) -> scalar`, the function whose per-example gradients are clipped."""
-    loss = model.loss or cross_entropy
+    if model.loss is None:
+        raise ValueError("the model has no loss: take it from `build`, which gives it that of the task")
+    loss = model.loss
     return lambda params, example: loss(model.apply(params, example), example)

@@ -15,13 +15,14 @@ from dpdist import models
 from dpdist.cluster.agreement import all_gather
 from dpdist.cluster.world import World
 from dpdist.config import Config
-from dpdist.data import Dataset, check_labels, open_dataset
-from dpdist.data.checks import require_class_labels, require_values
+from dpdist.data import Dataset
+from dpdist.data.checks import require_below, require_values
 from dpdist.data.sources import Source, read_rows
 from dpdist.errors import InputError
 from dpdist.mechanism.clipping import UnsupportedLossError, trainable
 from dpdist.mechanism.ledger import Plan
 from dpdist.mechanism.step import StepPrograms, StepSpec, TrainState
+from dpdist.models.tasks import Loss, Task, own_metrics, task_of
 from dpdist.program import optimizer as optimizers
 from dpdist.program.evaluate import Evaluator
 from dpdist.program.flops import flops_per_example
@@ -29,6 +30,7 @@ from dpdist.program.gradients import ExampleLoss, build_gradients, frozen_paths
 from dpdist.program.guards import require_guards
 from dpdist.program.memory import Memory, memory_limit, memory_of
 from dpdist.program.microbatches import LARGEST, choose_physical_batch, largest_that_fits, tail_of
+from dpdist.program.probe import Probe
 from dpdist.program.update import initial_state, update_of
 
 
@@ -37,6 +39,9 @@ class OpenModel:
     """The model that a config names, as made for a dataset, with its initial parameters."""
 
     model: models.Model
+    task: models.Task
+    #: The user's own test metrics, by name.
+    metrics: dict[str, Loss]
     params: Any
     #: Shapes and dtypes of one training example, by column.
     example: dict[str, jax.ShapeDtypeStruct]
@@ -62,6 +67,8 @@ class TrainingSetup:
     #: None where there is nothing to evaluate on.
     evaluator: Evaluator | None
     classes: int | None
+    #: Looks at a few training examples, on process 0.
+    probe: Probe | None
     #: Physical batch sizes: the full microbatch and the small one for the rest.
     physical: int
     tail: int
@@ -91,20 +98,6 @@ class TrainingSetup:
         }
 
 
-def open_labelled_data(config: Config) -> Dataset:
-    """The dataset that `config` names, with labels that the model has classes for.
-
-    Raises:
-        InputError: it cannot be read, or a label is out of range.
-    """
-    dataset = open_dataset(config.data)
-    classes = config.model.classes or dataset.classes
-    for source in (dataset.train, dataset.test):
-        if source is not None and classes is not None:
-            check_labels(source, classes)
-    return dataset
-
-
 def example_spec(source: Source) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of one example, by column.
 
@@ -128,18 +121,43 @@ def open_model(config: Config, dataset: Dataset) -> OpenModel:
     """Build the model that `config` names for the examples of `dataset`, and initialise it.
 
     Raises:
-        InputError: the model cannot be used with these examples, or `model.trainable` matches nothing.
+        InputError: the model or the task cannot be used with these examples, or `model.trainable` matches nothing.
     """
     example = example_spec(dataset.train)
     classes = config.model.classes or dataset.classes
+    task, metrics = task_of(config.model), own_metrics(config.model)
     model = models.build(config.model, example=example, classes=classes)
-    if model.loss is models.cross_entropy:
-        require_class_labels(example, "train")
-    if dataset.test is not None:
-        require_class_labels(example_spec(dataset.test), "test")
     params = model.init(jax.random.key(config.training.seed))
+    if model.loss is task.loss:
+        _require_fit(task, model, params, example, dataset.train, "train")
+    if dataset.test is not None:
+        _require_fit(task, model, params, example_spec(dataset.test), dataset.test, "test")
     frozen = frozen_paths(config.model, params)
-    return OpenModel(model=model, params=params, example=example, classes=classes, frozen=frozen)
+    return OpenModel(
+        model=model, task=task, metrics=metrics, params=params, example=example, classes=classes, frozen=frozen
+    )
+
+
+def _require_fit(
+    task: Task, model: models.Model, params: Any, example: dict[str, Any], source: Source, part: str
+) -> None:
+    """Check the columns of one part of the data, and the model's outputs, by what the task makes of them.
+
+    Raises:
+        InputError: they do not fit, or an integer is out of range.
+    """
+    outputs = jax.eval_shape(model.apply, params, with_key(example, model) if part == "train" else example)
+    try:
+        below = task.check(example, outputs, part)
+    except InputError as error:
+        if model.loss is task.loss:
+            raise
+        remedy = f"{error.remedy} Or set model.task=none, to measure your own loss alone."
+        raise InputError(error.field, error.value, remedy) from None
+    for column, bound in below.items():
+        classes = task.name == "classification"
+        field, value = ("model.classes", bound) if classes else ("data.source", f"column {column!r} of {part}")
+        require_below(source, column, bound, field=field, value=value, remedy=task.out_of_range)
 
 
 def build_setup(
@@ -212,6 +230,8 @@ def build_setup(
     if dataset.test is not None:
         evaluator = Evaluator(
             model,
+            opened.task,
+            opened.metrics,
             initial.params,
             dataset.test,
             world.mesh,
@@ -224,6 +244,9 @@ def build_setup(
         initial=initial,
         example=example,
         evaluator=evaluator,
+        probe=Probe(loss, gradients.frozen, dataset.train, available=-(-len(dataset.train) // world.num_processes))
+        if world.is_main
+        else None,
         physical=physical,
         tail=tail_of(physical),
         memory=memory(physical),

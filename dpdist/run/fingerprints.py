@@ -73,8 +73,9 @@ def user_libraries(config: Config) -> dict[str, str]:
 
 
 def _user_modules(config: Config) -> set[str]:
-    named = (config.data.source, config.model.name, config.model.loss)
-    return {path.partition(":")[0] for path in named if ":" in path}
+    model = config.model
+    named = (config.data.source, model.name, model.loss, model.task, *model.metrics.values())
+    return {path.partition(":")[0] for path in named if path is not None and ":" in path}
 
 
 def step_code_digest(config: Config) -> str:

@@ -57,6 +57,11 @@ class RunPaths:
         return self.private / "diagnostics.jsonl"
 
     @property
+    def probe(self) -> Path:
+        """Training loss and gradient norms of a few examples, step by step."""
+        return self.private / "probe.jsonl"
+
+    @property
     def stragglers(self) -> Path:
         return self.private / "stragglers.jsonl"
 

@@ -1,7 +1,7 @@
 """Two streams of measurements: public metrics, and diagnostics that stay under `private/`.
 
 Public are numbers that the guarantee covers or that do not depend on the data: steps, epsilon, B * steps / time, and
-accuracy once the checkpoint it was measured on is committed. Everything else is private.
+test metrics once the checkpoint they were measured on is committed. Everything else is private.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Stream:
 
 
 class Publisher:
-    """Public metrics, in which accuracy waits for its checkpoint.
+    """Public metrics, in which test metrics wait for their checkpoint.
 
     A resumed run must not be able to take back a published result: if an accuracy were published and its step then
     lost in a crash, the step would be replayed after somebody had seen its outcome.
@@ -85,5 +85,19 @@ def read(path: Path) -> list[dict[str, Any]]:
         if "incarnation" in record:
             records = {key: kept for key, kept in records.items() if key[0] <= record["step"]}
         else:
-            records[record["step"], "accuracy" in record] = record
+            records[record["step"], is_evaluation(record)] = record
     return [records[key] for key in sorted(records)]
+
+
+#: What a record of an evaluation holds beside the metrics.
+_BESIDE_METRICS = ("step", "epsilon")
+
+
+def is_evaluation(record: dict[str, Any]) -> bool:
+    """Whether a record holds test metrics; the others hold the throughput, or begin an incarnation."""
+    return "examples_per_second" not in record and "incarnation" not in record
+
+
+def metrics_of(record: dict[str, Any]) -> dict[str, float | None]:
+    """The test metrics in the record of an evaluation, by name."""
+    return {name: value for name, value in record.items() if name not in _BESIDE_METRICS}

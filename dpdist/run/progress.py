@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 _LINE_SECONDS = 5.0
+#: Names that would not fit.
+_SHORT = {"accuracy": "acc", "perplexity": "ppl", "token_accuracy": "acc"}
 
 
 class ProgressLine:
@@ -31,7 +34,7 @@ class ProgressLine:
         self._began = self._shown = time.monotonic()
         self._lines = style == "lines"
         self._bar = None
-        self._accuracy = ""
+        self._metric = ""
         if style == "bar":
             self._bar = Progress(
                 BarColumn(bar_width=12), TextColumn("{task.description}"), console=Console(stderr=True)
@@ -39,9 +42,10 @@ class ProgressLine:
             self._bar.start()
             self._task = self._bar.add_task("first step", total=steps, completed=start)
 
-    def show_accuracy(self, accuracy: float) -> None:
-        """Add the newest accuracy to what is shown."""
-        self._accuracy = f" | acc {accuracy:.4f}"
+    def show_metrics(self, metrics: Mapping[str, float | None]) -> None:
+        """Add the first of the newest test metrics to what is shown."""
+        for name, value in list(metrics.items())[:1]:
+            self._metric = f" | {_SHORT.get(name, name)} {'-' if value is None else f'{value:.4g}'}"
 
     def update(self, step: int, epsilon: float | None, examples_per_second: float) -> None:
         """Show the state after `step` steps; lines appear at most every five seconds, and at the end."""
@@ -52,7 +56,7 @@ class ProgressLine:
         left = (now - self._began) / max(1, step - self._start) * (self._steps - step)
         spent = f" | eps {epsilon:.2f} of {self._budget:.2f}" if epsilon is not None else ""
         # Short enough to stand beside the bar in 80 columns.
-        text = f"{step}/{self._steps}{spent} | {examples_per_second:,.0f} ex/s | ETA {_clock(left)}{self._accuracy}"
+        text = f"{step}/{self._steps}{spent} | {examples_per_second:,.0f} ex/s | ETA {_clock(left)}{self._metric}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         else:

@@ -15,9 +15,17 @@ from dpdist.config import Config
 from dpdist.mechanism.sampling import Assignment
 from dpdist.mechanism.step import DIAGNOSTICS
 from dpdist.run.directory import RunDirectory
-from dpdist.run.metrics import Publisher, Stream, read
+from dpdist.run.metrics import Publisher, Stream, is_evaluation, metrics_of, read
+from dpdist.run.private_log import record_exception
 from dpdist.run.progress import ProgressLine
 from dpdist.run.resume import Start
+
+#: So many steps in a row, and at least so many examples in them, without a single finite gradient end the run.
+_STEPS_WITHOUT, _EXAMPLES_WITHOUT = 3, 16
+
+
+class NothingToLearnError(RuntimeError):
+    """No gradient of several steps was finite, so that only noise moves the parameters."""
 
 
 class Recorder:
@@ -50,7 +58,9 @@ class Recorder:
         self.seconds_to_first_step = seconds_to_first_step
         self._untold: dict[str, Any] = {"seconds_to_first_step": seconds_to_first_step}
         #: The last that was shown: of a committed checkpoint, so that no failed run can take it back.
-        self.accuracy: float | None = None
+        self.metrics: dict[str, float | None] = {}
+        #: Steps in a row without a finite gradient, and the examples in them.
+        self._without = (0, 0)
         self._metrics = run.metrics
         self._public = Publisher(Stream(run.metrics))
         self._private = Stream(run.diagnostics, mode=0o600)
@@ -83,23 +93,23 @@ class Recorder:
         self._private.synchronise()
         self._public.synchronise()
 
-    def evaluated(self, step: int, accuracy: float) -> None:
-        """Hold the test accuracy of the parameters after `step` steps until their checkpoint is committed."""
-        self._public.hold({"step": step, "accuracy": accuracy, "epsilon": self.epsilon(step)})
+    def evaluated(self, step: int, metrics: dict[str, float | None]) -> None:
+        """Hold the test metrics of the parameters after `step` steps until their checkpoint is committed."""
+        self._public.hold({"step": step, **metrics, "epsilon": self.epsilon(step)})
 
-    def has_accuracy(self, step: int) -> bool:
-        """Whether an earlier part of the run has shown the accuracy after `step` steps.
+    def has_evaluation(self, step: int) -> bool:
+        """Whether an earlier part of the run has shown the test metrics after `step` steps.
 
-        Never of the last step, whose accuracy the summary is still to state.
+        Never those of the last step, which the summary is still to state.
         """
         shown = read(self._metrics)
-        return step != self._plan.steps and any(r["step"] == step and "accuracy" in r for r in shown)
+        return step != self._plan.steps and any(r["step"] == step and is_evaluation(r) for r in shown)
 
     def committed(self, step: int) -> None:
         """Show what was measured up to `step`, whose checkpoint is committed."""
         for record in self._public.release(step):
-            self.accuracy = record["accuracy"]
-            self._progress.show_accuracy(self.accuracy)
+            self.metrics = metrics_of(record)
+            self._progress.show_metrics(self.metrics)
 
     def epsilon(self, step: int) -> float | None:
         """Upper bound on epsilon once the run is at `step`; None without privacy."""
@@ -130,8 +140,28 @@ class Recorder:
             if draw is not None:
                 record["noise_sha256"] = hashlib.sha256(np.asarray(draw).astype("<i8").tobytes()).hexdigest()
         self._private.write(record)
+        self._require_something_to_learn(int(values["examples"]), int(values["not_finite"]))
         if self._done % self._config.run.log_every == 0 or self._done == self._plan.steps:
             self._log()
+
+    def _require_something_to_learn(self, examples: int, not_finite: int) -> None:
+        """Warn, in the private log, of a step without a finite gradient.
+
+        Raises:
+            NothingToLearnError: it is one of several in a row.
+        """
+        steps, seen = self._without
+        if not_finite < examples:
+            self._without = (0, 0)
+        elif examples > 0:
+            self._without = steps, seen = steps + 1, seen + examples
+            record_exception(f"WARNING: no gradient of step {self._done} is finite; it trains on noise alone")
+        if steps >= _STEPS_WITHOUT and seen >= _EXAMPLES_WITHOUT:
+            raise NothingToLearnError(
+                f"no gradient of the last {steps} steps up to step {self._done} was finite, so that nothing but noise "
+                "moves the parameters: the run has diverged, or its loss has no value on this data; try a smaller "
+                "optimizer.learning_rate, and see `dpdist diagnose`"
+            )
 
     def _log(self) -> None:
         """Write the public numbers of the steps since the last call."""

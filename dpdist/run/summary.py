@@ -24,7 +24,8 @@ class Outcome:
     params_sha256: str | None
     #: Whether these hold neither NaN nor infinity; True where the run failed.
     finite: bool
-    accuracy: float | None
+    #: Test metrics by name, the one of first interest first; empty where nothing was evaluated.
+    metrics: dict[str, float | None]
     #: What the ledger charges; None without privacy.
     epsilon_spent: float | None
     charged_steps: int
@@ -71,7 +72,8 @@ def summarise(config: Config, plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "expected_batch_size": plan.expected_batch_size,
         "dataset_size": plan.dataset_size,
         "clip_norm": record["clip_norm"],
-        "accuracy": outcome.accuracy,
+        "accuracy": outcome.metrics.get("accuracy"),
+        "metrics": outcome.metrics,
         "examples_per_second": outcome.examples_per_second,
         **outcome.speed,
         "processes": outcome.processes,
@@ -127,10 +129,15 @@ def opening_line(plan: Plan, world: World, *, insecure: bool) -> str:
 
 def closing_line(summary: dict[str, Any], root: Path) -> str:
     """How the run ended, and what its time went into: two lines."""
-    accuracy = "" if summary["accuracy"] is None else f", test accuracy {summary['accuracy']:.4f}"
+    told = [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in summary["metrics"].items()]
+    metrics = f", test {', '.join(told)}" if told else ""
     spent = "" if summary["epsilon"] is None else f", epsilon {summary['epsilon']:.4g} at delta {summary['delta']:g}"
     return (
-        f"dpdist: {summary['status']} at step {summary['step']} of {summary['steps']}{accuracy}{spent} "
+        f"dpdist: {summary['status']} at step {summary['step']} of {summary['steps']}{metrics}{spent} "
         f"(guarantee: {summary['guarantee']}); see {root / 'summary.json'}\n"
         f"dpdist: {goodput.sentence(summary['goodput'])}"
     )
+
+
+def _shown(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4g}"

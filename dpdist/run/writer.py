@@ -32,16 +32,17 @@ from dpdist.run import events, notices
 from dpdist.run.checkpoint import Checkpoints, SaveFailedError
 from dpdist.run.directory import RunDirectory, write_atomically
 from dpdist.run.goodput import Goodput
+from dpdist.run.metrics import Stream
 from dpdist.run.progress import say
 from dpdist.run.ranks import Ranks
-from dpdist.run.recorder import Recorder
+from dpdist.run.recorder import NothingToLearnError, Recorder
 from dpdist.run.resume import Start
 from dpdist.run.summary import Outcome, closing_line, summarise
 
 logger = logging.getLogger(__name__)
 
 #: Errors whose texts are dpdist's own, about files and processes.
-QUOTES_NO_DATA = (LedgerError, SaveFailedError, LeaseLostError, BadNodeError, MissingRanksError)
+QUOTES_NO_DATA = (LedgerError, SaveFailedError, LeaseLostError, BadNodeError, MissingRanksError, NothingToLearnError)
 
 
 class RunWriter:
@@ -167,6 +168,11 @@ class RunWriter:
         """The state after `step` steps is handed to the checkpoints."""
         self._goodput.saving(step)
 
+    def looked(self, step: int, found: dict[str, Any]) -> None:
+        """Note, under `private/`, what `program.probe` has found after `step` steps."""
+        with contextlib.closing(Stream(self._run.probe, mode=0o600)) as stream:
+            stream.write({"step": step} | found)
+
     def straggler_reports(self, reports: list[dict[str, Any]]) -> None:
         """Record, under `private/`, which ranks the others waited for."""
         self._recorder.straggler_reports(reports)
@@ -175,13 +181,13 @@ class RunWriter:
         """Record the newest step too, on the disk."""
         self._recorder.flush()
 
-    def evaluated(self, step: int, accuracy: float) -> None:
-        """Hold the accuracy of the parameters after `step` steps until `publish`."""
-        self._recorder.evaluated(step, accuracy)
+    def evaluated(self, step: int, metrics: dict[str, float | None]) -> None:
+        """Hold the test metrics of the parameters after `step` steps until `publish`."""
+        self._recorder.evaluated(step, metrics)
 
-    def has_accuracy(self, step: int) -> bool:
-        """Whether an earlier part of the run has published the accuracy after `step` steps."""
-        return self._recorder.has_accuracy(step)
+    def has_evaluation(self, step: int) -> bool:
+        """Whether an earlier part of the run has published the test metrics after `step` steps."""
+        return self._recorder.has_evaluation(step)
 
     def publish_if_committed(self, step: int, checkpoints: Checkpoints) -> None:
         """`publish` the save of `step` as soon as it is committed, once."""
@@ -203,7 +209,7 @@ class RunWriter:
             ended=ended,
             params_sha256=params_sha256,
             finite=finite,
-            accuracy=self._recorder.accuracy,
+            metrics=self._recorder.metrics,
             epsilon_spent=self._recorder.epsilon(plan.start + self.ledger.charged_to(plan.incarnation)),
             charged_steps=self.ledger.charged_steps(),
             examples_per_second=rate,
@@ -294,7 +300,7 @@ class SilentWriter:
     def begin(self, start: Start, checkpoints: Checkpoints) -> None:
         _only_process_0()
 
-    def has_accuracy(self, step: int) -> bool:
+    def has_evaluation(self, step: int) -> bool:
         _only_process_0()
 
     def summary(self, *, step: int, ended: bool, params_sha256: str | None, finite: bool) -> dict[str, Any]:
@@ -311,6 +317,9 @@ class SilentWriter:
         self._latest = None
 
     def start_recording(self, start: Start, speed: Callable[[float], dict[str, float | None]]) -> None: ...
+
+    def looked(self, step: int, found: dict[str, Any]) -> None:
+        _only_process_0()
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Process 0's clock counts for all."""
@@ -330,7 +339,7 @@ class SilentWriter:
 
     def straggler_reports(self, reports: list[dict[str, Any]]) -> None: ...
 
-    def evaluated(self, step: int, accuracy: float) -> None: ...
+    def evaluated(self, step: int, metrics: dict[str, float | None]) -> None: ...
 
     def publish_if_committed(self, step: int, checkpoints: Checkpoints) -> None: ...
 

@@ -17,6 +17,7 @@ from typing import Any
 from dpdist.cluster.holder import Holder
 from dpdist.run import events, goodput, ranks
 from dpdist.run.layout import DONE, RunPaths
+from dpdist.run.metrics import is_evaluation, metrics_of
 from dpdist_launch.observe.queue import Answer, QueuedJob
 
 #: Bytes that are read of the end of a file that grows.
@@ -45,6 +46,8 @@ class Snapshot:
     steps: int | None = None
     epsilon: float | None = None
     target_epsilon: float | None = None
+    #: Newest test metrics by name, the one of first interest first.
+    metrics: dict[str, float | None] = field(default_factory=dict)
     accuracy: float | None = None
     #: Seconds until the last step, of a run that is being trained.
     eta: float | None = None
@@ -104,6 +107,7 @@ def _look(run: RunPaths, slurm: Answer) -> Snapshot:
     ended, terms = _numbers(summary or {}), _numbers(plan or {})
     step = ended.get("step") if summary else (shown[-1]["step"] if shown else None)
     spent = [m["epsilon"] for m in shown if m.get("epsilon") is not None]
+    tested = next((metrics_of(m) for m in reversed(shown) if is_evaluation(m)), {})
     running = state in ("running", "RUNNING")
     well = running or state in (*DONE, "not begun") or events.how_it_ended(told) == "preempted"
     return Snapshot(
@@ -117,7 +121,8 @@ def _look(run: RunPaths, slurm: Answer) -> Snapshot:
         steps=terms.get("steps_asked"),
         epsilon=ended.get("epsilon_spent") or (spent[-1] if spent else None),
         target_epsilon=terms.get("target_epsilon") or terms.get("epsilon"),
-        accuracy=next((m["accuracy"] for m in reversed(shown) if "accuracy" in m), None),
+        metrics=tested,
+        accuracy=tested.get("accuracy"),
         eta=_eta(shown, terms, _age(run.metrics)) if running else None,
         restarts=events.restarts(told),
         goodput=_goodput(run, summary),

@@ -17,6 +17,7 @@ BUILT_IN = {
     "data.source": ("digits", "idx", "npy", "cifar10", "cifar100"),
     "model.name": ("mlp", "cnn", "vit", "bit_resnet", "bert"),
     "model.loss": ("cross_entropy",),
+    "model.task": ("classification", "binary", "regression", "multilabel", "language_modeling", "none"),
 }
 
 
@@ -53,10 +54,14 @@ def _require_devices(config: Config, *, gpus: bool) -> None:
 
 
 def _require_code(config: Config) -> None:
-    named = {"data.source": config.data.source, "model.name": config.model.name, "model.loss": config.model.loss}
+    model = config.model
+    named = {"data.source": config.data.source, "model.name": model.name}
+    named |= {"model.loss": model.loss} if model.loss is not None else {}
+    named |= {"model.task": model.task} if model.task is not None else {}
+    named |= {f"model.metrics.{name}": path for name, path in model.metrics.items()}
     for field, name in named.items():
-        if name not in BUILT_IN[field]:
-            require_function(name, field, BUILT_IN[field])
+        if name not in (builtin := BUILT_IN.get(field, ())):
+            require_function(name, field, builtin)
 
 
 def _require_paths(config: Config) -> None:

@@ -10,6 +10,7 @@ from dpdist.config import Config
 from dpdist.mechanism.ledger import Ledger, LedgerError
 from dpdist.release.together import cost_together
 from dpdist.run.directory import RunDirectory
+from dpdist.run.metrics import is_evaluation, metrics_of
 from dpdist.run.summary import guarantee
 from dpdist_launch.slurm.sweep import Point, Sweep
 
@@ -33,17 +34,18 @@ def _of_point(point: Point) -> dict[str, Any]:
         "step": found.get("step", 0),
         "epsilon": found.get("epsilon"),
         "accuracy": found.get("accuracy"),
+        "metrics": found.get("metrics", {}),
         "run_dir": str(point.run_dir),
         "log": None if job is None else str(job.log()),
     }
 
 
 def _last_metrics(file: Path) -> dict[str, Any]:
-    """The last value of each public metric; a line that is being written is left out."""
+    """The last step and epsilon, and the last test metrics; a line that is being written is left out."""
     last: dict[str, Any] = {}
     text = file.read_text() if file.exists() else ""
-    for line in text[: text.rfind("\n") + 1].splitlines():
-        last |= json.loads(line)
+    for record in map(json.loads, text[: text.rfind("\n") + 1].splitlines()):
+        last |= record | ({"metrics": metrics_of(record)} if is_evaluation(record) else {})
     return last
 
 
@@ -92,9 +94,12 @@ def _holds(config: Config) -> bool:
 
 def as_text(found: dict[str, Any]) -> str:
     """The table, and under it the composed epsilon."""
-    rows = [("point", "state", "step", "epsilon", "accuracy")]
+    told = [name for point in found["points"] for name in list(point["metrics"])[:1]]
+    metric = told[0] if told else "accuracy"
+    rows = [("point", "state", "step", "epsilon", metric)]
     for point in found["points"]:
-        numbers = (f"{value:.4g}" if value is not None else "-" for value in (point["epsilon"], point["accuracy"]))
+        values = (point["epsilon"], point["metrics"].get(metric, point.get(metric)))
+        numbers = (f"{value:.4g}" if value is not None else "-" for value in values)
         rows.append((point["point"], point["state"], str(point["step"]), *numbers))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpdist.data import ArraySource, Subset, check_labels, checks, fingerprint
-from dpdist.data.checks import require_class_labels, require_values
+from dpdist.data import ArraySource, Source, Subset, checks, fingerprint
+from dpdist.data.checks import require_below, require_values
 from dpdist.errors import InputError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (700, 2, 2), dtype=np.uint8)
@@ -40,58 +40,39 @@ def of(images: np.ndarray = IMAGES, labels: np.ndarray = LABELS) -> ArraySource:
     return ArraySource({"image": images, "label": labels})
 
 
+def check(source: Source, classes: int) -> None:
+    require_below(source, "label", classes, field="model.classes", value=classes, remedy="set it.")
+
+
 def test_labels_in_range_pass() -> None:
     for source in (of(), Subset(of(), np.arange(5)), Items()):
-        check_labels(source, 5)
-
-
-def test_a_source_without_labels_passes() -> None:
-    check_labels(ArraySource({"image": IMAGES}), 2)
-    check_labels([{"image": IMAGES[0]}], 2)
+        check(source, 5)
 
 
 @pytest.mark.parametrize("labels", [changed(LABELS, 699), LABELS - 1, LABELS + 1])
 def test_labels_out_of_range_are_refused_without_showing_them(labels: np.ndarray) -> None:
-    with pytest.raises(InputError, match=r"model\.classes = 5: some labels lie outside 0 to 4; set") as caught:
-        check_labels(of(labels=labels), 5, "model.classes")
+    with pytest.raises(
+        InputError, match=r"model\.classes = 5: some values of 'label' lie outside 0 to 4; set"
+    ) as caught:
+        check(of(labels=labels), 5)
     first = np.flatnonzero((labels < 0) | (labels > 4))[0]
-    assert f"the first {labels[first]}, of example {first}" in str(caught.value.__cause__)
+    assert f"{labels[first]}, of example {first}" in str(caught.value.__cause__)
+
+
+def test_every_block_of_a_long_column_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "BLOCK_CHECKED", 64)
+    for index in (0, 63, 64, 699):
+        with pytest.raises(InputError, match="outside 0 to 4") as caught:
+            check(of(labels=np.where(np.arange(700) == index, 7, LABELS)), 5)
+        assert f"7, of example {index}" in str(caught.value.__cause__)
+    check(of(), 5)
 
 
 def test_only_the_labels_of_the_subset_count() -> None:
     source = of(labels=changed(LABELS, 699))
-    check_labels(Subset(source, np.arange(699)), 5)
+    check(Subset(source, np.arange(699)), 5)
     with pytest.raises(InputError, match="outside 0 to 4"):
-        check_labels(Subset(source, np.array([4, 699])), 5)
-
-
-def test_labels_that_are_not_integers_are_refused() -> None:
-    with pytest.raises(InputError, match=r"column 'label': float64\[\] an example.*convert them"):
-        check_labels(of(labels=LABELS.astype(float)), 5)
-
-
-@pytest.mark.parametrize(
-    ("labels", "words"),
-    [
-        (LABELS[:, None], r"int32\[1\] an example.*each test example needs one integer class.*labels\[:, 0\]"),
-        (np.eye(5, dtype=np.int64)[LABELS], r"int64\[5\] an example.*one integer class.*argmax\(-1\)"),
-        (np.eye(5, dtype=np.float32)[LABELS], r"float32\[5\] an example.*argmax\(-1\)"),
-        (LABELS.astype(np.float32), r"float32\[\] an example.*convert them"),
-        (LABELS > 2, r"bool\[\] an example.*convert them"),
-    ],
-)
-def test_labels_that_are_no_class_are_refused_with_their_shape_and_what_makes_classes_of_them(
-    labels: np.ndarray, words: str
-) -> None:
-    example = {"image": IMAGES[0], "label": labels[0]}
-    with pytest.raises(InputError, match=rf"data\.source = \"column 'label': {words}"):
-        require_class_labels(example, "test")
-    require_class_labels({"image": IMAGES[0], "label": LABELS[0]}, "test")
-
-
-def test_a_set_without_labels_is_told_what_it_lacks() -> None:
-    with pytest.raises(InputError, match=r"data\.source = 'columns image, target': .*add a column named 'label'"):
-        require_class_labels({"target": LABELS[0], "image": IMAGES[0]}, "train")
+        check(Subset(source, np.array([4, 699])), 5)
 
 
 def test_a_column_of_width_zero_is_refused() -> None:
@@ -102,12 +83,12 @@ def test_a_column_of_width_zero_is_refused() -> None:
 
 def test_user_code_is_asked_for_the_first_sixteen_labels_only() -> None:
     items = Items()
-    check_labels(items, 5)
+    check(items, 5)
     assert items.read == set(range(16))
     with pytest.raises(InputError, match="outside 0 to 4"):
-        check_labels(Items(labels=changed(LABELS, 14)), 5)
+        check(Items(labels=changed(LABELS, 14)), 5)
     with pytest.raises(InputError, match="outside 0 to 4"):
-        check_labels(Subset(Items(labels=changed(LABELS, 699)), np.arange(690, 700)), 5)
+        check(Subset(Items(labels=changed(LABELS, 699)), np.arange(690, 700)), 5)
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def install() -> Gate:
         wrap(Checkpoints, "save", gate, before="save begin")
         wrap(async_checkpointer, "_background_wait_for_commit_futures", gate, before="save middle")
         watch_commits(gate)
-        wrap(Evaluator, "accuracy", gate, before="evaluation")
+        wrap(Evaluator, "measure", gate, before="evaluation")
         watch_the_end(gate)
     return gate
 

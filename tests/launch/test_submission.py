@@ -19,6 +19,7 @@ from made_up_queue import REPOSITORY, Queue
 
 from dpdist.config import from_dict
 from dpdist.errors import InputError
+from dpdist.models.tasks import TASKS
 from dpdist.run.directory import RunDirectory
 from dpdist_launch.cli import main
 from dpdist_launch.slurm.check import BUILT_IN
@@ -215,6 +216,7 @@ def test_the_names_that_need_no_function_are_those_that_there_are() -> None:
 
     assert set(BUILT_IN["data.source"]) == set(datasets.BUILT_IN)
     text = (REPOSITORY / "dpdist/models/__init__.py").read_text()
+    assert set(BUILT_IN["model.task"]) == set(TASKS)
     assert set(BUILT_IN["model.name"]) == set(re.findall(r'^        "(\w+)": \1,$', text, re.M))
 
 

@@ -51,7 +51,7 @@ def test_no_other_process_answers_for_process_0() -> None:
     for ask in (
         lambda: silent.ledger,
         lambda: silent.begin(None, None),
-        lambda: silent.has_accuracy(1),
+        lambda: silent.has_evaluation(1),
         lambda: silent.summary(step=1, ended=True, params_sha256=None, finite=True),
     ):
         with pytest.raises(RuntimeError, match="only process 0"):

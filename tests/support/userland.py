@@ -248,3 +248,55 @@ def searching(*, example: dict[str, jax.ShapeDtypeStruct], classes: int) -> Mode
 
 def no_model(*, example: dict[str, jax.ShapeDtypeStruct]) -> str:
     return "a string"
+
+
+# Other tasks than to classify
+
+
+def quantities() -> tuple[Source, Source]:
+    """`image` float32[12] and two numbers to predict from it."""
+    weights = np.random.default_rng(5).standard_normal((12, 2)).astype(np.float32)
+    parts = (train_columns(), test_columns())
+    train, test = ({"image": part["image"], "target": np.tanh(part["image"] @ weights)} for part in parts)
+    return ArraySource(train), ArraySource(test)
+
+
+def yes_or_no() -> tuple[Source, Source]:
+    """Whether the class is one of the first two."""
+    train, test = (part | {"label": part["label"] < 2} for part in (train_columns(), test_columns()))
+    return ArraySource(train), ArraySource(test)
+
+
+def sentences(vocabulary: int = 12) -> tuple[Source, Source]:
+    """Eight tokens of which each is mostly the one before plus one; the last ones may be padding."""
+    draw = np.random.default_rng(6)
+
+    def some(size: int) -> ArraySource:
+        steps = np.where(draw.random((size, 8)) < 0.9, 1, draw.integers(0, vocabulary, (size, 8)))
+        tokens = (steps.cumsum(axis=1) + draw.integers(0, vocabulary, (size, 1))) % vocabulary
+        mask = np.arange(8) < draw.integers(2, 9, (size, 1))
+        return ArraySource({"input_ids": np.where(mask, tokens, 0).astype(np.int32), "attention_mask": mask})
+
+    return some(1000), some(203)
+
+
+def bigrams(*, vocabulary: int = 12) -> Model:
+    """A language model that knows one token of the past. An id outside the vocabulary makes its outputs NaN."""
+
+    def init(key: jax.Array) -> dict[str, np.ndarray]:
+        return {"table": np.zeros((vocabulary, vocabulary), np.float32)}
+
+    def apply(params: Any, example: dict[str, jax.Array]) -> jax.Array:
+        return jnp.take(params["table"], example["input_ids"], axis=0)
+
+    return Model(init=init, apply=apply)
+
+
+def confidence(outputs: jax.Array, example: dict[str, jax.Array]) -> jax.Array:
+    """A metric: the largest probability."""
+    return jnp.max(jax.nn.softmax(outputs))
+
+
+def weighed(outputs: jax.Array, example: dict[str, jax.Array]) -> jax.Array:
+    """A loss that needs no label."""
+    return jnp.sum(jnp.square(outputs)) + jnp.mean(example["image"])
