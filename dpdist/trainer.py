@@ -26,6 +26,8 @@ from dpdist.cluster.world import World
 from dpdist.config import Config
 from dpdist.data import fingerprint, open_dataset
 from dpdist.data.feed import Feed
+from dpdist.data.sources import Source
+from dpdist.data.units import UnitSource
 from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.step import TrainState, accumulate_sample, noisy_update
 from dpdist.program.assignments import make_assigner, share_of_work
@@ -110,7 +112,7 @@ def train(config: Config, *, began: float | None = None) -> dict[str, Any]:
             if start.step is not None:
                 state = checkpoints.restore(start.step, state)
             with writer.phase("compile"):
-                decide(world, lambda: _try_out(setup, state, start.step or 0, writer))
+                decide(world, lambda: _try_out(setup, state, start.step or 0, dataset.train, writer))
             decide(world, lambda: writer.begin(start, checkpoints))
             meta = {"config": config_module.to_dict(config), "plan": start.plan.to_record()}
             meta |= setup.decisions()
@@ -164,13 +166,17 @@ def _check_network(config: Config, start: Start, setup: TrainingSetup, world: Wo
         )
 
 
-def _try_out(setup: TrainingSetup, state: TrainState, step: int, writer: RunWriter | SilentWriter) -> None:
+def _try_out(
+    setup: TrainingSetup, state: TrainState, step: int, source: Source, writer: RunWriter | SilentWriter
+) -> None:
     """Look at a few training examples before the first step, on process 0; what is found is private.
 
     Raises:
         InputError: none of them has a gradient.
     """
     found = _look(setup, state)
+    if isinstance(source, UnitSource):
+        found |= {"records_left_out": source.left_out}
     writer.looked(step, found)
     require_something_to_learn(found)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-from dpdist import models
 from dpdist.cluster.join import join
 from dpdist.config import Config
 from dpdist.data import open_dataset
@@ -16,8 +15,8 @@ from dpdist.errors import InputError
 from dpdist.mechanism.clipping import LeafStrategy
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
 from dpdist.program.assignments import make_assigner, shape_of_work
-from dpdist.program.build import TrainingSetup, build_setup, open_model, with_key
-from dpdist.program.gradients import ExampleLoss, strategies_for
+from dpdist.program.build import TrainingSetup, build_setup, open_model
+from dpdist.program.gradients import strategies_for
 from dpdist.program.memory import memory_limit
 from dpdist.run.fingerprints import environment
 from dpdist.run.plan import plan_run
@@ -61,12 +60,7 @@ def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int 
     work = shape_of_work(tuple(assigner(step) for step in range(min(_STEPS, plan.steps))))
     leaves: list[LeafStrategy] = []
     if plan.privacy is not None and config.training.clipping != "per_example":
-        loss = ExampleLoss(
-            loss_fn=models.example_loss(setup.model),
-            params=setup.initial.params,
-            example=with_key(setup.example, setup.model),
-        )
-        leaves = strategies_for(config, loss, world)
+        leaves = strategies_for(config, setup.loss, world)
     record = plan.to_record()
     return {
         "privacy": {

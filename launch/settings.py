@@ -21,7 +21,14 @@ from dpdist.mechanism.incarnation import step_settings
 KEPT, NEW, REFUSED = "kept", "new incarnation", "refused"
 
 #: What no statement about the whole run could cover if it changed; `dpdist.run.resume` refuses it.
-FIXED = ("privacy.enabled", "privacy.delta", "privacy.insecure_seed", "data.split_seed", "data.test_fraction")
+FIXED = (
+    "privacy.enabled",
+    "privacy.delta",
+    "privacy.insecure_seed",
+    "data.split_seed",
+    "data.test_fraction",
+    "data.unit",
+)
 #: What has an effect beside that of being changed.
 _MORE = {
     "checkpoint.resume_step": (NEW, "it begins at that step"),

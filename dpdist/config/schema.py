@@ -34,10 +34,21 @@ class Data(Section):
     split_seed: Annotated[int, AtLeast(0)] = 0
     #: Further keyword arguments for a source given as `module:function`; `checksum` for CIFAR's archives.
     options: dict[str, Any] = field(default_factory=dict)
+    #: The column of integers that says whose a record is: all records of one person (or household, or hospital) are
+    #: then one example, and the guarantee is for that unit. null is for single records.
+    unit: str | None = None
+    #: The most records that a unit brings, its first ones; their mean loss is the unit's.
+    records_per_unit: Annotated[int | None, AtLeast(1)] = None
     #: Threads that call a source's `__getitem__`; array sources need none.
     workers: Annotated[int, AtLeast(1)] = 4
     #: Microbatches held ready on the devices, beyond the one in use.
     prefetch: Annotated[int, AtLeast(1)] = 8
+
+    def check_together(self) -> None:
+        both = (self.unit is None) == (self.records_per_unit is None)
+        self.require(
+            "records_per_unit", both, "give data.unit and data.records_per_unit together: whose records, and how many."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +173,13 @@ class Training(Section):
     epochs: Annotated[float | None, Positive()] = None
     #: Examples a device processes at once, or `auto`.
     physical_batch_size: Annotated[int | Literal["auto"], AtLeast(1, "give at least 1, or auto.")] = "auto"
+    #: Random changes of a training image: `flip`, `crop`, `flip_and_crop`, or `module:function` taking (example, key)
+    #: to an example; null is none.
+    augment: str | None = None
+    #: `{padding: 4}`: by how many pixels `crop` may move an image; or keyword arguments of that function.
+    augment_options: dict[str, Any] = field(default_factory=dict)
+    #: Augmented views of an example, whose gradients are averaged before they are clipped (De et al. 2022).
+    views: Annotated[int, AtLeast(1)] = 1
     #: How clipped sums are computed: the same sum in all; `auto` takes what is fastest for each parameter.
     clipping: Literal["auto", "per_example", "ghost", "bookkeeping"] = "auto"
     #: Of gradient norms and clipped sums. `highest`: float64 norms, float32 sums. `tensor`: both from factors in
@@ -187,6 +205,8 @@ class Training(Section):
         self.require(
             "steps", one, f"give either training.steps or training.epochs (epochs = {self.epochs!r}), not both."
         )
+        augmented = self.augment is not None or (self.views == 1 and not self.augment_options)
+        self.require("augment", augmented, "name one, such as flip_and_crop: views of an example differ by it.")
         if self.profile is not None:
             steps = len(self.profile) == 2 and all(type(step) is int for step in self.profile)
             ordered = steps and 1 <= self.profile[0] <= self.profile[1] <= (self.steps or self.profile[1])

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from dpdist.data.sources import ArraySource, BadRecordError, Source, Subset, read_rows, schema
+from dpdist.data.units import UnitSource, WithoutColumn
 from dpdist.errors import InputError
 
 #: Number of examples looked at if each costs a call of the user's code, and rows of an array at a time otherwise.
@@ -66,6 +67,7 @@ def _described(name: str, value: Any) -> str:
 
 def _blocks(source: Source, column: str) -> Iterator[tuple[int, np.ndarray]]:
     """What can be looked at of a column: the number of the first row, and rows."""
+    source = source.source if isinstance(source, WithoutColumn) else source
     base, indices = (source.source, source.indices) if isinstance(source, Subset) else (source, None)
     if not isinstance(base, ArraySource):
         yield 0, read_rows(source, np.arange(min(len(source), LOOKED_AT)))[column]
@@ -111,6 +113,10 @@ def fingerprint(source: Source | None) -> bytes:
     """
     if source is None:
         return hashlib.sha256(b"none").digest()
+    if isinstance(source, WithoutColumn):
+        return hashlib.sha256(fingerprint(source.source) + source.column.encode()).digest()
+    if isinstance(source, UnitSource):
+        return hashlib.sha256(fingerprint(source.source) + source.digest()).digest()
     first = read_rows(source, np.zeros(1, np.int64))
     digest = hashlib.sha256(json.dumps([len(source), schema(first)]).encode())
     indices = _hashed(source, sum(rows.nbytes for rows in first.values()))

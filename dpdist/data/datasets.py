@@ -16,7 +16,8 @@ from dpdist.config.plugins import load_function
 from dpdist.data.cifar import CIFAR10, CIFAR100, Format, read_cifar
 from dpdist.data.idx import read_mnist
 from dpdist.data.npy import read_npy
-from dpdist.data.sources import ArraySource, Source, Subset, schema
+from dpdist.data.sources import ArraySource, Source, Subset, read_rows, schema
+from dpdist.data.units import UnitSource, WithoutColumn, require_apart
 from dpdist.errors import InputError
 
 
@@ -59,6 +60,11 @@ def open_dataset(data: Data) -> Dataset:
     Raises:
         InputError: the source, a file, a module or a function is missing or cannot be used.
     """
+    dataset = _open(data)
+    return dataset if data.unit is None else _by_unit(dataset, data, data.unit)
+
+
+def _open(data: Data) -> Dataset:
     if data.source not in BUILT_IN:
         return _from_function(data)
     open_source = BUILT_IN[data.source]
@@ -70,6 +76,22 @@ def open_dataset(data: Data) -> Dataset:
             f"{data.source} takes {', '.join(known) or 'none'}; only a module:function source has options of its own.",
         )
     return open_source(data, **data.options)
+
+
+def _by_unit(dataset: Dataset, data: Data, column: str) -> Dataset:
+    """The dataset with a training example for each unit, and its test records without the column that names theirs."""
+    train, test = dataset.train, dataset.test
+    # A source of the user's own has parted its records as it wants them; where we did, units must stay whole.
+    ours = data.source in BUILT_IN and isinstance(train, Subset) and isinstance(test, Subset)
+    if ours and isinstance(train, Subset) and isinstance(test, Subset) and train.source is test.source:
+        _, unit = np.unique(UnitSource(train.source, column, 1).owner, return_inverse=True)
+        held_out = np.isin(unit, split_indices(int(unit.max()) + 1, data)[1])
+        train, test = (Subset(train.source, np.flatnonzero(part)) for part in (~held_out, held_out))
+    units = UnitSource(train, column, data.records_per_unit or 1)
+    if test is not None and column in read_rows(test, np.zeros(1, np.int64)):
+        require_apart(units, test)
+        test = WithoutColumn(test, column)
+    return replace(dataset, train=units, test=test)
 
 
 def split_indices(length: int, data: Data) -> tuple[np.ndarray, np.ndarray]:

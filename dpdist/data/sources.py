@@ -55,6 +55,15 @@ class TakeSource(Source, Protocol):
         ...
 
 
+@runtime_checkable
+class PoolSource(Source, Protocol):
+    """A source made of others, which it reads with the threads of its caller."""
+
+    def take_with(self, indices: Int64[np.ndarray, " n"], pool: Executor | None, /) -> Rows:
+        """Return the examples at `indices`, in their order."""
+        ...
+
+
 def schema(columns: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Return every column's dtype and shape, sorted by name: `{"image": "uint8[8,8,1]", "label": "int32[]"}`.
 
@@ -163,7 +172,9 @@ def read_rows(source: Source, indices: Int64[np.ndarray, " n"], pool: Executor |
     """
     if isinstance(source, Subset):  # not by its `take`, which would not use the pool
         return read_rows(source.source, source.indices[indices], pool)
-    if isinstance(source, TakeSource):
+    if isinstance(source, PoolSource):
+        rows = source.take_with(indices, pool)
+    elif isinstance(source, TakeSource):
         rows = source.take(indices)
     elif len(indices) == 0:  # an empty Poisson sample: only example 0's shapes are used
         return {name: rows[:0] for name, rows in read_rows(source, np.array([0], np.int64)).items()}

@@ -18,11 +18,14 @@ from dpdist.config import Config
 from dpdist.data import Dataset
 from dpdist.data.checks import require_below, require_values
 from dpdist.data.sources import Source, read_rows
+from dpdist.data.units import MASK, UnitSource
 from dpdist.errors import InputError
 from dpdist.mechanism.clipping import UnsupportedLossError, trainable
 from dpdist.mechanism.ledger import Plan
 from dpdist.mechanism.step import StepPrograms, StepSpec, TrainState
+from dpdist.models.augment import augmentation
 from dpdist.models.tasks import Loss, Task, own_metrics, task_of
+from dpdist.models.whole import over_records, over_views
 from dpdist.program import optimizer as optimizers
 from dpdist.program.evaluate import Evaluator
 from dpdist.program.flops import flops_per_example
@@ -43,8 +46,13 @@ class OpenModel:
     #: The user's own test metrics, by name.
     metrics: dict[str, Loss]
     params: Any
-    #: Shapes and dtypes of one training example, by column.
+    #: Shapes and dtypes, by column, of what the model sees, and of one training example: another thing for units.
+    record: dict[str, jax.ShapeDtypeStruct]
     example: dict[str, jax.ShapeDtypeStruct]
+    #: The loss of one training example.
+    loss: ExampleLoss
+    #: Whether each example gets a key.
+    randomised: bool
     classes: int | None
     #: Paths of the parameters that do not train.
     frozen: frozenset[str]
@@ -62,8 +70,10 @@ class TrainingSetup:
     model: models.Model
     step_programs: StepPrograms
     initial: TrainState
-    #: Shapes and dtypes of one training example, by column.
-    example: dict[str, jax.ShapeDtypeStruct]
+    #: Shapes and dtypes of what the model sees, by column.
+    record: dict[str, jax.ShapeDtypeStruct]
+    #: The loss of one training example.
+    loss: ExampleLoss
     #: None where there is nothing to evaluate on.
     evaluator: Evaluator | None
     classes: int | None
@@ -83,7 +93,7 @@ class TrainingSetup:
 
     def decisions(self) -> dict[str, Any]:
         """What a checkpoint keeps so that a resumed or loaded run compiles the same programs, as JSON."""
-        example = {name: [list(x.shape), x.dtype.name] for name, x in self.example.items()}
+        example = {name: [list(x.shape), x.dtype.name] for name, x in self.record.items()}
         return {
             "physical_batch_size": self.physical,
             "devices": self.step_programs.devices,
@@ -112,9 +122,16 @@ def example_spec(source: Source) -> dict[str, jax.ShapeDtypeStruct]:
     return example
 
 
-def with_key(example: dict[str, jax.ShapeDtypeStruct], model: models.Model) -> dict[str, Any]:
-    """One example as the training loss sees it: with a random key where the model is randomised."""
-    return example | {"key": jax.eval_shape(lambda: jax.random.key(0))} if model.randomised else example
+def record_spec(source: Source, example: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of what the model sees of one training example: of a unit, one of its records."""
+    if not isinstance(source, UnitSource):
+        return example
+    return {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in example.items() if name != MASK}
+
+
+def with_key(example: dict[str, jax.ShapeDtypeStruct], randomised: bool) -> dict[str, Any]:
+    """One example as the training loss sees it: with a random key where something is random."""
+    return example | {"key": jax.eval_shape(lambda: jax.random.key(0))} if randomised else example
 
 
 def open_model(config: Config, dataset: Dataset) -> OpenModel:
@@ -124,17 +141,33 @@ def open_model(config: Config, dataset: Dataset) -> OpenModel:
         InputError: the model or the task cannot be used with these examples, or `model.trainable` matches nothing.
     """
     example = example_spec(dataset.train)
+    record = record_spec(dataset.train, example)
     classes = config.model.classes or dataset.classes
     task, metrics = task_of(config.model), own_metrics(config.model)
-    model = models.build(config.model, example=example, classes=classes)
+    model = models.build(config.model, example=record, classes=classes)
     params = model.init(jax.random.key(config.training.seed))
     if model.loss is task.loss:
-        _require_fit(task, model, params, example, dataset.train, "train")
+        records = dataset.train.source if isinstance(dataset.train, UnitSource) else dataset.train
+        _require_fit(task, model, params, record, records, "train")
     if dataset.test is not None:
         _require_fit(task, model, params, example_spec(dataset.test), dataset.test, "test")
-    frozen = frozen_paths(config.model, params)
+    loss_fn, randomised = models.example_loss(model), model.randomised or config.training.augment is not None
+    if config.training.augment is not None:
+        augment = augmentation(config.training.augment, config.training.augment_options, record)
+        loss_fn = over_views(loss_fn, augment, config.training.views, randomised=model.randomised)
+    if isinstance(dataset.train, UnitSource):
+        loss_fn = over_records(loss_fn, dataset.train.records, MASK)
     return OpenModel(
-        model=model, task=task, metrics=metrics, params=params, example=example, classes=classes, frozen=frozen
+        model=model,
+        task=task,
+        metrics=metrics,
+        params=params,
+        record=record,
+        example=example,
+        loss=ExampleLoss(loss_fn=loss_fn, params=params, example=with_key(example, randomised)),
+        randomised=randomised,
+        classes=classes,
+        frozen=frozen_paths(config.model, params),
     )
 
 
@@ -146,7 +179,7 @@ def _require_fit(
     Raises:
         InputError: they do not fit, or an integer is out of range.
     """
-    outputs = jax.eval_shape(model.apply, params, with_key(example, model) if part == "train" else example)
+    outputs = jax.eval_shape(model.apply, params, with_key(example, model.randomised and part == "train"))
     try:
         below = task.check(example, outputs, part)
     except InputError as error:
@@ -171,9 +204,8 @@ def build_setup(
     Raises:
         InputError: the model or the physical batch size cannot be used.
     """
-    model, params, example = opened.model, opened.params, opened.example
+    model, params, example, loss = opened.model, opened.params, opened.example, opened.loss
     optimizer = optimizers.build(config.optimizer, plan.steps_asked)
-    loss = ExampleLoss(loss_fn=models.example_loss(model), params=params, example=with_key(example, model))
     gradients = build_gradients(config, plan, loss, world, earlier)
     initial = initial_state(params, optimizer, averaged=config.optimizer.average_decay > 0, frozen=gradients.frozen)
     terms = plan.privacy
@@ -194,7 +226,7 @@ def build_setup(
                     noise_scale=None if terms is None else terms.noise_scale,
                     grid=None if terms is None else terms.grid,
                     placement=config.privacy.noise_placement,
-                    randomised=model.randomised,
+                    randomised=opened.randomised,
                     frozen=gradients.frozen,
                 )
             )
@@ -242,9 +274,10 @@ def build_setup(
         model=model,
         step_programs=compiled(physical),
         initial=initial,
-        example=example,
+        record=opened.record,
+        loss=loss,
         evaluator=evaluator,
-        probe=Probe(loss, gradients.frozen, dataset.train, available=-(-len(dataset.train) // world.num_processes))
+        probe=Probe(loss, gradients.frozen, dataset.train, available=max(1, len(dataset.train) // world.num_processes))
         if world.is_main
         else None,
         physical=physical,

@@ -27,7 +27,7 @@ def within_products(physical: int) -> float:
 _VERSIONS_DIFFER = 1e-6
 
 MECHANISM = (
-    "DP-SGD (Abadi et al. 2016, arXiv 1607.00133): Poisson subsampling of single records, gradients clipped to an L2 "
+    "DP-SGD (Abadi et al. 2016, arXiv 1607.00133): Poisson subsampling of single units, gradients clipped to an L2 "
     "norm of C each, their sum rounded to integers on a public grid, with integer Gaussian noise of standard deviation "
     "sigma * C * (1 + rho) drawn once a step, divided by the constant B; rho is what rounding adds to the sensitivity"
 )
@@ -36,6 +36,13 @@ COVERED = (
     "and whatever is computed from these without the training data"
 )
 UNIT = "one training record, not one person: somebody with k records has about k times the epsilon"
+#: Where `data.unit` names the column that says whose a record is.
+UNIT_OF_RECORDS = (
+    "all training records with one value of the column {unit!r}, such as all of one user, of which the first {records} "
+    "at most are used: N, q and B count these units, a unit is sampled and clipped as a whole, and the guarantee holds "
+    "for somebody whose records all have one such value. How many records are left out depends on the data and is "
+    "private"
+)
 PUBLIC = (
     "N", "q", "B", "T", "sigma", "C", "delta", "the split into training and test records by index",
     "the names, types and shapes of the records' columns", "the config",
@@ -70,6 +77,12 @@ ASSUMPTIONS = (
 WITHOUT_GRID = "for the incarnations without a grid, float32 stands for real numbers in noise and sums"
 
 
+def unit_of(config: Config) -> str:
+    """What the guarantee is for, in words."""
+    data = config.data
+    return UNIT if data.unit is None else UNIT_OF_RECORDS.format(unit=data.unit, records=data.records_per_unit)
+
+
 def _without_grid(plan: Plan) -> bool:
     return plan.privacy is not None and plan.privacy.grid is None
 
@@ -95,7 +108,7 @@ def statement(config: Config, ledger: Ledger, *, step: int, finite: bool) -> dic
         "target_epsilon": record["target_epsilon"],
         "mechanism": MECHANISM,
         "adjacency": plan.adjacency,
-        "unit": UNIT,
+        "unit": unit_of(config),
         "noise_multiplier": record["noise_multiplier"],
         "clip_norm": record["clip_norm"],
         "grid": record["grid"],

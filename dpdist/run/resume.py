@@ -103,6 +103,7 @@ def find_start(request: ResumeRequest, ledger: Ledger) -> Start:
         return Start(plan=replace(plan, **identity), fresh=True, step=None, meta=None)
     _require_one_statement(config, current)
     _require_one_split(request, current)
+    _require_one_unit(request)
     asked = config.checkpoint.resume_step
     if asked == current.resume_step:
         asked = None  # this incarnation has gone back to it already, when it began
@@ -156,6 +157,21 @@ def _require_one_split(request: ResumeRequest, plan: Plan) -> None:
             now[name],
             f"{what}: records that were trained on could become test records, and the accuracy on these is published "
             "exactly; resume the run with the former ones.",
+        )
+
+
+def _require_one_unit(request: ResumeRequest) -> None:
+    """Raises where the run would go on to promise to a unit what it began to promise to a record, or to another one."""
+    before, unit = request.run.settings().get("data.unit"), request.config.data.unit
+    if unit is not None and unit != before:
+        raise InputError(
+            "data.unit",
+            unit,
+            f"the run began with {before!r} as its unit, and no statement covers both; name a new run.dir.",
+        )
+    if before is not None and unit is None:
+        raise InputError(
+            "data.unit", unit, f"the run began with {before!r}; resume it with that, or name a new run.dir."
         )
 
 

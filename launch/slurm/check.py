@@ -18,6 +18,7 @@ BUILT_IN = {
     "model.name": ("mlp", "cnn", "vit", "bit_resnet", "bert"),
     "model.loss": ("cross_entropy",),
     "model.task": ("classification", "binary", "regression", "multilabel", "language_modeling", "none"),
+    "training.augment": ("flip", "crop", "flip_and_crop"),
 }
 
 
@@ -58,6 +59,7 @@ def _require_code(config: Config) -> None:
     named = {"data.source": config.data.source, "model.name": model.name}
     named |= {"model.loss": model.loss} if model.loss is not None else {}
     named |= {"model.task": model.task} if model.task is not None else {}
+    named |= {"training.augment": config.training.augment} if config.training.augment is not None else {}
     named |= {f"model.metrics.{name}": path for name, path in model.metrics.items()}
     for field, name in named.items():
         if name not in (builtin := BUILT_IN.get(field, ())):

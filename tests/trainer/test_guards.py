@@ -200,6 +200,7 @@ def test_what_depends_on_the_sample_is_under_private_alone(secretive: Run) -> No
         "seconds",
         "seconds_to_first_step",
         "accuracy",
+        "loss",
     }
     realised = [record["examples"] for record in secretive.diagnostics]
     assert len(set(realised)) > 5  # a Poisson sample has no fixed size

@@ -1,0 +1,130 @@
+"""Everybody's records as one example, so that the guarantee is for a person, a household or a hospital, not a record.
+
+Sampling, clipping and accounting then have the unit for their record, and nothing else about them changes: a unit is in
+a step with probability q, and adds at most C to its sum, however many records it has (McMahan et al. 2018, "Learning
+Differentially Private Recurrent Language Models", with one local step).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import Executor
+
+import numpy as np
+from jaxtyping import Int64, Shaped
+
+from dpdist.data.sources import ArraySource, BadRecordError, Rows, Source, Subset, read_rows
+from dpdist.errors import InputError
+
+#: The column that says which of a unit's rows are records: bool[records], the others being padding.
+MASK = "unit_mask"
+#: Records that are read at a time to learn whose they are.
+_BLOCK = 4096
+
+
+class UnitSource:
+    """A source whose examples are units: up to `records` records of one, stacked and padded.
+
+    Example u has every column of the records but that of the unit, as [records, ...], and `unit_mask`, bool[records].
+    A unit's first records in the order of the source are used. Padding repeats its first record, so that no value is
+    there that a model cannot take; the mask keeps it out of the loss.
+
+    Args:
+        source: the records.
+        column: the name of the column of integers that says whose a record is.
+        records: the most that one unit may bring, a public constant.
+
+    Raises:
+        InputError: there is no such column, or it does not hold one integer a record.
+    """
+
+    def __init__(self, source: Source, column: str, records: int) -> None:
+        self.source, self.column, self.records = source, column, records
+        first = read_rows(source, np.zeros(1, np.int64))
+        if column not in first:
+            raise InputError("data.unit", column, f"there is no such column; there are {', '.join(sorted(first))}.")
+        if MASK in first:
+            raise InputError("data.source", f"column {MASK!r}", "is the name of a unit's mask; rename it.")
+        if first[column].ndim != 1 or first[column].dtype.kind not in "iu":
+            found = f"{first[column].dtype.name}{list(first[column].shape[1:])}"
+            raise InputError("data.unit", column, f"it must hold one integer a record, not {found}; number the units.")
+        self.owner: Int64[np.ndarray, " n"] = column_of(source, column).astype(np.int64)
+        order = np.argsort(self.owner, kind="stable")
+        _, self._start, self._count = np.unique(self.owner[order], return_index=True, return_counts=True)
+        self._order = order
+
+    def __len__(self) -> int:
+        return len(self._start)
+
+    @property
+    def left_out(self) -> int:
+        """The number of records that no unit's share has room for. It depends on the data, so it is private."""
+        return int(np.maximum(self._count - self.records, 0).sum())
+
+    def __getitem__(self, index: int) -> Rows:
+        return {name: rows[0] for name, rows in self.take(np.array([index], np.int64)).items()}
+
+    def take(self, indices: Int64[np.ndarray, " n"]) -> Rows:
+        """The units at `indices`, in their order."""
+        return self.take_with(indices, None)
+
+    def take_with(self, indices: Int64[np.ndarray, " n"], pool: Executor | None) -> Rows:
+        """As `take`; `pool` reads the records."""
+        place = np.arange(self.records)
+        mask = place < self._count[indices, None]
+        rows = self._order[self._start[indices, None] + np.where(mask, place, 0)]
+        found = read_rows(self.source, rows.reshape(-1), pool)
+        return {
+            name: values.reshape(len(indices), self.records, *values.shape[1:])
+            for name, values in found.items()
+            if name != self.column
+        } | {MASK: mask}
+
+    def digest(self) -> bytes:
+        """A hash of whose each record is; private."""
+        return hashlib.sha256(f"{self.column} {self.records}".encode() + self.owner.astype("<i8").tobytes()).digest()
+
+
+class WithoutColumn:
+    """The examples of a source without one of their columns."""
+
+    def __init__(self, source: Source, column: str) -> None:
+        self.source, self.column = source, column
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Rows:
+        return {name: rows[0] for name, rows in self.take(np.array([index], np.int64)).items()}
+
+    def take(self, indices: Int64[np.ndarray, " n"]) -> Rows:
+        """The rows at `indices`."""
+        return self.take_with(indices, None)
+
+    def take_with(self, indices: Int64[np.ndarray, " n"], pool: Executor | None) -> Rows:
+        """As `take`; `pool` reads the rows."""
+        return {name: rows for name, rows in read_rows(self.source, indices, pool).items() if name != self.column}
+
+
+def column_of(source: Source, column: str) -> Shaped[np.ndarray, " n"]:
+    """All of one column; reads the whole source unless it is of arrays."""
+    base, indices = (source.source, source.indices) if isinstance(source, Subset) else (source, None)
+    if isinstance(base, ArraySource):
+        return base.arrays[column] if indices is None else base.arrays[column][indices]
+    starts = range(0, len(source), _BLOCK)
+    blocks = [read_rows(source, np.arange(at, min(at + _BLOCK, len(source))))[column] for at in starts]
+    return np.concatenate(blocks)
+
+
+def require_apart(train: UnitSource, test: Source) -> None:
+    """Check that no unit has records in both parts: those that are tested on are covered by no guarantee.
+
+    Raises:
+        InputError: one has; its cause says how many.
+    """
+    both = np.intersect1d(train.owner, column_of(test, train.column).astype(np.int64))
+    if both.size:
+        remedy = (
+            "some units have training and test records, and the guarantee covers no test record; part them by unit."
+        )
+        raise InputError("data.unit", train.column, remedy) from BadRecordError(f"{both.size} units, such as {both[0]}")

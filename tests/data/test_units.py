@@ -1,0 +1,98 @@
+"""Everybody's records as one example: which rows they are, how they are split, and what cannot be a unit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpdist.config import Data
+from dpdist.data import ArraySource, Subset, fingerprint, open_dataset, read_rows
+from dpdist.data.units import MASK, UnitSource, WithoutColumn, require_apart
+from dpdist.errors import InputError
+
+#: Who has which record, out of order; 7 has five, 2 has one.
+OWNER = np.array([7, 3, 7, 2, 7, 3, 7, 7, 3, 11])
+COLUMNS = {"x": np.arange(10, dtype=np.float32), "label": np.arange(10) % 3, "who": OWNER}
+
+
+def units(records: int = 3, columns: dict[str, np.ndarray] = COLUMNS) -> UnitSource:
+    return UnitSource(ArraySource(columns), "who", records)
+
+
+class Items:
+    """Random access alone."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: values[index] for name, values in COLUMNS.items()}
+
+
+@pytest.mark.parametrize("source", [ArraySource(COLUMNS), Items()])
+def test_an_example_is_a_unit_with_its_first_records_in_order(source: Any) -> None:
+    found = UnitSource(source, "who", 3)
+    assert len(found) == 4
+    rows = read_rows(found, np.arange(4))  # 2, 3, 7, 11
+    assert set(rows) == {"x", "label", MASK}
+    assert rows[MASK].tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 1], [1, 0, 0]]
+    assert rows["x"].tolist() == [[3, 3, 3], [1, 5, 8], [0, 2, 4], [9, 9, 9]]  # padded by its own first record
+    assert found.left_out == 2
+    assert found[2]["x"].tolist() == [0, 2, 4]
+    assert read_rows(found, np.array([], np.int64))["x"].shape == (0, 3)
+    assert read_rows(Subset(found, np.array([1, 3])), np.array([1]))["x"].tolist() == [[9, 9, 9]]
+
+
+def test_no_row_of_a_unit_is_anothers() -> None:
+    draw = np.random.default_rng(0)
+    owner = draw.integers(0, 40, 500)
+    source = UnitSource(ArraySource({"mine": owner.astype(np.float32), "who": owner}), "who", 6)
+    rows = read_rows(source, np.arange(len(source)))["mine"]
+    assert np.array_equal(rows, np.repeat(np.unique(owner)[:, None], 6, axis=1))
+
+
+def test_the_fingerprint_tells_whose_a_record_is_and_how_many_count() -> None:
+    moved = COLUMNS | {"who": np.where(np.arange(10) == 4, 3, OWNER)}
+    assert len({fingerprint(source) for source in (units(), units(4), units(columns=moved))}) == 3
+    assert fingerprint(units()) == fingerprint(units())
+    plain = ArraySource(COLUMNS)
+    assert fingerprint(WithoutColumn(plain, "who")) not in (fingerprint(plain), fingerprint(units()))
+
+
+def test_what_cannot_be_a_unit_is_refused() -> None:
+    with pytest.raises(InputError, match=r"data\.unit = 'user': there is no such column; there are label, who, x"):
+        UnitSource(ArraySource(COLUMNS), "user", 3)
+    with pytest.raises(InputError, match=r"data\.unit = 'x': it must hold one integer a record, not float32"):
+        UnitSource(ArraySource(COLUMNS), "x", 3)
+    with pytest.raises(InputError, match=r"'unit_mask'.*rename it"):
+        UnitSource(ArraySource(COLUMNS | {MASK: OWNER}), "who", 3)
+    with pytest.raises(InputError, match=r"data\.records_per_unit.*together"):
+        Data(unit="who")
+    with pytest.raises(InputError, match=r"data\.records_per_unit.*together"):
+        Data(records_per_unit=3)
+
+
+def test_units_with_training_and_test_records_are_refused_without_naming_them() -> None:
+    with pytest.raises(InputError, match="guarantee covers no test record") as caught:
+        require_apart(units(), ArraySource({"who": np.array([5, 11])}))
+    assert "11" not in str(caught.value)
+    assert "such as 11" in str(caught.value.__cause__)
+    require_apart(units(), ArraySource({"who": np.array([5, 6])}))
+
+
+def test_a_built_in_source_is_split_by_unit(tmp_path: Any) -> None:
+    owner = np.random.default_rng(1).integers(0, 30, 400)
+    arrays = {"image": np.arange(400, dtype=np.float32)[:, None], "label": owner % 2, "who": owner}
+    for name, values in arrays.items():
+        np.save(tmp_path / f"train_{name}.npy", values)
+    found = open_dataset(Data(source="npy", path=str(tmp_path), unit="who", records_per_unit=50, test_fraction=0.2))
+    train, test = found.train, found.test
+    assert isinstance(train, UnitSource)
+    assert test is not None
+    assert (len(train), len(np.unique(owner))) == (24, 30)
+    tested = read_rows(test, np.arange(len(test)))
+    assert set(tested) == {"image", "label"}
+    assert not set(owner[tested["image"][:, 0].astype(int)]) & set(train.owner)
+    assert len(test) + len(train.owner) == 400
