@@ -156,7 +156,7 @@ def _unusable(name: str, what: str, where: str) -> InputError:
     )
 
 
-def _class_numbers(values: Sequence[str | None], names: Sequence[str]) -> np.ndarray:
+def _class_numbers(values: Sequence[Any], names: Sequence[str]) -> np.ndarray:
     number = {name: index for index, name in enumerate(names)}
     found = np.array([number.get(value, -1) if value is not None else -1 for value in values], np.int32)
     if (wrong := np.flatnonzero(found < 0)).size:

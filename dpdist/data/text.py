@@ -92,7 +92,7 @@ def _columns(table: Table, data: Data, pack: bool, where: str) -> dict[str, Any]
     return columns
 
 
-def _texts(table: Table, columns: dict[str, Any], where: str) -> Sequence[str | None]:
+def _texts(table: Table, columns: dict[str, Any], where: str) -> Sequence[Any]:
     column = table[columns["text"]]
     if not isinstance(column, Texts):
         raise InputError("data.columns.text", columns["text"], f"is no column of text in {where}; name one.")

@@ -68,7 +68,7 @@ class Tokenizer:
         """The text of token ids, special tokens included."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def pack(self, documents: Sequence[str | None], indices: Sequence[int], where: str) -> ArraySource:
+    def pack(self, documents: Sequence[Any], indices: Sequence[int], where: str) -> ArraySource:
         """Blocks of `length` tokens of the documents at `indices`, one after the other; the last one is padded.
 
         Each document ends with the tokenizer's token for that, added where it does not do so itself.
@@ -104,7 +104,7 @@ class Documents:
 
     kind = "a document"
 
-    def __init__(self, texts: Sequence[str | None], tokenizer: Tokenizer) -> None:
+    def __init__(self, texts: Sequence[Any], tokenizer: Tokenizer) -> None:
         self._texts, self._tokenizer = texts, tokenizer
         self.identity = tokenizer.identity
 
