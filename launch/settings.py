@@ -35,6 +35,7 @@ _MORE = {
     "cluster.platform": (KEPT, "a new incarnation where the run then trains on another platform"),
     "data.source": (NEW, "refused where the test examples are then others"),
     "data.path": (KEPT, "a new incarnation where the examples there are others, refused where the test examples are"),
+    "data.columns": (NEW, "refused where the test examples are then others"),
     "data.options": (NEW, "refused where the test examples are then others"),
     "model.name": (NEW, "refused where the parameters then have other names or shapes"),
     "model.options": (NEW, "refused where the parameters then have other names or shapes"),

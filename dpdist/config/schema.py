@@ -22,9 +22,10 @@ CLIPPING_STRATEGIES = ("ghost", "instantiate")
 class Data(Section):
     """Where examples come from."""
 
-    #: `digits`, `idx`, `npy`, `cifar10`, `cifar100`, or `module:function` that returns train and test sources.
+    #: `digits`, `idx`, `npy`, `cifar10`, `cifar100`, `image_folder`, `parquet`, `arrow`, `hf`, `csv`, `text`, or
+    #: `module:function` that returns train and test examples: docs/data.md. `python`: passed to `dpdist.train`.
     source: str = "digits"
-    #: Directory or file the source reads; not used by `digits`.
+    #: Directory or file the source reads; passed to a `module:function` that has a parameter `path`.
     path: Annotated[str | None, IsPath()] = None
     #: Held-out fraction, split by index, where the source has no test set of its own.
     test_fraction: Annotated[
@@ -32,10 +33,15 @@ class Data(Section):
     ] = 0.2
     #: Seed of the (public) split by index.
     split_seed: Annotated[int, AtLeast(0)] = 0
-    #: Further keyword arguments for a source given as `module:function`; `checksum` for CIFAR's archives.
+    #: The columns an example has, our name: theirs, such as `{image: pixel_values, label: fine_label}`; a list of
+    #: theirs is stacked into one float32 column. null keeps all, under their own names.
+    columns: dict[str, Any] | None = None
+    #: Keyword arguments of a `module:function`. Built-in: `checksum` (CIFAR); `size` and `mode` (`rgb`, `grayscale`) of
+    #: images; `classes`, a public list of names; `train` and `test`, names of the parts; `delimiter` (csv);
+    #: `tokenizer`, `length` and `pack` (text).
     options: dict[str, Any] = field(default_factory=dict)
-    #: The column of integers that says whose a record is: all records of one person (or household, or hospital) are
-    #: then one example, and the guarantee is for that unit. null is for single records.
+    #: The column, of integers or names, that says whose a record is: all records of one person (or household, or
+    #: hospital) are then one example, and the guarantee is for that unit. null is for single records.
     unit: str | None = None
     #: The most records that a unit brings, its first ones; their mean loss is the unit's.
     records_per_unit: Annotated[int | None, AtLeast(1)] = None
@@ -49,6 +55,12 @@ class Data(Section):
         self.require(
             "records_per_unit", both, "give data.unit and data.records_per_unit together: whose records, and how many."
         )
+        for ours, theirs in (self.columns or {}).items():
+            several = theirs if isinstance(theirs, list) else [theirs]
+            if not several or not all(type(name) in (str, int) for name in several):
+                remedy = "give the name of a column, or a list of names to stack into one."
+                raise InputError(f"data.columns.{ours}", theirs, remedy)
+        self.require("columns", self.columns != {}, "name at least one column, or leave it out to keep all.")
 
 
 @dataclass(frozen=True, kw_only=True)

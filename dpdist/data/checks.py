@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from dpdist.data.encoded import EncodedSource
 from dpdist.data.sources import ArraySource, BadRecordError, Source, Subset, read_rows, schema
 from dpdist.data.units import UnitSource, WithoutColumn
 from dpdist.errors import InputError
@@ -22,6 +23,7 @@ HASHED_WHOLE, HASHED_ROWS = 256 << 20, 4096
 HASHED_ITEMS = 64
 #: Number of examples read again, to see that they stay the same.
 READ_TWICE = 16
+_FIRST = np.zeros(1, np.int64)
 #: Examples held in memory at once while hashing; part of the digest's definition.
 BLOCK = 256
 
@@ -30,7 +32,7 @@ def require_below(source: Source, column: str, bound: int, *, field: str, value:
     """Check that the integers of a column lie in `[0, bound)`.
 
     JAX would not complain: it clamps an index out of range or returns NaN, so training would silently go wrong. All
-    rows of an `ArraySource` are checked; of any other source only the first 16, because each example may cost a read
+    rows held in memory are checked; of any other source only the first 16, because each example may cost a read
     and a decode.
 
     Args:
@@ -48,6 +50,32 @@ def require_below(source: Source, column: str, bound: int, *, field: str, value:
             raise InputError(
                 field, value, f"some values of {column!r} lie outside 0 to {bound - 1}; {remedy}"
             ) from BadRecordError(f"{values[tuple(wrong[0])]}, of example {start + wrong[0][0]}")
+
+
+def require_same_columns(train: Source, test: Source | None, name: str) -> None:
+    """Check that train and test examples have the same columns, of the same shapes and dtypes.
+
+    A model sees both in the same way: uint8 pixels in one and floats from 0 to 1 in the other would only show as a poor
+    accuracy.
+
+    Args:
+        name: of the dataset, for the error.
+
+    Raises:
+        InputError: they differ; it names both.
+    """
+    if test is None:
+        return
+    first, second = (
+        schema({column: np.asarray(rows[0]) for column, rows in read_rows(each, _FIRST).items()})
+        for each in (train, test)
+    )
+    if first != second:
+        raise InputError(
+            f"test columns of {name}",
+            second,
+            f"the train columns are {first}; both need the same names, shapes and dtypes.",
+        )
 
 
 def require_values(example: Mapping[str, Any]) -> None:
@@ -69,7 +97,7 @@ def _blocks(source: Source, column: str) -> Iterator[tuple[int, np.ndarray]]:
     """What can be looked at of a column: the number of the first row, and rows."""
     source = source.source if isinstance(source, WithoutColumn) else source
     base, indices = (source.source, source.indices) if isinstance(source, Subset) else (source, None)
-    if not isinstance(base, ArraySource):
+    if not isinstance(base, ArraySource | EncodedSource) or column not in base.arrays:
         yield 0, read_rows(source, np.arange(min(len(source), LOOKED_AT)))[column]
         return
     values = base.arrays[column]
@@ -103,7 +131,9 @@ def fingerprint(source: Source | None) -> bytes:
 
     It covers the length, the columns' names, dtypes and row shapes, and the content: all of an `ArraySource` of up to
     256 MiB, 4,096 evenly spaced examples of a larger one, and 64 of any other source. How the values are stored (byte
-    order, gzip, memory map, order of columns) does not matter. No source has one, too.
+    order, gzip, memory map, order of columns) does not matter. Of images and documents, which are decoded when they are
+    read, it also covers the columns in memory and the stored bytes, by the same rule as for an `ArraySource`. No source
+    has one, too.
 
     Anyone who has a hash of private data can test a guess of that data. Key it with the run's secret before it is
     stored or sent anywhere.
@@ -125,16 +155,39 @@ def fingerprint(source: Source | None) -> bytes:
         rows = read_rows(source, indices[start : start + BLOCK])
         for name in sorted(rows):
             digest.update(np.ascontiguousarray(rows[name]).data)
+    base, places = (source.source, source.indices) if isinstance(source, Subset) else (source, np.arange(len(source)))
+    if isinstance(base, EncodedSource):
+        _update_stored(digest, base, places)
     return digest.digest()
+
+
+def _update_stored(digest: Any, source: EncodedSource, places: Int64[np.ndarray, " n"]) -> None:
+    """Hash what an encoded source holds at `places`: arrays whole, and records as they are stored."""
+    for name in sorted(source.arrays):
+        digest.update(np.ascontiguousarray(source.arrays[name][places]).data)
+    for records in source.encoded:
+        digest.update(records.identity.encode())
+    some = places[_spaced(len(places), HASHED_ITEMS)]
+    mean = sum(len(source.stored(index)) for index in some.tolist()) / len(some)
+    count = HASHED_ROWS if mean * len(places) > HASHED_WHOLE else len(places)
+    for index in places[_spaced(len(places), count)].tolist():
+        stored = source.stored(index)
+        digest.update(len(stored).to_bytes(8, "little") + stored)
 
 
 def _hashed(source: Source, example_bytes: int) -> Int64[np.ndarray, " n"]:
     """Return the indices whose content is hashed: all, or evenly spaced ones from the first to the last."""
     length = len(source)
     if not isinstance(source.source if isinstance(source, Subset) else source, ArraySource):
-        count = min(length, HASHED_ITEMS)
+        count = HASHED_ITEMS
     elif length * example_bytes > HASHED_WHOLE:
-        count = min(length, HASHED_ROWS)
+        count = HASHED_ROWS
     else:
         count = length
+    return _spaced(length, count)
+
+
+def _spaced(length: int, count: int) -> Int64[np.ndarray, " n"]:
+    """At most `count` of `length` indices, evenly spaced from the first to the last."""
+    count = min(length, count)
     return np.arange(count) * (length - 1) // max(count - 1, 1)

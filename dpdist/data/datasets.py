@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dpdist.config import Data
+from dpdist.config.nearest import did_you_mean
 from dpdist.config.plugins import load_function
+from dpdist.data import arrow, own
+from dpdist.data.checks import require_same_columns
 from dpdist.data.cifar import CIFAR10, CIFAR100, Format, read_cifar
+from dpdist.data.columns import pick
 from dpdist.data.idx import read_mnist
+from dpdist.data.image_folder import open_image_folder
 from dpdist.data.npy import read_npy
-from dpdist.data.sources import ArraySource, Source, Subset, read_rows, schema
+from dpdist.data.parts import Parts, choose_parts, split, split_indices
+from dpdist.data.sources import ArraySource, Source, Subset, read_rows
+from dpdist.data.table import Reading
+from dpdist.data.table_files import open_arrow, open_csv, open_hf
+from dpdist.data.text import open_text
 from dpdist.data.units import UnitSource, WithoutColumn, require_apart
 from dpdist.errors import InputError
+
+#: The `data.source` of a run whose data a Python program has passed to `dpdist.train`.
+GIVEN = "python"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +45,8 @@ class Dataset:
     classes: int | None = None
     #: Names of the classes in the order of their numbers, public constants too; None if they have no names.
     label_names: tuple[str, ...] | None = None
+    #: Number of token ids, a public constant of the tokenizer; None where there are no tokens, or it is not known.
+    vocabulary: int | None = None
     #: The dataset's name in summaries and errors.
     name: str
 
@@ -40,50 +54,58 @@ class Dataset:
         for part, source in (("train", self.train), ("test", self.test)):
             if source is None and part == "test":
                 continue
-            if isinstance(source, Mapping) or not isinstance(source, Source):
+            if not isinstance(source, Source):
                 raise InputError(
-                    f"{self.name} ({part})",
-                    type(source).__name__,
-                    "a source has __len__ and __getitem__(index); wrap a dict of arrays in dpdist.data.ArraySource.",
+                    f"{self.name} ({part})", type(source).__name__, "a source has __len__ and __getitem__(index)."
                 )
             if len(source) == 0:
                 raise InputError(f"{self.name} ({part})", "0 examples", "at least one is needed.")
 
 
-def open_dataset(data: Data) -> Dataset:
-    """Open the dataset that the config's `data` section names.
+def open_dataset(data: Data, given: Any = None) -> Dataset:
+    """Open the dataset that the config's `data` section names, as training sees it.
 
-    `digits` (bundled with scikit-learn), `idx`, `npy`, `cifar10` and `cifar100` are built in. Any other source is a
-    `module:function`: it is called with `data.options` and must return a `Dataset` or `(train, test)`, which are used
-    unchanged. From a built-in source without a test set, `data.test_fraction` of the examples is held out by index.
+    A source that is none of `BUILT_IN` is a `module:function`: it is called with `data.options`, and with `data.path`
+    if it takes a `path`. It returns one set of examples, `(train, test)`, or a `Dataset`; each set is anything that
+    `dpdist.data.own.as_source` takes. Where there is no test set, `data.test_fraction` of the examples of a built-in
+    source, or of the one set that a function returned, is held out by index.
+
+    Args:
+        given: what such a function would have returned, for `data.source` `python`.
 
     Raises:
-        InputError: the source, a file, a module or a function is missing or cannot be used.
+        InputError: the source, a file, a module or a function is missing or cannot be used; or train and test examples
+            have other columns.
     """
-    dataset = _open(data)
-    return dataset if data.unit is None else _by_unit(dataset, data, data.unit)
-
-
-def _open(data: Data) -> Dataset:
-    if data.source not in BUILT_IN:
-        return _from_function(data)
-    open_source = BUILT_IN[data.source]
-    known = list(inspect.signature(open_source).parameters)[1:]
-    if data.options.keys() - set(known):
-        raise InputError(
-            "data.options",
-            data.options,
-            f"{data.source} takes {', '.join(known) or 'none'}; only a module:function source has options of its own.",
-        )
-    return open_source(data, **data.options)
+    if data.source == GIVEN:
+        if given is None:
+            raise InputError("data.source", GIVEN, "is for dpdist.train(config, dataset=...) alone; pass it there.")
+        dataset = _adopted(given, data, "dataset")
+    elif data.source not in BUILT_IN:
+        dataset = _adopted(_call(data), data, data.source)
+    else:
+        open_source = BUILT_IN[data.source]
+        known = list(inspect.signature(open_source).parameters)[1:]
+        for name in data.options:
+            if name not in known:
+                raise InputError(
+                    f"data.options.{name}",
+                    data.options[name],
+                    f"{did_you_mean(name, known)}{data.source} takes {', '.join(known) or 'none'}; only a "
+                    "module:function source has options of its own.",
+                )
+        dataset = open_source(data, **data.options)
+    if data.unit is not None:
+        dataset = _by_unit(dataset, data, data.unit)
+    records = dataset.train.without_unit() if isinstance(dataset.train, UnitSource) else dataset.train
+    require_same_columns(records, dataset.test, dataset.name)
+    return dataset
 
 
 def _by_unit(dataset: Dataset, data: Data, column: str) -> Dataset:
     """The dataset with a training example for each unit, and its test records without the column that names theirs."""
     train, test = dataset.train, dataset.test
-    # A source of the user's own has parted its records as it wants them; where we did, units must stay whole.
-    ours = data.source in BUILT_IN and isinstance(train, Subset) and isinstance(test, Subset)
-    if ours and isinstance(train, Subset) and isinstance(test, Subset) and train.source is test.source:
+    if isinstance(train, Subset) and isinstance(test, Subset) and _is_ours(train, test, data):
         _, unit = np.unique(UnitSource(train.source, column, 1).owner, return_inverse=True)
         held_out = np.isin(unit, split_indices(int(unit.max()) + 1, data)[1])
         train, test = (Subset(train.source, np.flatnonzero(part)) for part in (~held_out, held_out))
@@ -94,19 +116,17 @@ def _by_unit(dataset: Dataset, data: Data, column: str) -> Dataset:
     return replace(dataset, train=units, test=test)
 
 
-def split_indices(length: int, data: Data) -> tuple[np.ndarray, np.ndarray]:
-    """Split `length` indices into train and test by a public permutation; both parts are sorted.
-
-    The permutation is seeded by `data.split_seed`, and its first `data.test_fraction`, rounded up, is the test set. It
-    sorts Philox words, because NumPy guarantees their stream across versions; it does not guarantee
-    `Generator.permutation`.
-    """
-    order = np.argsort(np.random.Philox(data.split_seed).random_raw(length), kind="stable").astype(np.int64)
-    held_out = math.ceil(length * data.test_fraction)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+def _is_ours(train: Subset, test: Subset, data: Data) -> bool:
+    """Whether it was `split` that parted the records, and not the user."""
+    held_out = split_indices(len(train.source), data)[1]
+    return train.source is test.source and np.array_equal(test.indices, held_out)
 
 
 def _digits(data: Data) -> Dataset:
+    if data.path is not None:
+        raise InputError(
+            "data.path", data.path, "digits reads no path; leave it out, or name the source of your files."
+        )
     # Read the file without importing scikit-learn, which would cost every process of a job a second and 70 MB.
     package = importlib.util.find_spec("sklearn")
     if package is None or package.origin is None:
@@ -144,6 +164,74 @@ def _cifar(data: Data, kind: Format, checksum: str | None) -> Dataset:
     return replace(dataset, label_names=names)
 
 
+def _image_folder(
+    data: Data, size: Any = None, mode: str = "rgb", train: str | None = None, test: str | None = None
+) -> Dataset:
+    return _dataset(
+        open_image_folder(_path(data), data, size=size, mode=mode, train=train, test=test), data, pick_now=True
+    )
+
+
+def _parquet(
+    data: Data,
+    size: Any = None,
+    mode: str = "rgb",
+    classes: Any = None,
+    train: str | None = None,
+    test: str | None = None,
+) -> Dataset:
+    reading = Reading(size=size, mode=mode, classes=classes, unit=data.unit)
+    return _dataset(open_arrow(_path(data), data, arrow.PARQUET, reading=reading, train=train, test=test), data)
+
+
+def _arrow(
+    data: Data,
+    size: Any = None,
+    mode: str = "rgb",
+    classes: Any = None,
+    train: str | None = None,
+    test: str | None = None,
+) -> Dataset:
+    reading = Reading(size=size, mode=mode, classes=classes, unit=data.unit)
+    return _dataset(open_arrow(_path(data), data, arrow.ARROW, reading=reading, train=train, test=test), data)
+
+
+def _hf(
+    data: Data,
+    size: Any = None,
+    mode: str = "rgb",
+    classes: Any = None,
+    train: str | None = None,
+    test: str | None = None,
+) -> Dataset:
+    reading = Reading(size=size, mode=mode, classes=classes, unit=data.unit)
+    return _dataset(open_hf(_path(data), data, reading=reading, train=train, test=test), data)
+
+
+def _csv(
+    data: Data,
+    classes: Any = None,
+    delimiter: str | None = None,
+    train: str | None = None,
+    test: str | None = None,
+) -> Dataset:
+    reading = Reading(classes=classes, unit=data.unit)
+    return _dataset(open_csv(_path(data), data, reading=reading, delimiter=delimiter, train=train, test=test), data)
+
+
+def _text(
+    data: Data,
+    tokenizer: Any = None,
+    length: Any = None,
+    pack: Any = False,
+    classes: Any = None,
+    train: str | None = None,
+    test: str | None = None,
+) -> Dataset:
+    options = {"tokenizer": tokenizer, "length": length, "pack": pack, "classes": classes, "train": train, "test": test}
+    return _dataset(open_text(_path(data), data, **options), data)
+
+
 #: Opens a built-in source, given the `data` section and, as keyword arguments, the options that it declares.
 BUILT_IN: dict[str, Callable[..., Dataset]] = {
     "digits": _digits,
@@ -151,6 +239,12 @@ BUILT_IN: dict[str, Callable[..., Dataset]] = {
     "npy": _npy,
     "cifar10": _cifar10,
     "cifar100": _cifar100,
+    "image_folder": _image_folder,
+    "parquet": _parquet,
+    "arrow": _arrow,
+    "hf": _hf,
+    "csv": _csv,
+    "text": _text,
 }
 
 
@@ -163,37 +257,74 @@ def _path(data: Data) -> Path:
 def _from_arrays(
     data: Data, train: dict[str, np.ndarray], test: dict[str, np.ndarray], *, name: str, classes: int | None
 ) -> Dataset:
-    source = ArraySource(train, name=f"train columns of {name}")
-    if not test:
-        kept, held_out = split_indices(len(source), data)
-        return Dataset(train=Subset(source, kept), test=Subset(source, held_out), classes=classes, name=name)
-    test_source = ArraySource(test, name=f"test columns of {name}")
-    expected, found = (
-        {column: tuple(values.shape[1:]) for column, values in part.arrays.items()} for part in (source, test_source)
+    first: Source = ArraySource(train, name=f"train columns of {name}")
+    if test:
+        second: Source = ArraySource(test, name=f"test columns of {name}")
+    else:
+        first, second = split(first, data)
+    return Dataset(
+        train=pick(first, data.columns, f"the train part of {name}"),
+        test=pick(second, data.columns, f"the test part of {name}"),
+        classes=classes,
+        name=name,
     )
-    if found != expected:
-        raise InputError(
-            f"test columns of {name}",
-            schema(test),
-            f"the train columns are {schema(train)}; both need the same names, and rows of the same shape.",
-        )
-    return Dataset(train=source, test=test_source, classes=classes, name=name)
 
 
-def _from_function(data: Data) -> Dataset:
+def _dataset(parts: Parts, data: Data, *, pick_now: bool = False) -> Dataset:
+    """The `Dataset` of what a built-in source has read; `pick_now` where it has not seen to `data.columns` itself."""
+    columns = data.columns if pick_now else None
+    return Dataset(
+        train=pick(parts.train, columns, str(data.path)),
+        test=None if parts.test is None else pick(parts.test, columns, str(data.path)),
+        classes=parts.classes,
+        label_names=parts.label_names,
+        vocabulary=parts.vocabulary,
+        name=str(data.path),
+    )
+
+
+def _call(data: Data) -> Any:
+    """What the user's `module:function` returns."""
     function = load_function(data.source, "data.source", list(BUILT_IN))
     signature = inspect.signature(function)
+    options = dict(data.options)
+    if data.path is not None:
+        takes = signature.parameters.get("path")
+        if takes is None or takes.kind is takes.VAR_KEYWORD or "path" in options:
+            twice = "give it once, here or in data.options" if "path" in options else "which has no parameter `path`"
+            raise InputError("data.path", data.path, f"is passed to {data.source}{signature}; {twice}.")
+        options["path"] = data.path
     try:
-        signature.bind(**data.options)
+        signature.bind(**options)
     except TypeError as error:
         raise InputError("data.options", data.options, f"{error}; the function takes {signature}.") from None
-    result = function(**data.options)
-    if isinstance(result, Dataset):
-        return result
-    if not isinstance(result, tuple) or len(result) != 2:
+    return function(**options)
+
+
+def _adopted(given: Any, data: Data, name: str) -> Dataset:
+    """A `Dataset` of whatever the user has given: a set, `(train, test)`, a `DatasetDict`, or a `Dataset` of ours."""
+    names, whole = None, True
+    if (parts := own.splits(given)) is not None:
+        train, test = choose_parts(parts, train=None, test=None, where=name)
+        given = train if test is None else (train, test)
+    if isinstance(given, Dataset):
+        train, test, names, whole = given.train, given.test, given.label_names, False
+    elif isinstance(given, tuple) and len(given) == 2:
+        train, test = given
+        whole = False
+    else:
+        train, test = given, None
+    if train is None or isinstance(train, tuple):
         raise InputError(
-            "data.source",
-            data.source,
-            f"returned {type(result).__name__}; return a dpdist.data.Dataset or (train, test).",
+            "data.source", name, f"gave {type(given).__name__}; give (train, test), or one set: {own.WHAT}."
         )
-    return Dataset(train=result[0], test=result[1], name=data.source)
+    source = own.as_source(train, data.columns, names, f"{name} (train)", data.unit)
+    held_out = None if test is None else own.as_source(test, data.columns, names, f"{name} (test)", data.unit)
+    if whole:
+        source, held_out = split(source, data)
+    if isinstance(given, Dataset):
+        return replace(given, train=source, test=held_out)
+    names = own.class_names(train, data.columns)
+    return Dataset(
+        train=source, test=held_out, classes=None if names is None else len(names), label_names=names, name=name
+    )

@@ -6,6 +6,7 @@ a sorted list of indices, so we need no shards, no shuffling and no iterators.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from typing import Any, Protocol, runtime_checkable
@@ -46,13 +47,21 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
-@runtime_checkable
-class TakeSource(Source, Protocol):
-    """A source that reads many examples in one call."""
+class TakeSource(ABC):
+    """A source that reads many examples in one call; a source of your own derives from it to say so.
 
+    The method's name alone would not: `take` of `datasets.Dataset` or of a pandas `DataFrame` does something else.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+    @abstractmethod
     def take(self, indices: Int64[np.ndarray, " n"], /) -> Rows:
         """Return the examples at `indices`, in their order."""
-        ...
 
 
 @runtime_checkable
@@ -80,7 +89,7 @@ def schema(columns: Mapping[str, np.ndarray]) -> dict[str, str]:
     return {name: f"{columns[name].dtype.name}[{','.join(map(str, columns[name].shape))}]" for name in sorted(columns)}
 
 
-class ArraySource:
+class ArraySource(TakeSource):
     """A source with one array per column, in memory or memory-mapped; row i of all columns is example i.
 
     It returns rows in this machine's byte order, in memory of their own.
@@ -122,7 +131,7 @@ class ArraySource:
         return {name: _native(values.take(indices, axis=0)) for name, values in self.arrays.items()}
 
 
-class Subset:
+class Subset(TakeSource):
     """A source of the examples of `source` at `indices`, renumbered from 0.
 
     Args:
@@ -162,7 +171,7 @@ def read_rows(source: Source, indices: Int64[np.ndarray, " n"], pool: Executor |
     """Read the examples at `indices` and stack them: `{"image": uint8[n, 28, 28, 1], "label": int32[n]}`.
 
     Args:
-        source: read with `take` if it has one, else one example at a time.
+        source: read with `take` if it is a `TakeSource`, else one example at a time.
         indices: in any order, which the rows keep. If empty, the columns have length 0.
         pool: threads that call `__getitem__`; None calls it on this thread.
 

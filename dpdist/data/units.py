@@ -13,6 +13,7 @@ from concurrent.futures import Executor
 import numpy as np
 from jaxtyping import Int64, Shaped
 
+from dpdist.data.encoded import EncodedSource
 from dpdist.data.sources import ArraySource, BadRecordError, Rows, Source, Subset, read_rows
 from dpdist.errors import InputError
 
@@ -80,6 +81,10 @@ class UnitSource:
             if name != self.column
         } | {MASK: mask}
 
+    def without_unit(self) -> WithoutColumn:
+        """The records, without the column that says whose they are."""
+        return WithoutColumn(self.source, self.column)
+
     def digest(self) -> bytes:
         """A hash of whose each record is; private."""
         return hashlib.sha256(f"{self.column} {self.records}".encode() + self.owner.astype("<i8").tobytes()).digest()
@@ -109,7 +114,7 @@ class WithoutColumn:
 def column_of(source: Source, column: str) -> Shaped[np.ndarray, " n"]:
     """All of one column; reads the whole source unless it is of arrays."""
     base, indices = (source.source, source.indices) if isinstance(source, Subset) else (source, None)
-    if isinstance(base, ArraySource):
+    if isinstance(base, ArraySource | EncodedSource) and column in base.arrays:
         return base.arrays[column] if indices is None else base.arrays[column][indices]
     starts = range(0, len(source), _BLOCK)
     blocks = [read_rows(source, np.arange(at, min(at + _BLOCK, len(source))))[column] for at in starts]

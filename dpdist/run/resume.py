@@ -20,7 +20,7 @@ from dpdist.run.progress import say
 
 #: Settings that say which records are tested on, and those that may.
 SPLIT = ("data.split_seed", "data.test_fraction")
-_MAY_SPLIT = (*SPLIT, "data.source", "data.options")
+_MAY_SPLIT = (*SPLIT, "data.source", "data.columns", "data.options")
 _BRING_BACK = (
     "bring the ledger back as it was last, or name a new run.dir. An older copy, such as a backup, lacks what was "
     "spent since it was made."

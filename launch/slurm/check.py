@@ -14,7 +14,19 @@ from dpdist_launch.slurm.request import Request
 
 #: Names that need no function of the user's, by the setting that takes one.
 BUILT_IN = {
-    "data.source": ("digits", "idx", "npy", "cifar10", "cifar100"),
+    "data.source": (
+        "digits",
+        "idx",
+        "npy",
+        "cifar10",
+        "cifar100",
+        "image_folder",
+        "parquet",
+        "arrow",
+        "hf",
+        "csv",
+        "text",
+    ),
     "model.name": ("mlp", "cnn", "vit", "bit_resnet", "bert"),
     "model.loss": ("cross_entropy",),
     "model.task": ("classification", "binary", "regression", "multilabel", "language_modeling", "none"),
@@ -68,7 +80,9 @@ def _require_code(config: Config) -> None:
 
 def _require_paths(config: Config) -> None:
     paths: dict[str, object] = {"model.options.pretrained": config.model.options.get("pretrained")}
-    if config.data.source in ("idx", "npy", "cifar10", "cifar100"):
+    if config.data.source == "text":
+        paths["data.options.tokenizer"] = config.data.options.get("tokenizer")
+    if config.data.source in BUILT_IN["data.source"] and config.data.source != "digits":
         paths["data.path"] = config.data.path
         if config.data.path is None:
             raise InputError("data.path", None, f"the source {config.data.source} needs the path of its files.")

@@ -13,7 +13,7 @@ import pytest
 
 from dpdist.config import Data
 from dpdist.data import ArraySource, Dataset, open_dataset, read_rows
-from dpdist.data.datasets import split_indices
+from dpdist.data.parts import split_indices
 from dpdist.errors import InputError
 
 MODULE = """
@@ -29,8 +29,13 @@ def pair(train, test=2):
 def whole(train, classes):
     return Dataset(train=ArraySource(columns(train)), classes=classes, name="mine")
 
+def at(path):
+    return Dataset(train=ArraySource(columns(3)), name=f"at {path}")
+
 def returns(what):
     return {"one": ArraySource(columns(3)), "none": None, "dicts": (columns(3), columns(3)),
+            "three": (1, 2, 3), "dict of lists": ({"label": [1]}, None), "arrays": {"label": np.arange(10)},
+            "differing": ({"label": np.arange(3)}, {"label": np.arange(3.0)}),
             "no test": (ArraySource(columns(3)), None),
             "empty": (ArraySource(columns(0)), None), "lists": ([{"label": 1}], [{"label": 2}])}[what]
 """
@@ -107,7 +112,7 @@ def test_an_unknown_source_is_refused_with_the_known_ones() -> None:
 
 
 def test_options_that_nothing_would_read_are_refused() -> None:
-    with pytest.raises(InputError, match=r"data\.options = {'classes': 10}.*only a module:function"):
+    with pytest.raises(InputError, match=r"data\.options\.classes = 10: digits takes none; only a module:function"):
         open_dataset(Data(source="digits", options={"classes": 10}))
 
 
@@ -130,15 +135,36 @@ def test_what_a_function_returns_is_used_unchanged(module: str, what: str, test:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("one", "returned ArraySource; return a dpdist.data.Dataset or"),
-        ("none", "returned NoneType; return a dpdist.data.Dataset or"),
-        ("dicts", r"\(train\) = 'dict': .*wrap a dict of arrays in dpdist.data.ArraySource"),
+        ("none", r"gave NoneType; give \(train, test\), or one set: a datasets.Dataset, a pandas"),
+        ("three", r"gave tuple; give \(train, test\)"),
+        ("dict of lists", r"\(train\) = 'dict': is no set of examples; give .* a dict of arrays"),
+        ("differing", r"test columns of .* = {'label': 'float32\[\]'}: the train columns are {'label': 'int32\[\]'}"),
         ("empty", r"\(train\) = '0 examples'"),
     ],
 )
 def test_a_function_that_returns_something_else_is_reported(module: str, what: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         open_dataset(Data(source=f"{module}:returns", options={"what": what}))
+
+
+@pytest.mark.parametrize("what", ["one", "arrays"])
+def test_one_set_of_examples_is_split_by_index(module: str, what: str) -> None:
+    dataset = open_dataset(Data(source=f"{module}:returns", options={"what": what}))
+    assert dataset.test is not None
+    rows = [read_rows(part, np.arange(len(part)))["label"].tolist() for part in (dataset.train, dataset.test)]
+    whole = sum(map(len, rows))
+    kept, held_out = split_indices(whole, Data())
+    assert rows == [kept.tolist(), held_out.tolist()]
+
+
+def test_the_path_is_passed_to_a_function_that_takes_one_and_refused_by_any_other(module: str) -> None:
+    with pytest.raises(InputError, match=r"data\.path = '/there': is passed to .*:pair\(train, .*no parameter `path`"):
+        open_dataset(Data(source=f"{module}:pair", path="/there", options={"train": 3}))
+    with pytest.raises(InputError, match=r"data\.path = '/there': .*give it once"):
+        open_dataset(Data(source=f"{module}:at", path="/there", options={"path": "/elsewhere"}))
+    with pytest.raises(InputError, match=r"data\.path = '/there': digits reads no path"):
+        open_dataset(Data(source="digits", path="/there"))
+    assert open_dataset(Data(source=f"{module}:at", path="/there")).name == "at /there"
 
 
 @pytest.mark.parametrize(

@@ -96,3 +96,23 @@ def test_a_built_in_source_is_split_by_unit(tmp_path: Any) -> None:
     assert set(tested) == {"image", "label"}
     assert not set(owner[tested["image"][:, 0].astype(int)]) & set(train.owner)
     assert len(test) + len(train.owner) == 400
+
+
+def test_names_of_units_are_numbered_the_same_in_every_part(tmp_path: Any) -> None:
+    who = ["eva", "tom", "eva", "kim", "tom", "eva"]
+    text = "\n".join(["a,b,label,who", *(f"{i},{i * 2},{i % 2},{name}" for i, name in enumerate(who))])
+    for part, last in (("train", "6,12,0,tom"), ("test", "7,14,1,ann")):
+        (tmp_path / f"{part}.csv").write_text(
+            text + "\n" + last if part == "train" else text.split("\n")[0] + "\n" + last
+        )
+    chosen = {"features": ["a", "b"], "label": "label", "who": "who"}
+    data = Data(source="csv", path=str(tmp_path), columns=chosen, unit="who", records_per_unit=2)
+    found = open_dataset(data)
+    rows = read_rows(found.train, np.arange(len(found.train)))
+    pairs = sorted(tuple(row[mask][:, 0].tolist()) for row, mask in zip(rows["features"], rows[MASK], strict=True))
+    assert pairs == [(0, 2), (1, 4), (3,)]
+    assert found.test is not None
+    assert set(read_rows(found.test, np.array([0]))) == {"features", "label"}
+    (tmp_path / "test.csv").write_text("a,b,label,who\n7,14,1,eva\n")
+    with pytest.raises(InputError, match="covers no test record"):
+        open_dataset(data)

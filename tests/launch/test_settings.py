@@ -129,6 +129,7 @@ def test_what_is_refused_is_what_no_one_statement_could_cover() -> None:
             refused.add(error.field)
     assert OTHER.keys() == fields_of(config.Privacy).keys()
     refused |= set(resume.SPLIT)  # tests/attacks/test_split.py
+    refused |= {"data.unit"}  # tests/attacks/test_unit_of_privacy.py
     assert refused == set(FIXED) == {each.name for each in settings() if each.on_change == REFUSED}
 
 

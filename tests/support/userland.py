@@ -267,6 +267,12 @@ def yes_or_no() -> tuple[Source, Source]:
     return ArraySource(train), ArraySource(test)
 
 
+def owned() -> tuple[Source, Source]:
+    """1,000 records of 300 people, some of whom have many; the test records are of others."""
+    owner = np.minimum(np.random.default_rng(8).zipf(1.3, 1000) % 300, 299).astype(np.int32)
+    return ArraySource(train_columns() | {"who": owner}), ArraySource(test_columns())
+
+
 def sentences(vocabulary: int = 12) -> tuple[Source, Source]:
     """Eight tokens of which each is mostly the one before plus one; the last ones may be padding."""
     draw = np.random.default_rng(6)

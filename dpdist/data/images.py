@@ -1,0 +1,112 @@
+"""Image files (PNG, JPEG, ...) as arrays: decoded by Pillow when an example is read, cut to one size if asked."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpdist.data import optional
+from dpdist.errors import InputError
+
+#: Pillow's name of a mode, and its channels.
+MODES = {"rgb": ("RGB", 3), "grayscale": ("L", 1)}
+#: File names of images end so, in any case.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+#: Pillow's modes of more than 8 bits a channel, which a conversion to 8 bits would cut off.
+_DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+class Images:
+    """Encoded images, decoded to `column`: uint8[height, width, channels].
+
+    Args:
+        read: returns the bytes of the image at an index.
+        length: number of images.
+        name: says where the image at an index is stored.
+        identity: whatever tells these images from others without reading them; may be empty.
+        column: the column's name.
+        size: `[height, width]`, or one number for both: an image is scaled until it covers that (bilinear, with
+            antialiasing), and its centre is cut out. None takes images as they are, which then all need one size.
+        mode: `rgb` or `grayscale`; any image is converted.
+
+    Raises:
+        InputError: an option is none of these, or Pillow is not installed.
+    """
+
+    kind = "an image"
+
+    def __init__(
+        self,
+        read: Callable[[int], bytes],
+        length: int,
+        *,
+        name: Callable[[int], str],
+        identity: str = "",
+        column: str = "image",
+        size: Any = None,
+        mode: str = "rgb",
+    ) -> None:
+        self._pillow = optional.load("PIL.Image", "images")
+        self._ops = optional.load("PIL.ImageOps", "images")
+        self._size = _size(size)
+        if mode not in MODES:
+            raise InputError("data.options.mode", mode, f"give one of {', '.join(MODES)}.")
+        self._mode, self.channels = MODES[mode]
+        self.stored, self._length, self.name, self._column = read, length, name, column
+        self.identity = f"{identity} {column} {self._size} {mode}"
+        #: Of the first image that was decoded, when the source was opened: all others need the same.
+        self._shape: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return self._length
+
+    def decode(self, index: int) -> dict[str, np.ndarray]:
+        """The image at an index.
+
+        Raises:
+            InputError: its size is another one than that of the first image, or it has more than 8 bits.
+        """
+        pixels = self._pixels(self.stored(index))
+        if self._shape is None:
+            self._shape = pixels.shape
+        if pixels.shape != self._shape:
+            raise InputError(
+                "data.options.size",
+                None,
+                "the images differ in size; give the [height, width] that all are to be scaled and cut to, such as "
+                "[224, 224].",
+            )
+        return {self._column: pixels}
+
+    def _pixels(self, content: bytes) -> np.ndarray:
+        with self._pillow.open(io.BytesIO(content)) as image:
+            if image.mode in _DEEP:
+                raise InputError(
+                    "data.source",
+                    "an image of more than 8 bits a channel",
+                    "save the images with 8 bits, from 0 to 255.",
+                )
+            if self._size is not None:
+                # JPEG decodes to a half, a quarter or an eighth at once; twice the size wanted hides that.
+                image.draft(self._mode, (2 * self._size[1], 2 * self._size[0]))
+            image = image.convert(self._mode)
+            if self._size is not None and image.size != self._size[::-1]:
+                image = self._ops.fit(image, self._size[::-1], self._pillow.Resampling.BILINEAR)
+            return np.asarray(image).reshape(image.height, image.width, self.channels)
+
+
+def _size(size: Any) -> tuple[int, int] | None:
+    """`[height, width]` as a tuple.
+
+    Raises:
+        InputError: it is none.
+    """
+    if size is None:
+        return None
+    both: Sequence[Any] = size if isinstance(size, list | tuple) else (size, size)
+    if len(both) != 2 or any(type(side) is not int or not 1 <= side <= 16384 for side in both):
+        raise InputError("data.options.size", size, "give [height, width] in pixels, or one number for both.")
+    return both[0], both[1]

@@ -1,0 +1,187 @@
+"""Columns of a table, as files or data frames hold them, and how they become a source.
+
+Numbers become arrays; text becomes class numbers by a public list, or is decoded later; images are decoded when an
+example is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from dpdist.data.columns import named, stacked
+from dpdist.data.encoded import EncodedSource
+from dpdist.data.images import Images
+from dpdist.data.sources import ArraySource, BadRecordError, Source
+from dpdist.errors import InputError
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A column of texts (str); None is a missing one."""
+
+    values: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """A column of class numbers whose names the file's schema gives, such as `ClassLabel` of `datasets`."""
+
+    numbers: np.ndarray
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A column of encoded images: how to read one, and how many there are."""
+
+    read: Callable[[int], bytes]
+    length: int
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A column that no model can take, and what it holds."""
+
+    what: str
+
+
+Column = np.ndarray | Texts | Classes | Pictures | Unusable
+Table = dict[str, Column]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How the columns of a table are read; the fields are `data.options` of the sources that read tables."""
+
+    #: Of images, as `dpdist.data.images.Images` takes them.
+    size: Any = None
+    mode: str = "rgb"
+    #: The public list of class names; their places are the class numbers. None takes integers.
+    classes: Any = None
+    #: `data.unit`: a column of names is numbered.
+    unit: str | None = None
+
+    def __post_init__(self) -> None:
+        names = self.classes
+        if names is None:
+            return
+        texts = isinstance(names, list | tuple) and all(isinstance(name, str | int | bool) for name in names)
+        if not texts or len(names) < 2 or len(set(map(str, names))) < len(names):
+            raise InputError(
+                "data.options.classes", names, "list the names of the classes, each once: [ham, spam]; they are public."
+            )
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        return None if self.classes is None else tuple(map(str, self.classes))
+
+
+def to_source(table: Table, columns: Mapping[str, Any] | None, reading: Reading, where: str) -> Source:
+    """The examples of a table.
+
+    Args:
+        columns: `data.columns`; None keeps all columns under their own names.
+        where: what the table is, for errors.
+
+    Raises:
+        InputError: a column is missing, or holds what no model can take.
+    """
+    chosen = named(columns, table, where)
+    arrays: dict[str, np.ndarray] = {}
+    pictures = []
+    for ours, theirs in chosen.items():
+        if isinstance(theirs, list):
+            arrays[ours] = stacked([numbers(name, table[name], reading, where) for name in theirs], ours, theirs)
+        elif isinstance(column := table[theirs], Pictures):
+            pictures.append(_images(ours, theirs, column, reading))
+        elif ours == reading.unit and isinstance(column, Texts):
+            arrays[ours] = numbered(column.values, theirs, where)
+        else:
+            arrays[ours] = numbers(theirs, column, reading, where, label=ours == "label")
+    return EncodedSource(arrays, pictures) if pictures else ArraySource(arrays, name=where)
+
+
+def names_of_classes(table: Table, columns: Mapping[str, Any] | None, reading: Reading) -> tuple[str, ...] | None:
+    """The public names of the classes: `data.options.classes`, else those of the label column's schema."""
+    label = table.get("label" if columns is None else columns.get("label", ""))
+    return reading.label_names or (label.names if isinstance(label, Classes) else None)
+
+
+def _images(ours: str, theirs: str, column: Pictures, reading: Reading) -> Images:
+    return Images(
+        column.read,
+        column.length,
+        name=lambda index: f"column {theirs}",
+        column=ours,
+        size=reading.size,
+        mode=reading.mode,
+    )
+
+
+def numbers(name: str, column: Column, reading: Reading, where: str, *, label: bool = False) -> np.ndarray:
+    """A column as an array[N, ...].
+
+    Args:
+        name: theirs, for errors, as is `where`.
+        label: whether it is the label, whose texts are the names of classes.
+
+    Raises:
+        InputError: it holds something else, or missing values.
+    """
+    if isinstance(column, Classes):
+        return column.numbers
+    if isinstance(column, Texts) and label and reading.label_names is not None:
+        return _class_numbers(column.values, reading.label_names)
+    if isinstance(column, np.ndarray):
+        if column.dtype.kind == "f" and np.isnan(column).any():
+            raise _unusable(name, "numbers, some of them missing (NaN)", where)
+        return column
+    if isinstance(column, Texts) and label:
+        raise InputError(
+            f"column {name!r} of {where}",
+            "text",
+            "the names of the classes are public constants, never taken from the data: list them in "
+            "data.options.classes, such as [ham, spam].",
+        )
+    what = {Texts: "text", Pictures: "images"}.get(type(column))
+    raise _unusable(name, what or column.what, where)  # type: ignore[union-attr]
+
+
+def numbered(values: Sequence[Any], name: str, where: str) -> np.ndarray:
+    """Whose each record is, by a hash of the name, uint32[N]: the same in every part of the data.
+
+    Two of 65,000 that share a number by chance are one unit: the guarantee then holds for both together.
+
+    Raises:
+        InputError: a name is missing.
+    """
+    if any(value is None for value in values):
+        raise _unusable(name, "names, some of them missing", where)
+    number = {value: blake2b(str(value).encode(), digest_size=4).digest() for value in set(values)}
+    return np.frombuffer(b"".join(number[value] for value in values), "<u4").astype(np.uint32)
+
+
+def _unusable(name: str, what: str, where: str) -> InputError:
+    return InputError(
+        f"column {name!r} of {where}",
+        what,
+        "a model takes whole columns of numbers, images, or a label; name the columns to use in data.columns, such as "
+        "{image: image, label: label}, and the rest is left out.",
+    )
+
+
+def _class_numbers(values: Sequence[Any], names: Sequence[str]) -> np.ndarray:
+    number = {name: index for index, name in enumerate(names)}
+    found = np.array([number.get(value, -1) if value is not None else -1 for value in values], np.int32)
+    if (wrong := np.flatnonzero(found < 0)).size:
+        raise InputError(
+            "data.options.classes",
+            list(names),
+            "some labels are none of these; list all classes, spelt as in the data.",
+        ) from BadRecordError(f"{wrong.size} labels, the first {values[int(wrong[0])]!r}, of row {wrong[0]}")
+    return found
