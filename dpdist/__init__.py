@@ -1,6 +1,7 @@
 """dpdist: distributed differentially private training (DP-SGD) in JAX.
 
-`train(config)` runs a `Config` to its end, `load(run_dir)` brings back what a run has trained.
+`train(config)` runs a `Config` to its end, `load(directory)` brings back what a run has trained,
+from its directory or an export.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     from dpdist.config import Config, from_dict
     from dpdist.config.file import load as load_config
     from dpdist.errors import InputError
-    from dpdist.release.trained_run import TrainedRun, load
+    from dpdist.release.trained import TrainedRun
+    from dpdist.release.trained_run import load
     from dpdist.trainer import train
 
     __version__: str
@@ -23,7 +25,7 @@ __all__ = ["Config", "InputError", "TrainedRun", "from_dict", "load", "load_conf
 _HOME = {
     "Config": ("dpdist.config", "Config"),
     "InputError": ("dpdist.errors", "InputError"),
-    "TrainedRun": ("dpdist.release.trained_run", "TrainedRun"),
+    "TrainedRun": ("dpdist.release.trained", "TrainedRun"),
     "from_dict": ("dpdist.config", "from_dict"),
     "load": ("dpdist.release.trained_run", "load"),
     "load_config": ("dpdist.config.file", "load"),

@@ -13,6 +13,7 @@ from dpdist.cluster.core_files import forbid_core_files
 from dpdist.cluster.streams import open_missing_streams
 from dpdist.config.nearest import did_you_mean
 from dpdist.errors import InputError
+from dpdist_launch import predict
 from dpdist_launch.measure.bench import command as bench
 from dpdist_launch.measure.scaling import command as scaling
 from dpdist_launch.observe import logs, status
@@ -167,9 +168,9 @@ def parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export",
         help="parameters, config and privacy statement of a run, to give away",
-        description="Write the parameters of the newest checkpoint in RUN_DIR (safetensors), its config without paths, "
-        "and what privacy holds for them (privacy.json, PRIVACY.md) into a new directory. Nothing under private/ goes "
-        "in. Prints what was written as one JSON object.",
+        description="Write the parameters of the newest checkpoint in RUN_DIR (safetensors), what the model takes and "
+        "gives (model.json), the config without paths, and what privacy holds (privacy.json, PRIVACY.md) into a new "
+        "directory. Nothing under private/ goes in. Prints what was written as one JSON object.",
     )
     export.add_argument("run_dir", type=path_argument, metavar="RUN_DIR")
     export.add_argument("--to", type=path_argument, required=True, metavar="DIR", help="a new or empty directory")
@@ -180,6 +181,7 @@ def parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run=_export)
 
+    predict.add_to(commands)
     status.add_to(commands)
     logs.add_to(commands)
     bench.add_to(commands)

@@ -43,11 +43,12 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "failures": set(),
     "training": {"failures"},
     "plan": set(),
+    "predict": {"paths"},
     "settings": set(),
     "slurm": {"ranks", "training"},
     "observe": {"paths", "noise"},
     "measure": {"paths", "local", "ranks", "slurm", "failures"},
-    "cli": {"paths", "local", "training", "plan", "settings", "slurm", "measure", "observe"},
+    "cli": {"paths", "local", "training", "plan", "predict", "settings", "slurm", "measure"} | {"observe"},
     "__main__": {"cli"},
     "__init__": {"slurm"},
 }

@@ -50,6 +50,19 @@ def read_npy(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     return train, test
 
 
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a directory of `.npy` files, of one such file, or of a `.npz`, under their own names.
+
+    Raises:
+        InputError: `path` does not exist, or a file is damaged or holds Python objects.
+    """
+    if path.is_dir():
+        return {file.stem: _map(file) for file in sorted(path.glob("*.npy"))}
+    if not path.is_file():
+        raise InputError("data.path", str(path), "no such file or directory.")
+    return {path.stem: _map(path)} if path.suffix == ".npy" else _read_npz(path)
+
+
 def _map(file: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(file, mode="r")

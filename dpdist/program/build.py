@@ -79,6 +79,8 @@ class TrainingSetup:
     classes: int | None
     #: Looks at a few training examples, on process 0.
     probe: Probe | None
+    #: Names of the classes, public constants; None where they have none.
+    class_names: tuple[str, ...] | None
     #: Physical batch sizes: the full microbatch and the small one for the rest.
     physical: int
     tail: int
@@ -98,6 +100,7 @@ class TrainingSetup:
             "physical_batch_size": self.physical,
             "devices": self.step_programs.devices,
             "classes": self.classes,
+            "class_names": None if self.class_names is None else list(self.class_names),
             "example": example,
             "clipping": self.strategies,
             "precision": self.precision,
@@ -284,6 +287,7 @@ def build_setup(
         tail=tail_of(physical),
         memory=memory(physical),
         classes=opened.classes,
+        class_names=dataset.label_names,
         strategies=gradients.strategies,
         precision=gradients.precision,
         flops=flops_per_example(compiled(physical), physical),

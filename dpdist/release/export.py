@@ -20,19 +20,32 @@ from dpdist.config import Config
 from dpdist.config.constraints import expand_home
 from dpdist.config.file import YamlDumper
 from dpdist.errors import InputError
+from dpdist.release.exported import (
+    CONFIG,
+    FORMAT,
+    MODEL,
+    PARAMS,
+    PRIVACY,
+    REMOVED,
+    STATEMENT,
+    load_export,
+    removed_options,
+)
 from dpdist.release.statement import as_text
-from dpdist.release.trained_run import load
+from dpdist.release.trained import TrainedRun
+from dpdist.release.trained_run import load_run
 from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import params_digest
 
 #: Sections that say where and how the run ran, not what was trained.
 _LEFT_OUT = ("run", "checkpoint", "cluster")
-_REMOVED = "(path removed)"
 _PATH = re.compile(r"(?<![\w.])(~|\.{0,2})/[^\s'\",}\]]*")
 
 
 def export(run_dir: str | Path, to: str | Path, *, without_guarantee: bool = False) -> dict[str, Any]:
-    """Write `params.safetensors`, `config.yaml`, `privacy.json` and `PRIVACY.md` into the new directory `to`.
+    """Write `params.safetensors`, `model.json`, `config.yaml`, `privacy.json` and `PRIVACY.md` into a new directory.
+
+    What is written is loaded again before the directory gets its name, so that a recipient can load it too.
 
     Args:
         without_guarantee: export also where no guarantee holds; the statement then says so.
@@ -41,13 +54,14 @@ def export(run_dir: str | Path, to: str | Path, *, without_guarantee: bool = Fal
         The statement, as in `privacy.json`.
 
     Raises:
-        InputError: there is nothing to export, `to` holds something, or no guarantee holds.
+        InputError: there is nothing to export, `to` holds something, no guarantee holds, or what was written cannot be
+            loaded again.
     """
     run_dir = expand_home(run_dir, "run_dir")
     run, to = RunDirectory(Path(run_dir)), Path(expand_home(to, "--to"))
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError("--to", str(to), "is there already; name a new or empty directory.")
-    trained = load(run.root)
+    trained = load_run(run.root)
     privacy = dict(trained.privacy)
     if run.secret.exists() and (mode := stat.S_IMODE(run.secret.stat().st_mode)) & 0o077:
         privacy["guarantee"] = (
@@ -61,10 +75,10 @@ def export(run_dir: str | Path, to: str | Path, *, without_guarantee: bool = Fal
             "statement then says so.",
         )
     for incarnation in privacy["incarnations"]:
-        incarnation["reasons"] = [_PATH.sub(_REMOVED, reason) for reason in incarnation["reasons"]]
+        incarnation["reasons"] = [_PATH.sub(REMOVED, reason) for reason in incarnation["reasons"]]
     leaves = jax.tree_util.tree_leaves_with_path(trained.params)
     arrays = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.ascontiguousarray(leaf) for path, leaf in leaves
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf, order="C") for path, leaf in leaves
     }
     digest = params_digest(trained.params)
     privacy |= {"params_sha256": digest}
@@ -72,13 +86,15 @@ def export(run_dir: str | Path, to: str | Path, *, without_guarantee: bool = Fal
     # Written to a temporary directory first, so that whatever has the final name is whole.
     made = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}."))
     try:
-        save_file(
-            arrays, made / "params.safetensors", metadata={"params_sha256": digest, "guarantee": privacy["guarantee"]}
-        )
-        settings = yaml.dump(shareable(trained.config), Dumper=YamlDumper, sort_keys=False)
-        (made / "config.yaml").write_text(settings)
-        (made / "privacy.json").write_text(json.dumps(privacy, indent=2) + "\n")
-        (made / "PRIVACY.md").write_text(as_text(privacy))
+        save_file(arrays, made / PARAMS, metadata={"params_sha256": digest, "guarantee": privacy["guarantee"]})
+        shared = shareable(trained.config)
+        (made / CONFIG).write_text(yaml.dump(shared, Dumper=YamlDumper, sort_keys=False))
+        lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in _of_model(trained).items()]
+        (made / MODEL).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        (made / PRIVACY).write_text(json.dumps(privacy, indent=2) + "\n")
+        (made / STATEMENT).write_text(as_text(privacy))
+        if not removed_options(shared["model"]["options"]):
+            load_export(made)
         for path in made.iterdir():
             path.chmod(0o644)
         made.chmod(0o755)
@@ -87,6 +103,19 @@ def export(run_dir: str | Path, to: str | Path, *, without_guarantee: bool = Fal
         shutil.rmtree(made, ignore_errors=True)
         raise
     return privacy
+
+
+def _of_model(trained: TrainedRun) -> dict[str, Any]:
+    """The content of `model.json`: what the model takes and gives."""
+    outputs = trained.outputs
+    return {
+        "format": FORMAT,
+        "model": trained.config.model.name,
+        "task": trained.task,
+        **trained.signature.to_record(),
+        "columns_read": list(trained.columns),
+        "outputs": [list(outputs.shape), outputs.dtype.name],
+    }
 
 
 def shareable(config: Config) -> dict[str, dict[str, Any]]:
@@ -98,9 +127,9 @@ def shareable(config: Config) -> dict[str, dict[str, Any]]:
 def _without_paths(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            key: _REMOVED if key in ("path", "pretrained") and inner else _without_paths(inner)
+            key: REMOVED if key in ("path", "pretrained") and inner else _without_paths(inner)
             for key, inner in value.items()
         }
     if isinstance(value, list):
         return [_without_paths(inner) for inner in value]
-    return _REMOVED if isinstance(value, str) and _PATH.match(value) else value
+    return REMOVED if isinstance(value, str) and _PATH.match(value) else value

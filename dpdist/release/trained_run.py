@@ -1,86 +1,65 @@
-"""A trained run, loaded in one process: parameters, predictions and the privacy statement."""
+"""Load what training left, in one process: from a run directory or from an export."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from dpdist import config as config_module
 from dpdist import models
-from dpdist.config import Config
 from dpdist.config.constraints import expand_home
-from dpdist.data.sources import for_devices
 from dpdist.errors import InputError
 from dpdist.mechanism.ledger import Ledger, LedgerError
 from dpdist.program import optimizer as optimizers
 from dpdist.program.gradients import frozen_paths
 from dpdist.program.update import initial_state
+from dpdist.release.exported import MODEL, PARAMS, PRIVACY, load_export
 from dpdist.release.statement import statement
+from dpdist.release.trained import Signature, TrainedRun
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import all_finite
 
 
-@dataclass(frozen=True)
-class TrainedRun:
-    """A run at its newest checkpoint.
+def load(directory: str | Path) -> TrainedRun:
+    """Load the newest checkpoint of a run, or an export, onto one device, whatever it was trained on.
 
-    Attributes:
-        config: of the run.
-        params: the released parameters (their average where one was kept).
-        step: steps taken.
-        privacy: the privacy statement of `params`, from `release.statement`: `guarantee`, epsilon, delta, ...
+    Raises:
+        InputError: there is no run or export, no checkpoint of the run, or what there is is damaged.
     """
-
-    config: Config
-    params: Any
-    step: int
-    privacy: dict[str, Any]
-    _model: models.Model
-
-    def predict(self, examples: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Logits [n, classes] of examples given by column, e.g. `{"image": uint8[n, 8, 8, 1]}`.
-
-        Raises:
-            InputError: a value does not fit into 32 bits.
-        """
-        columns = {name: for_devices(repr(name), values) for name, values in examples.items()}
-        return np.asarray(self._logits(self.params, columns))
-
-    @cached_property
-    def _logits(self) -> Callable[[Any, dict[str, np.ndarray]], Any]:
-        return jax.jit(jax.vmap(self._model.apply, in_axes=(None, 0)))
+    root = Path(expand_home(directory, "directory"))
+    return load_export(root) if _is_export(root) else load_run(root)
 
 
-def load(run_dir: str | Path) -> TrainedRun:
-    """Load the newest checkpoint of a run onto one device, whatever it was trained on.
+def _is_export(root: Path) -> bool:
+    """Whether a directory is to be read as an export; a run never has these files."""
+    return any((root / name).exists() for name in (PARAMS, MODEL, PRIVACY))
+
+
+def load_run(root: Path) -> TrainedRun:
+    """Load the newest checkpoint of a run.
 
     Raises:
         InputError: there is no run, no checkpoint of one, or the newest is damaged.
     """
-    run_dir = expand_home(run_dir, "run_dir")
-    run = RunDirectory(Path(run_dir))
+    run_dir, run = str(root), RunDirectory(root)
     if not run.config.exists():
-        raise InputError("run_dir", str(run_dir), "holds no run (no config.yaml).")
+        raise InputError("run_dir", run_dir, f"holds no run (no config.yaml) and no export (no {MODEL}).")
     ledger = _ledger(run)
     checkpoints = Checkpoints(run.checkpoints, read_only=True)
     step = checkpoints.latest()
     if step is None:
-        raise InputError("run_dir", str(run_dir), "has no checkpoint yet.")
+        raise InputError("run_dir", run_dir, "has no checkpoint yet.")
     if (reason := checkpoints.verify(step)) is not None:
-        raise InputError("run_dir", str(run_dir), f"its newest checkpoint, step {step}, is damaged: {reason}.")
+        raise InputError("run_dir", run_dir, f"its newest checkpoint, step {step}, is damaged: {reason}.")
     meta = checkpoints.read_meta(step)
     _require_charged(ledger, run, meta)
     config = config_module.from_dict(meta["config"])  # unlike config.yaml, no editor has touched it
-    example = {name: jax.ShapeDtypeStruct(tuple(shape), dtype) for name, (shape, dtype) in meta["example"].items()}
-    model = models.build(config.model, example=example, classes=meta["classes"])
+    signature = Signature.from_record(meta)
+    model = models.build(config.model, example=signature.example, classes=signature.classes)
     optimizer = optimizers.build(config.optimizer, meta["plan"]["steps_asked"])
     averaged = config.optimizer.average_decay > 0
     here = SingleDeviceSharding(jax.devices()[0])
@@ -94,7 +73,9 @@ def load(run_dir: str | Path) -> TrainedRun:
         privacy = statement(config, ledger, step=step, finite=all_finite(state.released))
     except ValueError as error:
         raise InputError("ledger.jsonl", str(run.ledger), f"{error}: the file was changed.") from None
-    return TrainedRun(config=config, params=state.released, step=step, privacy=privacy, _model=model)
+    return TrainedRun(
+        config=config, params=state.released, step=step, privacy=privacy, signature=signature, _model=model
+    )
 
 
 def _ledger(run: RunDirectory) -> Ledger:

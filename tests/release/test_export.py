@@ -41,11 +41,11 @@ def told(directory: Path) -> dict[str, object]:
     return json.loads((directory / "privacy.json").read_text())
 
 
-def test_an_export_holds_four_files_with_the_trained_parameters(
+def test_an_export_holds_five_files_with_the_trained_parameters(
     jobs: Jobs, secretive: Run, exported: Path, tmp_path: Path
 ) -> None:
     assert {path.name for path in exported.iterdir()} == {
-        "params.safetensors", "config.yaml", "privacy.json", "PRIVACY.md",
+        "params.safetensors", "model.json", "config.yaml", "privacy.json", "PRIVACY.md",
     }  # fmt: skip
     jobs.call("load", runs={"run": str(secretive.root)}, to=str(tmp_path))
     expected, found = np.load(tmp_path / "run.npz"), load_file(exported / "params.safetensors")

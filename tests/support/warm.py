@@ -25,6 +25,7 @@ import forks
 import jax
 import numpy as np
 import userland
+from safetensors.numpy import save_file
 
 import dpdist
 import dpdist.run.resume
@@ -34,6 +35,7 @@ from dpdist.cluster.lease import Lease
 from dpdist.data import open_dataset, read_rows
 from dpdist.mechanism.ledger import Ledger
 from dpdist.mechanism.step import StepPrograms
+from dpdist.models import vit
 from dpdist.run import integrity
 from dpdist.run.checkpoint import Checkpoints, SaveFailedError
 from dpdist.run.directory import RunDirectory
@@ -76,6 +78,18 @@ def load(runs: dict[str, str], to: str) -> dict[str, Any]:
             "accuracy": float(np.mean(np.argmax(logits, axis=-1) == examples["label"])),
         }
     return told
+
+
+def save_vit(options: dict[str, Any], to: str) -> None:
+    """Random weights for 8x8 images and ten classes, in the file form that `pretrained` reads."""
+    example = {"image": jax.ShapeDtypeStruct((8, 8, 1), np.uint8)}
+    shapes = jax.eval_shape(vit.vit(example=example, classes=10, **options).init, jax.random.key(0))
+    naming, draw = vit._naming(options["depth"], options["patch"], 1), np.random.default_rng(0)
+    tensors = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        theirs, layout = naming.tensors[jax.tree_util.keystr(path, simple=True, separator=".")]
+        tensors[theirs] = draw.normal(size=layout.shape(leaf.shape)).astype(np.float32)
+    save_file(tensors, to)
 
 
 def parameters(run: str, steps: list[int], to: str) -> None:
