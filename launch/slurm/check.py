@@ -15,7 +15,7 @@ from dpdist_launch.slurm.request import Request
 #: Names that need no function of the user's, by the setting that takes one.
 BUILT_IN = {
     "data.source": ("digits", "idx", "npy", "cifar10", "cifar100"),
-    "model.name": ("mlp", "cnn", "vit", "bit_resnet", "bert"),
+    "model.name": ("mlp", "cnn", "vit", "bit_resnet", "bert", "gpt2", "llama"),
     "model.loss": ("cross_entropy",),
     "model.task": ("classification", "binary", "regression", "multilabel", "language_modeling", "none"),
 }
