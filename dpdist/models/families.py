@@ -7,6 +7,7 @@ computes another function.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,16 +39,34 @@ class Family:
     variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     #: Changes what the file says where no table can, before the tables are applied.
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda said: said
+    #: Spells out what an option that is None stands for; the inverse of what `prepare` does is `finish`.
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda options: options
+    finish: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda said, options: said
     #: `timm`'s name of an architecture -> our options, or None if it is not of this family.
     timm_options: Callable[[str], dict[str, Any] | None] = lambda architecture: None
 
 
-def families() -> dict[str, Family]:
-    """The families by the name of our model."""
+def modules() -> dict[str, Any]:
+    """The modules of the families, by the name of our model."""
     from dpdist.models import bert, gpt2, llama, resnet, vit
 
-    modules = {"bert": bert, "gpt2": gpt2, "llama": llama, "bit_resnet": resnet, "vit": vit}
-    return {name: module.FAMILY for name, module in modules.items()}
+    return {"bert": bert, "gpt2": gpt2, "llama": llama, "bit_resnet": resnet, "vit": vit}
+
+
+def family_of(name: str) -> Family | None:
+    """The family of a model's name, if it is of one."""
+    module = modules().get(name)
+    return None if module is None else module.FAMILY
+
+
+def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a model of a family with everything that is left out: defaults and the variant's sizes."""
+    module = modules()[name]
+    parameters = inspect.signature(getattr(module, name)).parameters
+    defaults = {key: each.default for key, each in parameters.items() if each.default is not inspect.Parameter.empty}
+    given = {key: value for key, value in options.items() if value is not None}
+    of_variant = module.FAMILY.variants.get((defaults | given).get("variant", ""), {})
+    return module.FAMILY.complete(defaults | dict(of_variant) | given)
 
 
 def settled(chosen: config_module.Model) -> config_module.Model:
@@ -60,10 +79,12 @@ def settled(chosen: config_module.Model) -> config_module.Model:
         InputError: the file is damaged, belongs to another model, asks for what our model does not compute, or
             contradicts an option.
     """
-    family, weights = families().get(chosen.name), chosen.options.get("pretrained")
+    family, weights = family_of(chosen.name), chosen.options.get("pretrained")
     if family is None or not isinstance(weights, str):
         return chosen
     path = Path(weights).expanduser()
+    if not path.exists():
+        return chosen
     path = (path if path.is_dir() else path.parent) / CONFIG
     if not path.is_file():
         return chosen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -128,8 +130,8 @@ def gpt2(
     Raises:
         ValueError: an option is out of range, or the data has no column `input_ids` of shape [length].
     """
-    sizes = completed(VARIANTS, variant, width=width, depth=depth, heads=heads)
-    sizes |= {"mlp": mlp or 4 * sizes["width"], "vocabulary": vocabulary, "positions": positions}
+    sizes = _complete(completed(VARIANTS, variant, width=width, depth=depth, heads=heads, mlp=mlp))
+    sizes |= {"vocabulary": vocabulary, "positions": positions}
     check_tokens(example, "gpt2", positions)
     products = compute_dtype(dtype)
     model = from_nnx(lambda rngs: _Gpt2(**sizes, epsilon=epsilon, dtype=products, rngs=rngs), lambda e: e)
@@ -152,6 +154,15 @@ def naming(depth: int) -> Naming:
     return Naming(tensors=tensors, prefix="transformer.", ignored=masks, copies={"lm_head.weight": "wte.weight"})
 
 
+def _complete(sizes: dict[str, Any]) -> dict[str, Any]:
+    return sizes if sizes.get("mlp") else sizes | {"mlp": 4 * sizes["width"]}
+
+
+def _finish(said: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Without its own special token, whose number a smaller vocabulary may not have."""
+    return said if options["vocabulary"] > 50256 else said | {"bos_token_id": None, "eos_token_id": None}
+
+
 FAMILY = Family(
     model_types=("gpt2",),
     architecture="GPT2LMHeadModel",
@@ -172,4 +183,6 @@ FAMILY = Family(
         "tie_word_embeddings": (True,),
     },
     variants=VARIANTS,
+    complete=_complete,
+    finish=_finish,
 )

@@ -193,6 +193,9 @@ def llama(
     return with_weights(model, pretrained, naming(sizes["depth"], sizes["tied"]))
 
 
+SIZES = ("vocabulary", "width", "depth", "heads", "kv_heads", "head_width", "mlp", "theta", "epsilon", "tied", "style")
+
+
 def completed_sizes(**sizes: Any) -> dict[str, Any]:
     """Return the options of `llama` that fix its function, with what None stands for.
 
@@ -258,6 +261,19 @@ def _prepare(said: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+def _finish(said: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_prepare`, with the rotary embeddings' settings where old and new versions look for them."""
+    said = {key: value for key, value in said.items() if key not in ("style", "partial_rotary_factor")}
+    said |= {
+        "hidden_act": ACTIVATIONS[options["style"]],
+        "rope_parameters": {"rope_type": "default", "rope_theta": options["theta"]},
+    }
+    if options["style"] == "gemma":
+        activation = ACTIVATIONS["gemma"]
+        said |= {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "hidden_activation": activation}
+    return said
+
+
 FAMILY = Family(
     model_types=("llama", "mistral", "gemma"),
     architecture="LlamaForCausalLM",
@@ -285,4 +301,6 @@ FAMILY = Family(
         "use_bidirectional_attention": (False, None),
     },
     prepare=_prepare,
+    complete=lambda options: options | completed_sizes(**{name: options[name] for name in SIZES}),
+    finish=_finish,
 )
