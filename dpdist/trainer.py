@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from dpdist.data.sources import Source
 from dpdist.data.units import UnitSource
 from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.step import TrainState, accumulate_sample, noisy_update
+from dpdist.models.families import settled
 from dpdist.program.assignments import make_assigner, share_of_work
 from dpdist.program.build import TrainingSetup, build_setup, open_model
 from dpdist.program.flops import speed
@@ -114,7 +115,10 @@ def train(config: Config, *, began: float | None = None) -> dict[str, Any]:
             with writer.phase("compile"):
                 decide(world, lambda: _try_out(setup, state, start.step or 0, dataset.train, writer))
             decide(world, lambda: writer.begin(start, checkpoints))
-            meta = {"config": config_module.to_dict(config), "plan": start.plan.to_record()}
+            meta = {
+                "config": config_module.to_dict(replace(config, model=settled(config.model))),
+                "plan": start.plan.to_record(),
+            }
             meta |= setup.decisions()
             if start.step is None:
                 _save(0, state, meta, checkpoints, writer)

@@ -67,7 +67,8 @@ class Data(Section):
 class Model(Section):
     """What is trained."""
 
-    #: `mlp`, `cnn`, `vit`, `bit_resnet`, `bert`, or `module:function` that returns a `dpdist.models.Model`.
+    #: `mlp`, `cnn`, `vit`, `bit_resnet`, `bert`, `gpt2`, `llama`, or `module:function` that returns a
+    #: `dpdist.models.Model`.
     name: str = "mlp"
     #: Keyword arguments for that function, e.g. `{hidden: [64], activation: relu}`.
     options: dict[str, Any] = field(default_factory=dict)

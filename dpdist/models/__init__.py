@@ -58,6 +58,9 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
             classes and none is given, or it does not return a `Model`.
     """
     from dpdist.models.bert import bert
+    from dpdist.models.families import settled
+    from dpdist.models.gpt2 import gpt2
+    from dpdist.models.llama import llama
     from dpdist.models.resnet import bit_resnet
     from dpdist.models.small import cnn, mlp
     from dpdist.models.vit import vit
@@ -68,10 +71,12 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
         "vit": vit,
         "bit_resnet": bit_resnet,
         "bert": bert,
+        "gpt2": gpt2,
+        "llama": llama,
     }
     task = task_of(config)
     build_fn = builtin.get(config.name) or load_function(config.name, "model.name", list(builtin))
-    options = dict(config.options)
+    options = dict(settled(config).options)
     parameters = inspect.signature(build_fn).parameters
     for name, value in (("example", example), ("classes", task.width(example, config.classes or classes))):
         if name in parameters and name not in options:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,15 +9,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from dpdist.models import Model
+from dpdist.models.families import Family, completed
 from dpdist.models.nnx_model import compute_dtype, from_nnx
 from dpdist.models.pretrained import SAME, Naming, Tensors, dense, norm, with_weights
-from dpdist.models.transformer import Attention, LayerNorm, Mlp
+from dpdist.models.transformer import EPSILON, Attention, LayerNorm, Mlp, embed
 
 #: Width, depth, heads and the MLP's inner width; mini and small are from Turc et al. 2019.
 VARIANTS = {
-    "mini": (256, 4, 4, 1024),
-    "small": (512, 4, 8, 2048),
-    "base": (768, 12, 12, 3072),
+    "mini": {"width": 256, "depth": 4, "heads": 4, "mlp": 1024},
+    "small": {"width": 512, "depth": 4, "heads": 8, "mlp": 2048},
+    "base": {"width": 768, "depth": 12, "heads": 12, "mlp": 3072},
 }
 #: Number of segments: a token belongs to the first or the second sentence.
 SEGMENTS = 2
@@ -27,10 +26,11 @@ INIT = nnx.initializers.normal(0.02)
 
 
 class _Layer(nnx.Module):
-    def __init__(self, width: int, heads: int, mlp: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, heads: int, mlp: int, epsilon: float, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.attention = Attention(width, heads, dtype, rngs, init=INIT)
         self.mlp = Mlp(width, mlp, dtype, rngs, init=INIT)
-        self.norm1, self.norm2 = LayerNorm(width, dtype, rngs), LayerNorm(width, dtype, rngs)
+        self.norm1 = LayerNorm(width, dtype, rngs, epsilon=epsilon)
+        self.norm2 = LayerNorm(width, dtype, rngs, epsilon=epsilon)
 
     def __call__(self, x: Array, mask: Array | None) -> Array:
         x = self.norm1(x + self.attention(x, mask))
@@ -40,19 +40,20 @@ class _Layer(nnx.Module):
 class _Bert(nnx.Module):
     def __init__(
         self,
-        sizes: Sequence[int],
+        sizes: dict[str, int],
         vocabulary: int,
         positions: int,
         classes: int,
+        epsilon: float,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        width, depth, heads, mlp = sizes
+        width, heads, mlp = sizes["width"], sizes["heads"], sizes["mlp"]
         self.words = nnx.Param(INIT(rngs.params(), (vocabulary, width)))
         self.positions = nnx.Param(INIT(rngs.params(), (positions, width)))
         self.segments = nnx.Param(INIT(rngs.params(), (SEGMENTS, width)))
-        self.norm = LayerNorm(width, dtype, rngs)
-        self.layers = nnx.List([_Layer(width, heads, mlp, dtype, rngs) for _ in range(depth)])
+        self.norm = LayerNorm(width, dtype, rngs, epsilon=epsilon)
+        self.layers = nnx.List([_Layer(width, heads, mlp, epsilon, dtype, rngs) for _ in range(sizes["depth"])])
         # Always float32, because the loss is computed from these logits.
         self.pooler = nnx.Linear(width, width, kernel_init=INIT, dtype=jnp.float32, rngs=rngs)
         self.head = nnx.Linear(width, classes, kernel_init=INIT, dtype=jnp.float32, rngs=rngs)
@@ -61,8 +62,7 @@ class _Bert(nnx.Module):
         tokens = example["input_ids"]
         segments = example.get("token_type_ids", jnp.zeros_like(tokens))
         mask = example["attention_mask"] != 0 if "attention_mask" in example else None
-        # For an id outside the vocabulary `take` returns NaN, and an example with NaN contributes nothing to a step.
-        x = jnp.take(self.words[...], tokens, axis=0) + jnp.take(self.segments[...], segments, axis=0)
+        x = embed(self.words[...], tokens) + embed(self.segments[...], segments)
         x = self.norm(x + self.positions[: len(tokens)])
         for layer in self.layers:
             x = layer(x, mask)
@@ -82,6 +82,7 @@ def bert(
     depth: int | None = None,
     heads: int | None = None,
     mlp: int | None = None,
+    epsilon: float = EPSILON,
 ) -> Model:
     """Build a BERT classifier of `example["input_ids"]`, int32[length], that classifies by the first token.
 
@@ -93,7 +94,8 @@ def bert(
         example: shapes and dtypes of one example.
         classes: number of classes.
         variant: `mini`, `small` or `base`.
-        pretrained: path of local weights under `transformers`' names; None means random initial weights.
+        pretrained: path of local weights under `transformers`' names; None means random initial weights. Sizes that
+            are not given come from the `config.json` beside them.
         vocabulary: number of token ids, a public constant.
         positions: length of the longest possible sequence.
         dtype: `float32` or `bfloat16`, for matrix products; parameters, norms and logits are float32.
@@ -101,23 +103,21 @@ def bert(
         depth: number of layers.
         heads: number of attention heads.
         mlp: inner width of the MLPs.
+        epsilon: added to the variance in the norms.
 
     Raises:
         ValueError: an option is out of range, or the data has no column `input_ids` of shape [length].
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is unknown; there are {', '.join(VARIANTS)}")
+    sizes = completed(VARIANTS, variant, width=width, depth=depth, heads=heads, mlp=mlp)
     shape = example["input_ids"].shape if "input_ids" in example else None
     if shape is None or len(shape) != 1 or not 1 <= shape[0] <= positions:
         raise ValueError(f"bert needs a column 'input_ids' of shape [length], at most {positions} tokens, not {shape}")
-    given = (width, depth, heads, mlp)
-    sizes = [usual if own is None else own for own, usual in zip(given, VARIANTS[variant], strict=True)]
     products = compute_dtype(dtype)
-    model = from_nnx(lambda rngs: _Bert(sizes, vocabulary, positions, classes, products, rngs), lambda e: e)
-    return with_weights(model, pretrained, _naming(sizes[1]))
+    model = from_nnx(lambda rngs: _Bert(sizes, vocabulary, positions, classes, epsilon, products, rngs), lambda e: e)
+    return with_weights(model, pretrained, naming(sizes["depth"]))
 
 
-def _naming(depth: int) -> Naming:
+def naming(depth: int) -> Naming:
     """Return the tensor names of `transformers`, old and new spellings, with or without its classifier's prefix."""
     tensors: Tensors = {
         "words": ("embeddings.word_embeddings.weight", SAME),
@@ -135,9 +135,35 @@ def _naming(depth: int) -> Naming:
         tensors |= dense(f"{ours}.mlp.shrink", f"{theirs}.output.dense")
         tensors |= norm(f"{ours}.norm2", f"{theirs}.output.LayerNorm")
     tensors |= dense("pooler", "pooler.dense") | dense("head", "classifier")
-    return Naming(tensors=tensors, rename=_rename, ignored=("cls.", "embeddings.position_ids"))
+    return Naming(
+        tensors=tensors,
+        prefix="bert.",
+        unprefixed=("classifier.",),
+        rename=lambda name: name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+            "LayerNorm.beta", "LayerNorm.bias"
+        ),
+        ignored=("cls.*", "embeddings.position_ids"),
+    )
 
 
-def _rename(name: str) -> str:
-    name = name.removeprefix("bert.")
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+FAMILY = Family(
+    model_types=("bert",),
+    architecture="BertForSequenceClassification",
+    keys={
+        "vocabulary": "vocab_size",
+        "positions": "max_position_embeddings",
+        "width": "hidden_size",
+        "depth": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "mlp": "intermediate_size",
+        "epsilon": "layer_norm_eps",
+    },
+    fixed={
+        "hidden_act": ("gelu",),
+        "type_vocab_size": (SEGMENTS,),
+        "position_embedding_type": ("absolute",),
+        "is_decoder": (False,),
+        "add_cross_attention": (False,),
+    },
+    variants=VARIANTS,
+)

@@ -1,4 +1,6 @@
-"""Load a model's parameters from local `.safetensors` files; every tensor in them must be used.
+"""Load a model's parameters from local `.safetensors` files, and write them under the same names.
+
+Every tensor in a file must be used.
 
 Nothing is downloaded, and no pickle is opened, because loading one can run code.
 """
@@ -10,6 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,8 @@ class Layout:
     shape: Callable[[Shape], Shape]
     #: Turns the file's array into the parameter.
     convert: Callable[[np.ndarray], np.ndarray]
+    #: The inverse of `convert`.
+    invert: Callable[[np.ndarray], np.ndarray]
     #: Resizes the file's array to the given shape in the file, or returns it unchanged if it cannot.
     fit: Callable[[np.ndarray, Shape], np.ndarray] = lambda array, shape: array
 
@@ -54,20 +59,26 @@ def interpolate_positions(positions: np.ndarray, shape: Shape) -> np.ndarray:
     return np.concatenate([positions[:, :1], np.asarray(resized).reshape(1, new**2, -1)], axis=1)
 
 
-SAME = Layout(lambda s: s, lambda a: a)
+SAME = Layout(lambda s: s, lambda a: a, lambda a: a)
 #: PyTorch's linear layers are [out, in], and its convolutions [out, in, height, width].
-LINEAR = Layout(lambda s: s[::-1], lambda a: a.T)
-CONVOLUTION = Layout(lambda s: (s[3], s[2], s[0], s[1]), lambda a: a.transpose(2, 3, 1, 0))
+LINEAR = Layout(lambda s: s[::-1], lambda a: a.T, lambda a: a.T)
+CONVOLUTION = Layout(
+    lambda s: (s[3], s[2], s[0], s[1]), lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)
+)
 #: A linear layer written as a 1x1 convolution.
-POINTWISE = Layout(lambda s: (s[1], s[0], 1, 1), lambda a: a[:, :, 0, 0].T)
+POINTWISE = Layout(lambda s: (s[1], s[0], 1, 1), lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None])
 #: With an additional leading axis of length 1 in the file.
-LEADING = Layout(lambda s: (1, *s), lambda a: a[0])
-POSITIONS = Layout(LEADING.shape, LEADING.convert, interpolate_positions)
+LEADING = Layout(lambda s: (1, *s), lambda a: a[0], lambda a: a[None])
+POSITIONS = Layout(LEADING.shape, LEADING.convert, LEADING.invert, interpolate_positions)
 
 
 def patches(patch: int, channels: int) -> Layout:
     """Return the layout of a patch embedding: a convolution in the file, [patch * patch * channels, width] here."""
-    return Layout(lambda s: (s[1], channels, patch, patch), lambda a: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]))
+    return Layout(
+        lambda s: (s[1], channels, patch, patch),
+        lambda a: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]),
+        lambda a: a.reshape(patch, patch, channels, -1).transpose(3, 2, 0, 1),
+    )
 
 
 Tensors = dict[str, tuple[str, Layout]]
@@ -85,17 +96,39 @@ def norm(ours: str, theirs: str) -> Tensors:
 
 @dataclass(frozen=True, kw_only=True)
 class Naming:
-    """The tensor names in a family of checkpoints; the model's classifier must be `head.kernel` and `head.bias`."""
+    """The tensor names in a family of checkpoints; a classifier must be `head.kernel` and `head.bias`."""
 
     #: Parameter's dotted path in the model -> (tensor's name in the file, layout).
     tensors: Tensors
-    #: Turns a name found in a file into the one in `tensors`: prefixes and spellings differ between checkpoints.
+    #: What stands before the names in a file of the whole model, but not where an encoder was saved alone.
+    prefix: str = ""
+    #: Beginnings of the names before which it never stands.
+    unprefixed: tuple[str, ...] = ()
+    #: Turns a name found in a file, without its prefix, into the one in `tensors`: older files spell some differently.
     rename: Callable[[str], str] = lambda name: name
-    #: Prefixes of tensors that belong to other tasks than classification.
+    #: Patterns of names that the model has no place for, such as those of other tasks.
     ignored: tuple[str, ...] = ()
+    #: Name -> the one in `tensors` that it must equal, where a file holds a shared tensor twice.
+    copies: dict[str, str] = dataclasses.field(default_factory=dict)
+    #: Name in the file -> names in `tensors` that it holds one after the other, along its first axis.
+    fused: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def understood(self, path: Path, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return a file's tensors by the names in `tensors`; what has no place in the model keeps its name."""
+        named = {self.rename(name.removeprefix(self.prefix)): array for name, array in found.items()}
+        named = {name: a for name, a in named.items() if not any(fnmatchcase(name, each) for each in self.ignored)}
+        for copy, original in self.copies.items():
+            if copy in named and original in named and not np.array_equal(named.pop(copy), named[original]):
+                raise InputError(
+                    FIELD, str(path), f"its {copy!r} is not its {original!r}, but in this model they are one tensor."
+                )
+        for name, parts in self.fused.items():
+            if name in named and not len(named[name]) % len(parts):
+                named |= zip(parts, np.split(named.pop(name), len(parts)), strict=True)
+        return named
 
 
-def with_weights(model: Model, path: str | None, naming: Naming) -> Model:
+def with_weights(model: Model, path: str | None, *namings: Naming) -> Model:
     """Return `model` with an `init` that reads the weights at `path`; if `path` is None, return it unchanged."""
     if path is None:
         return model
@@ -106,12 +139,12 @@ def with_weights(model: Model, path: str | None, naming: Naming) -> Model:
             # Tracing asks for shapes only, as when a finished run is loaded, and needs no file. Were the result used as
             # values all the same, they would be NaN.
             return jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), model.init(key))
-        return load(weights, jax.eval_shape(model.init, key), naming)
+        return load(weights, jax.eval_shape(model.init, key), *namings)
 
     return dataclasses.replace(model, init=init)
 
 
-def load(path: Path, like: Any, naming: Naming) -> Any:
+def load(path: Path, like: Any, *namings: Naming) -> Any:
     """Load the weights at `path` as float32 parameters.
 
     If the file has a classifier for the same number of classes, it is used. Otherwise the classifier is all zeros, as
@@ -121,15 +154,18 @@ def load(path: Path, like: Any, naming: Naming) -> Any:
     Args:
         path: a `.safetensors` file, or a directory as `transformers` saves it, in one file or several shards.
         like: shapes of the parameters, nested dicts.
-        naming: the parameters' names in the file.
+        namings: names that the parameters may have in the file; those of which it has most are taken.
 
     Raises:
         InputError: a file is missing or damaged, or a tensor is missing, unexpected or of another shape.
     """
-    found = {naming.rename(name): array for name, array in read(path).items()}
-    found = {name: array for name, array in found.items() if not name.startswith(naming.ignored)}
-    head, classes = naming.tensors["head.kernel"][0], like["head"]["bias"].size
-    new_head = head not in found or found[head].shape[:1] != (classes,)
+    tensors = read(path)
+    by_naming = [(naming, naming.understood(path, tensors)) for naming in namings]
+    naming, found = max(by_naming, key=lambda each: sum(name in each[1] for name, _ in each[0].tensors.values()))
+    new_head = "head" in like and (
+        (kernel := found.get(naming.tensors["head.kernel"][0])) is None
+        or kernel.shape[:1] != (like["head"]["bias"].size,)
+    )
 
     def parameter(keys: Any, leaf: jax.ShapeDtypeStruct) -> Array:
         ours = ".".join(str(key.key) for key in keys)
@@ -166,6 +202,25 @@ def load(path: Path, like: Any, naming: Naming) -> Any:
             "choose the variant in model.options that the weights belong to.",
         )
     return params
+
+
+def written(params: Any, naming: Naming) -> dict[str, np.ndarray]:
+    """Return the tensors of a file of the whole model, by name: what `load` makes `params` of, bit for bit.
+
+    Args:
+        params: nested dicts of arrays, on the host or on a device.
+        naming: the names of the library that is to read the file.
+    """
+    tensors = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name, layout = naming.tensors[".".join(str(key.key) for key in keys)]
+        tensors[name] = layout.invert(np.asarray(leaf))
+    for name, parts in naming.fused.items():
+        tensors[name] = np.concatenate([tensors.pop(part) for part in parts])
+    return {
+        name if name.startswith(naming.unprefixed) else naming.prefix + name: np.ascontiguousarray(array)
+        for name, array in tensors.items()
+    }
 
 
 def read(path: Path) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ normalisation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +16,26 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from dpdist.models import Model
+from dpdist.models.families import Family, completed
 from dpdist.models.images import check_image, prepare_image
 from dpdist.models.nnx_model import compute_dtype, from_nnx
 from dpdist.models.pooling import max_pool
 from dpdist.models.pretrained import CONVOLUTION, POINTWISE, Naming, Tensors, dense, norm, with_weights
 
+#: Output channels of the stages at width factor 1.
+CHANNELS = (256, 512, 1024, 2048)
 #: Blocks in each stage, and the width factor of all stages.
-VARIANTS = {
+_PUBLISHED = {
     "50x1": ((3, 4, 6, 3), 1),
     "50x3": ((3, 4, 6, 3), 3),
     "101x1": ((3, 4, 23, 3), 1),
     "101x3": ((3, 4, 23, 3), 3),
     "152x4": ((3, 8, 36, 3), 4),
 }
-#: Output channels of the stages at width factor 1.
-CHANNELS = (256, 512, 1024, 2048)
+VARIANTS = {
+    name: {"layers": list(layers), "channels": [factor * width for width in CHANNELS]}
+    for name, (layers, factor) in _PUBLISHED.items()
+}
 GROUPS = 32
 #: Epsilon of `timm`, whose weights we read; the paper's code uses 1e-10.
 WEIGHT_EPSILON = 1e-8
@@ -157,11 +163,8 @@ def bit_resnet(
     Raises:
         ValueError: an option is out of range, or the data has no column `image` of three axes.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is unknown; there are {', '.join(VARIANTS)}")
-    usual, factor = VARIANTS[variant]
-    depths = usual if layers is None else layers
-    widths = [factor * width for width in CHANNELS] if channels is None else channels
+    sizes = completed(VARIANTS, variant, layers=layers, channels=channels)
+    depths, widths = sizes["layers"], sizes["channels"]
     if len(depths) != len(widths) or min(depths, default=0) < 1:
         raise ValueError(f"layers {list(depths)} and channels {list(widths)} have to name the same stages")
     if any(width < 1 or width % (4 * GROUPS) for width in widths):
@@ -171,10 +174,10 @@ def bit_resnet(
         lambda rngs: _BitResNet(depths, widths, colours, classes, products, rngs),
         lambda e: prepare_image(e, offset=offset, scale=scale, size=image_size),
     )
-    return with_weights(model, pretrained, _naming(depths))
+    return with_weights(model, pretrained, naming(depths))
 
 
-def _naming(layers: Sequence[int]) -> Naming:
+def naming(layers: Sequence[int]) -> Naming:
     """Return the tensor names of `timm`, where the classifier is a 1x1 convolution."""
     tensors: Tensors = {"stem.kernel": ("stem.conv.weight", CONVOLUTION)}
     for stage, depth in enumerate(layers):
@@ -186,3 +189,17 @@ def _naming(layers: Sequence[int]) -> Naming:
             tensors[f"{ours}.project.kernel"] = (f"{theirs}.downsample.conv.weight", CONVOLUTION)
     tensors |= norm("norm.group", "norm") | dense("head", "head.fc", POINTWISE)
     return Naming(tensors=tensors)
+
+
+def _timm_options(architecture: str) -> dict[str, Any] | None:
+    """The options that an architecture such as `resnetv2_50x1_bit` stands for; None if it is another."""
+    return VARIANTS.get(architecture.removeprefix("resnetv2_").removesuffix("_bit"))
+
+
+FAMILY = Family(
+    model_types=(),
+    architecture="",
+    keys={},
+    variants=VARIANTS,
+    timm_options=_timm_options,
+)

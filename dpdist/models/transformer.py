@@ -1,4 +1,4 @@
-"""Layers that the transformers share: attention over one sequence, the MLP, and the layer norm."""
+"""Layers that the transformers share: embeddings, attention over one sequence, the MLP, and the layer norm."""
 
 from __future__ import annotations
 
@@ -14,24 +14,33 @@ LECUN = nnx.initializers.lecun_normal()
 EPSILON = 1e-12
 
 
+def embed(table: Array, tokens: Array) -> Array:
+    """Return the rows of `table` [vocabulary, width] for tokens int[length].
+
+    A token outside the vocabulary gives a row of NaN, a negative one too, which `take` alone would count from the end;
+    an example with NaN contributes nothing to a step.
+    """
+    return jnp.take(table, jnp.where(tokens < 0, table.shape[0], tokens), axis=0)
+
+
 class LayerNorm(nnx.Module):
-    """(x - mean) / sqrt(variance + EPSILON) * scale + bias over the last axis, computed in float32 (Ba et al. 2016).
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, computed in float32 (Ba et al. 2016).
 
     `nnx.LayerNorm` multiplies the scale into the reciprocal root, so that its derivative needs that product for every
     number of x: more passes over memory, which a CPU feels.
     """
 
-    def __init__(self, width: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, dtype: DTypeLike, rngs: nnx.Rngs, *, epsilon: float = EPSILON) -> None:
         # A key each, as Flax draws them, so that the layers which follow start from the same weights as with its norm.
         self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (width,)))
         self.bias = nnx.Param(nnx.initializers.zeros(rngs.params(), (width,)))
-        self.dtype = dtype
+        self.dtype, self.epsilon = dtype, epsilon
 
     def __call__(self, x: Array) -> Array:
         """Normalise every row of x [..., width]; the result has `dtype`."""
         x = x.astype(jnp.float32)
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        deviation = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + EPSILON)
+        deviation = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
         return (centred * deviation * self.scale[...] + self.bias[...]).astype(self.dtype)
 
 

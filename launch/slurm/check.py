@@ -27,7 +27,7 @@ BUILT_IN = {
         "csv",
         "text",
     ),
-    "model.name": ("mlp", "cnn", "vit", "bit_resnet", "bert"),
+    "model.name": ("mlp", "cnn", "vit", "bit_resnet", "bert", "gpt2", "llama"),
     "model.loss": ("cross_entropy",),
     "model.task": ("classification", "binary", "regression", "multilabel", "language_modeling", "none"),
     "training.augment": ("flip", "crop", "flip_and_crop"),

@@ -14,7 +14,7 @@ from tiny import build, columns, golden, golden_model, logits, size
 
 from dpdist import config, models
 from dpdist.errors import InputError
-from dpdist.models.resnet import VARIANTS
+from dpdist.models.resnet import CHANNELS, VARIANTS
 
 CIFAR = {"image": jax.ShapeDtypeStruct((32, 32, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((), jnp.int32)}
 
@@ -50,7 +50,7 @@ def shapes(variant: str, **options: Any) -> Any:
 )
 def test_the_published_sizes(variant: str, backbone: int) -> None:
     """We build five blocks and count the parameters of all."""
-    layers, factor = VARIANTS[variant]
+    layers, factor = VARIANTS[variant]["layers"], VARIANTS[variant]["channels"][0] // CHANNELS[0]
     params = shapes(variant, layers=[1, 2, 1, 1])
     assert size(params["head"]) == 2048 * factor * 10 + 10
     assert size(params) - size(params["head"]) == by_hand([1, 2, 1, 1], factor)

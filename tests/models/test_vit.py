@@ -43,7 +43,7 @@ def shapes(variant: str, **options: Any) -> Any:
 )
 def test_the_published_sizes(variant: str, backbone: int) -> None:
     """We build two layers and count the parameters of all."""
-    width, depth, _, mlp, patch = VARIANTS[variant]
+    width, depth, _, mlp, patch = VARIANTS[variant].values()
     assert size(shapes(variant, depth=2)) == by_hand(width, 2, mlp, patch, classes=100)
     assert by_hand(width, depth, mlp, patch, classes=100) == backbone + width * 100 + 100
 

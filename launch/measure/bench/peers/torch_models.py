@@ -7,7 +7,7 @@ because Opacus computes per-sample gradients of modules only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dpdist.errors import InputError
 from dpdist.models.bert import VARIANTS as BERT_VARIANTS
-from dpdist.models.resnet import CHANNELS, GROUPS, WEIGHT_EPSILON
+from dpdist.models.resnet import GROUPS, WEIGHT_EPSILON
 from dpdist.models.resnet import VARIANTS as RESNET_VARIANTS
 from dpdist.models.vit import VARIANTS as VIT_VARIANTS
 from dpdist_launch.measure.bench.tasks import Task
@@ -130,9 +130,9 @@ class _Bert(nn.Module):
         return self.head(torch.tanh(self.pooler(x[:, 0])))
 
 
-def _sizes(usual: Sequence[int], options: Mapping[str, Any]) -> list[int]:
-    names = ("width", "depth", "heads", "mlp", "patch")
-    return [options.get(name, size) for name, size in zip(names, usual, strict=False)]  # BERT has no patches
+def _sizes(usual: Mapping[str, int], options: Mapping[str, Any]) -> list[int]:
+    """Width, depth, heads, the MLP's inner width, and the patch side of a ViT."""
+    return [options.get(name, size) for name, size in usual.items()]
 
 
 class _Cnn(nn.Module):
@@ -204,12 +204,12 @@ class _Block(nn.Module):
 class _BitResNet(nn.Module):
     def __init__(self, task: Task, options: Mapping[str, Any]) -> None:
         super().__init__()
-        depths, factor = RESNET_VARIANTS[options.get("variant", "50x1")]
-        channels = options.get("channels", [factor * out for out in CHANNELS])
+        usual = RESNET_VARIANTS[options.get("variant", "50x1")]
+        channels = options.get("channels", usual["channels"])
         width = channels[0] // 4
         self.stem = _Convolution(7, task.example["image"][0][-1], width, 2)
         stages = []
-        for stage, (depth, out) in enumerate(zip(options.get("layers", depths), channels, strict=True)):
+        for stage, (depth, out) in enumerate(zip(options.get("layers", usual["layers"]), channels, strict=True)):
             blocks = []
             for i in range(depth):
                 blocks.append(_Block(width, out, 2 if i == 0 < stage else 1, i == 0))
