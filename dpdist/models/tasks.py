@@ -281,9 +281,9 @@ def _one(example: Example, classes: int | None) -> int:
     return 1
 
 
-def _as_many_as(column: str) -> Callable[[Example, int | None], int | None]:
+def _as_many_as(column: str, what: str) -> Callable[[Example, int | None], int | None]:
     def width(example: Example, classes: int | None) -> int | None:
-        return math.prod(example[column].shape) if column in example else None
+        return math.prod(_column(example, column, f"each example needs {what} in a column '{column}'").shape)
 
     return width
 
@@ -322,7 +322,7 @@ TASKS = {
             statistics=_regression_statistics,
             metrics=_regression_metrics,
             check=_check_regression,
-            width=_as_many_as("target"),
+            width=_as_many_as("target", "the number (or numbers) to predict"),
         ),
         Task(
             name="multilabel",
@@ -332,7 +332,7 @@ TASKS = {
             metrics=_logit_metrics,
             check=_check_multilabel,
             out_of_range="give 0 for no and 1 for yes.",
-            width=_as_many_as("label"),
+            width=_as_many_as("label", "one 0 or 1 a class"),
         ),
         Task(
             name="language_modeling",

@@ -52,6 +52,9 @@ def advice(config: Config, looks: list[dict[str, Any]], steps: list[dict[str, An
     with_norms = [look for look in looks if look["norms"] is not None]
     if lost := sum(look["not_finite"] for look in looks):
         said.append(f"{lost} of {sum(look['examples'] for look in looks)} gradients that were tried are not finite.")
+    if left_out := max((look.get("records_left_out", 0) for look in looks), default=0):
+        share = "their units have more than data.records_per_unit"
+        said.append(f"{left_out} training records are left out: {share} = {config.data.records_per_unit}.")
     recent = steps[-max(1, len(steps) // 4) :]
     examples = max(1, sum(step["examples"] for step in recent))
     clipped = sum(step["clipped"] * step["examples"] for step in recent) / examples

@@ -181,6 +181,12 @@ def test_a_built_in_model_gets_as_many_outputs_as_the_task_needs(
     assert jax.eval_shape(example_loss(model), params, example).shape == ()
 
 
+def test_a_missing_column_is_named_before_the_models_outputs_are_counted() -> None:
+    for task, column in (("regression", "target"), ("multilabel", "label")):
+        with pytest.raises(InputError, match=f"columns image.*in a column '{column}'; add a column named"):
+            build(config.Model(name="mlp", task=task), example={"image": IMAGE}, classes=None)
+
+
 def test_a_task_that_is_none_is_told_apart_from_one_that_is_not_there() -> None:
     with pytest.raises(InputError, match="regression"):
         task_of(config.Model(task="regresion"))
