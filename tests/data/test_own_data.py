@@ -109,6 +109,17 @@ def test_columns_are_renamed_stacked_and_left_out_for_every_kind() -> None:
         assert sorted(read_rows(subset, np.arange(4))) == sorted(columns)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_set_is_split_by_whole_units(kind: str) -> None:
+    dataset = open_dataset(Data(source="python", unit="label", records_per_unit=2, test_fraction=0.3), given(kind))
+    assert dataset.test is not None
+    assert len(dataset.train) == 2  # two labels of three are units to train on
+    left = {tuple(row) for row in read_rows(dataset.test, np.arange(len(dataset.test)))["features"].tolist()}
+    labels = {int(LABELS[int(row[0]) // 2]) for row in left}
+    assert len(labels) == 1
+    assert len(left) == (labels.pop() == LABELS).sum()
+
+
 def test_places_in_a_tuple_are_named_by_number() -> None:
     source = open_dataset(Data(source="python", columns={"x": 0, "label": 1}), (Items(as_tuple=True), None)).train
     rows = read_rows(source, np.array([4, 2]))
