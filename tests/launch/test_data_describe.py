@@ -90,7 +90,7 @@ def test_text_is_decoded_by_the_tokenizer(tmp_path: Path, capsys: pytest.Capture
 def test_a_wrong_spec_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for spec, message in (
         ("image_folder:/nowhere", "data.path = '/nowhere': no such directory"),
-        ("imagefolder:/nowhere", "did you mean image_folder?"),
+        ("imagefolder:/nowhere", "did you mean image_folder"),
         (str(tmp_path / "no.yaml"), "no such file"),
     ):
         assert main(["data", "describe", spec]) == 2
