@@ -1,7 +1,7 @@
 """dpdist: distributed differentially private training (DP-SGD) in JAX.
 
-`train(config)` runs a `Config` to its end, `load(directory)` brings back what a run has trained,
-from its directory or an export.
+`train(config)` runs a `Config` to its end, `load(directory)` brings back what a run has trained, from its directory or
+an export, and `open_dataset(config)` gives the train and test examples as training sees them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpdist.config import Config, from_dict
     from dpdist.config.file import load as load_config
+    from dpdist.data import open_dataset
     from dpdist.errors import InputError
     from dpdist.release.trained import TrainedRun
     from dpdist.release.trained_run import load
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["Config", "InputError", "TrainedRun", "from_dict", "load", "load_config", "train"]
+__all__ = ["Config", "InputError", "TrainedRun", "from_dict", "load", "load_config", "open_dataset", "train"]
 
 # Resolved on first use, so that `dpdist privacy` and the launchers do not wait for JAX to import.
 _HOME = {
@@ -29,6 +30,7 @@ _HOME = {
     "from_dict": ("dpdist.config", "from_dict"),
     "load": ("dpdist.release.trained_run", "load"),
     "load_config": ("dpdist.config.file", "load"),
+    "open_dataset": ("dpdist.data", "open_dataset"),
     "train": ("dpdist.trainer", "train"),
 }
 

@@ -25,6 +25,7 @@ from dpdist.cluster.watchdog import Watchdog
 from dpdist.cluster.world import World
 from dpdist.config import Config
 from dpdist.data import fingerprint, open_dataset
+from dpdist.data.datasets import with_given
 from dpdist.data.feed import Feed
 from dpdist.data.sources import Source
 from dpdist.data.units import UnitSource
@@ -46,19 +47,22 @@ from dpdist.run.resume import ResumeRequest, Start, require_fits
 from dpdist.run.writer import RunWriter, SilentWriter
 
 
-def train(config: Config, *, began: float | None = None) -> dict[str, Any]:
+def train(config: Config, *, dataset: Any = None, began: float | None = None) -> dict[str, Any]:
     """Train the run that `config` describes, or resume it where `config.run.dir` holds it already.
 
     Every process of the job calls this. Returns the summary, also written to `summary.json`; a run that has
     ended is not run again. Its `status` is `finished`, `budget_exhausted`, or `preempted` after SIGTERM.
 
     Args:
+        dataset: the data to train and test on, instead of `config.data.source`: `(train, test)`, one set to be split by
+            index, or a `dpdist.data.Dataset`, each set as `dpdist.open_dataset` takes it.
         began: since when this process works for the run, by `time.monotonic`; None is now.
 
     Raises:
         InputError: something given cannot be used; this call has taken no step.
     """
     began = time.monotonic() if began is None else began
+    config = config if dataset is None else with_given(config)
     world = join(config.cluster)
     run = RunDirectory(Path(config.run.dir))
     agree(config, run, world)
@@ -73,7 +77,7 @@ def train(config: Config, *, began: float | None = None) -> dict[str, Any]:
         writer = open_writer(config, run, world, began=began)
         cleanup.callback(writer.release)
         cleanup.push(lambda kind, error, trace: writer.failed(error))
-        dataset = open_dataset(config.data)
+        dataset = open_dataset(config, dataset)
         opened = open_model(config, dataset)
         secret, secret_lost = open_secret(config, run, world)
         parts = {"training data": dataset.train, "test data": dataset.test}

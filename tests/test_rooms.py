@@ -45,10 +45,11 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "plan": set(),
     "predict": {"paths"},
     "settings": set(),
+    "data": {"paths"},
     "slurm": {"ranks", "training"},
     "observe": {"paths", "noise"},
     "measure": {"paths", "local", "ranks", "slurm", "failures"},
-    "cli": {"paths", "local", "training", "plan", "predict", "settings", "slurm", "measure"} | {"observe"},
+    "cli": {"paths", "data", "local", "training", "plan", "predict", "settings", "slurm", "measure"} | {"observe"},
     "__main__": {"cli"},
     "__init__": {"slurm"},
 }

@@ -95,13 +95,17 @@ def _typed(cells: Sequence[str]) -> Column:
     return Texts(cells)
 
 
-def columns_of(table: Table, columns: dict[str, Any] | None) -> dict[str, Any]:
-    """`data.columns`, completed: `label` and `target` are themselves, `features` is what is left, stacked.
+def columns_of(table: Table, columns: dict[str, Any] | None, unit: str | None) -> dict[str, Any]:
+    """`data.columns`, completed: `label`, `target` and the unit are themselves, `features` is what is left, stacked.
 
-    Where `data.columns` names more than these two, it stays as it is.
+    Where `data.columns` names more than these, it stays as it is.
+
+    Args:
+        unit: `data.unit`.
     """
-    named = {name: name for name in TARGETS if name in table} if columns is None else columns
-    if set(named) - set(TARGETS):
+    apart = TARGETS if unit is None else (*TARGETS, unit)
+    named = {name: name for name in apart if name in table} if columns is None else columns
+    if set(named) - set(apart):
         return named
-    rest = [name for name in table if name not in named.values() and name not in TARGETS]
+    rest = [name for name in table if name not in named.values() and name not in apart]
     return {"features": rest} | named if rest else named

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dpdist.config import Data
+from dpdist.config import Config, Data
 from dpdist.config.nearest import did_you_mean
 from dpdist.config.plugins import load_function
 from dpdist.data import arrow, own
@@ -62,8 +62,8 @@ class Dataset:
                 raise InputError(f"{self.name} ({part})", "0 examples", "at least one is needed.")
 
 
-def open_dataset(data: Data, given: Any = None) -> Dataset:
-    """Open the dataset that the config's `data` section names, as training sees it.
+def open_dataset(config: Config | Data, dataset: Any = None) -> Dataset:
+    """Open the dataset that a config, or its `data` section, names: the train and test examples as training sees them.
 
     A source that is none of `BUILT_IN` is a `module:function`: it is called with `data.options`, and with `data.path`
     if it takes a `path`. It returns one set of examples, `(train, test)`, or a `Dataset`; each set is anything that
@@ -71,18 +71,19 @@ def open_dataset(data: Data, given: Any = None) -> Dataset:
     source, or of the one set that a function returned, is held out by index.
 
     Args:
-        given: what such a function would have returned, for `data.source` `python`.
+        dataset: what such a function would have returned, instead of a source: `data.source` is then `python`.
 
     Raises:
         InputError: the source, a file, a module or a function is missing or cannot be used; or train and test examples
             have other columns.
     """
-    if data.source == GIVEN:
-        if given is None:
+    data = config.data if isinstance(config, Config) else config
+    if dataset is not None or data.source == GIVEN:
+        if dataset is None:
             raise InputError("data.source", GIVEN, "is for dpdist.train(config, dataset=...) alone; pass it there.")
-        dataset = _adopted(given, data, "dataset")
+        opened = _adopted(dataset, data, "dataset")
     elif data.source not in BUILT_IN:
-        dataset = _adopted(_call(data), data, data.source)
+        opened = _adopted(_call(data), data, data.source)
     else:
         open_source = BUILT_IN[data.source]
         known = list(inspect.signature(open_source).parameters)[1:]
@@ -94,12 +95,25 @@ def open_dataset(data: Data, given: Any = None) -> Dataset:
                     f"{did_you_mean(name, known)}{data.source} takes {', '.join(known) or 'none'}; only a "
                     "module:function source has options of its own.",
                 )
-        dataset = open_source(data, **data.options)
+        opened = open_source(data, **data.options)
     if data.unit is not None:
-        dataset = _by_unit(dataset, data, data.unit)
-    records = dataset.train.without_unit() if isinstance(dataset.train, UnitSource) else dataset.train
-    require_same_columns(records, dataset.test, dataset.name)
-    return dataset
+        opened = _by_unit(opened, data, data.unit)
+    records = opened.train.without_unit() if isinstance(opened.train, UnitSource) else opened.train
+    require_same_columns(records, opened.test, opened.name)
+    return opened
+
+
+def with_given(config: Config) -> Config:
+    """`config` as a run records it whose data was passed to `dpdist.train`.
+
+    Raises:
+        InputError: it names data of its own, too.
+    """
+    data = config.data
+    for name, value, usual in (("path", data.path, None), ("options", data.options, {}), ("source", data.source, None)):
+        if value != usual and not (name == "source" and value in (GIVEN, Data().source)):
+            raise InputError(f"data.{name}", value, "a dataset was passed as well; leave one of the two out.")
+    return replace(config, data=replace(data, source=GIVEN))
 
 
 def _by_unit(dataset: Dataset, data: Data, column: str) -> Dataset:
@@ -325,6 +339,5 @@ def _adopted(given: Any, data: Data, name: str) -> Dataset:
     if isinstance(given, Dataset):
         return replace(given, train=source, test=held_out)
     names = own.class_names(train, data.columns)
-    return Dataset(
-        train=source, test=held_out, classes=None if names is None else len(names), label_names=names, name=name
-    )
+    classes = None if names is None else len(names)
+    return Dataset(train=source, test=held_out, classes=classes, label_names=names, name=name)

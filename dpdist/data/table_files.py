@@ -35,7 +35,7 @@ def open_csv(path: Path, data: Data, *, reading: Reading, delimiter: Any, train:
     first, second = find_files(path, csv_files.SUFFIXES, train=train, test=test)
     tables = [csv_files.read_csv(files, delimiter) if files else None for files in (first, second)]
     assert tables[0] is not None
-    return _parts(path, data, csv_files.columns_of(tables[0], data.columns), reading, *tables)
+    return _parts(path, data, csv_files.columns_of(tables[0], data.columns, data.unit), reading, *tables)
 
 
 def open_hf(path: Path, data: Data, *, reading: Reading, train: str | None, test: str | None) -> Parts:

@@ -83,7 +83,8 @@ def open_text(
 def _columns(table: Table, data: Data, pack: bool, where: str) -> dict[str, Any]:
     columns = data.columns
     if columns is None:
-        columns = {"text": "text"} | ({"label": "label"} if "label" in table and not pack else {})
+        others = [name for name in ("label", data.unit) if name in table and not pack]
+        columns = {"text": "text"} | {name: name for name in others if name is not None}
     named(columns, table, where)
     lists = [ours for ours, theirs in columns.items() if not isinstance(theirs, str)]
     if "text" not in columns or lists or (pack and len(columns) > 1):

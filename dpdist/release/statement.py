@@ -43,6 +43,11 @@ UNIT_OF_RECORDS = (
     "for somebody whose records all have one such value. How many records are left out depends on the data and is "
     "private"
 )
+#: Where `data.options.pack` cuts documents into blocks of tokens.
+UNIT_BLOCK = (
+    "one BLOCK of {length} tokens, not one document and not one person: documents are written one after the other and "
+    "cut into blocks, so a document that k blocks share has about k times the epsilon"
+)
 PUBLIC = (
     "N", "q", "B", "T", "sigma", "C", "delta", "the split into training and test records by index",
     "the names, types and shapes of the records' columns", "the config",
@@ -80,6 +85,8 @@ WITHOUT_GRID = "for the incarnations without a grid, float32 stands for real num
 def unit_of(config: Config) -> str:
     """What the guarantee is for, in words."""
     data = config.data
+    if data.source == "text" and data.options.get("pack"):
+        return UNIT_BLOCK.format(length=data.options.get("length"))
     return UNIT if data.unit is None else UNIT_OF_RECORDS.format(unit=data.unit, records=data.records_per_unit)
 
 

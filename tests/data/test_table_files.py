@@ -263,6 +263,16 @@ def test_gzipped_and_tab_separated_parts_of_csv(tmp_path: Path) -> None:
     assert rows_of(dataset, "test")["features"].tolist() == [[3]]  # by name, not by place
 
 
+def test_the_column_of_the_unit_is_no_feature(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("a,who,label\n1,7,0\n2,7,1\n3,8,0\n")
+    (tmp_path / "test.csv").write_text("a,who,label\n5,9,0\n")
+    dataset = open_dataset(Data(source="csv", path=str(tmp_path), unit="who", records_per_unit=2))
+    rows = read_rows(dataset.train, np.arange(2))
+    assert rows["features"].tolist() == [[[1], [2]], [[3], [3]]]
+    assert rows["unit_mask"].tolist() == [[True, True], [True, False]]
+    assert rows_of(dataset, "test")["features"].tolist() == [[5]]
+
+
 @pytest.mark.parametrize(
     ("text", "field", "message"),
     [

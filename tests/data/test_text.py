@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpdist.config import Data
+from dpdist.config import Data, from_dict
 from dpdist.data import ArraySource, fingerprint, open_dataset, read_rows
 from dpdist.errors import InputError
+from dpdist.release.statement import UNIT, unit_of
 
 DOCUMENTS = ["a b", "c", "a b c d e", "x a"]
 #: Of `DOCUMENTS` at length 3; 0 is [PAD], 1 [UNK].
@@ -137,3 +138,12 @@ def test_damaged_lines_are_refused_and_the_cause_alone_quotes_them(tmp_path: Pat
     (tmp_path / "x.txt").write_bytes(b"\xff\n" * 3)
     with pytest.raises(InputError, match="a document that cannot be decoded"):
         open_dataset(text(tmp_path / "x.txt", tokenizer_file))
+
+
+def test_the_statement_says_that_a_packed_block_is_the_unit() -> None:
+    def said(**options: Any) -> str:
+        section = {"source": "text", "path": "x", "options": options}
+        return unit_of(from_dict({"data": section, "privacy": {"enabled": False}, "training": {"steps": 1}}))
+
+    assert said(length=64) == said(length=64, pack=False) == UNIT
+    assert said(length=64, pack=True).startswith("one BLOCK of 64 tokens, not one document and not one person")

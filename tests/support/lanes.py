@@ -45,6 +45,7 @@ LANES = {
     "tests/faults": HOSTS,
     "tests/faults/test_soak.py": WAIT,
     "tests/launch": WAIT,
+    "tests/launch/test_data_describe.py": FAST,
     "tests/launch/test_logs.py": FAST,
     "tests/launch/test_logs.py::test_it_follows_until_the_run_has_ended": WAIT,
     "tests/launch/test_measure_clipping.py": COMPUTE,
