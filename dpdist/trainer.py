@@ -18,7 +18,7 @@ from dpdist import config as config_module
 from dpdist.cluster.agreement import barrier, decide, require_same
 from dpdist.cluster.join import join
 from dpdist.cluster.lease import LeaseLostError
-from dpdist.cluster.preemption import preempted
+from dpdist.cluster.preemption import interruptible, preempted
 from dpdist.cluster.preflight import require_network
 from dpdist.cluster.straggler import Stragglers
 from dpdist.cluster.watchdog import Watchdog
@@ -47,7 +47,7 @@ def train(config: Config, *, began: float | None = None) -> dict[str, Any]:
     """Train the run that `config` describes, or resume it where `config.run.dir` holds it already.
 
     Every process of the job calls this. Returns the summary, also written to `summary.json`; a run that has
-    ended is not run again. Its `status` is `finished`, `budget_exhausted`, or `preempted` after SIGTERM.
+    ended is not run again. Its `status` is `finished`, `budget_exhausted`, or `preempted` after SIGTERM or Ctrl-C.
 
     Args:
         began: since when this process works for the run, by `time.monotonic`; None is now.
@@ -66,6 +66,7 @@ def train(config: Config, *, began: float | None = None) -> dict[str, Any]:
         return ended
 
     with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(interruptible(world))
         # Open: one job in the directory, one secret, one dataset.
         writer = open_writer(config, run, world, began=began)
         cleanup.callback(writer.release)

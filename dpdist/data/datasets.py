@@ -13,6 +13,7 @@ import numpy as np
 
 from dpdist.config import Data
 from dpdist.config.plugins import load_function
+from dpdist.config.user_errors import users_code
 from dpdist.data.cifar import CIFAR10, CIFAR100, Format, read_cifar
 from dpdist.data.idx import read_mnist
 from dpdist.data.npy import read_npy
@@ -165,7 +166,8 @@ def _from_function(data: Data) -> Dataset:
         signature.bind(**data.options)
     except TypeError as error:
         raise InputError("data.options", data.options, f"{error}; the function takes {signature}.") from None
-    result = function(**data.options)
+    with users_code("data.source", data.source, slips_only=True):
+        result = function(**data.options)
     if isinstance(result, Dataset):
         return result
     if not isinstance(result, tuple) or len(result) != 2:
