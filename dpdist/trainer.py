@@ -18,7 +18,7 @@ from dpdist import config as config_module
 from dpdist.cluster.agreement import barrier, decide, require_same
 from dpdist.cluster.join import join
 from dpdist.cluster.lease import LeaseLostError
-from dpdist.cluster.preemption import preempted
+from dpdist.cluster.preemption import interruptible, preempted
 from dpdist.cluster.preflight import require_network
 from dpdist.cluster.straggler import Stragglers
 from dpdist.cluster.watchdog import Watchdog
@@ -51,7 +51,7 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
     """Train the run that `config` describes, or resume it where `config.run.dir` holds it already.
 
     Every process of the job calls this. Returns the summary, also written to `summary.json`; a run that has
-    ended is not run again. Its `status` is `finished`, `budget_exhausted`, or `preempted` after SIGTERM.
+    ended is not run again. Its `status` is `finished`, `budget_exhausted`, or `preempted` after SIGTERM or Ctrl-C.
 
     Args:
         dataset: the data to train and test on, instead of `config.data.source`: `(train, test)`, one set to be split by
@@ -73,6 +73,7 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
         return ended
 
     with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(interruptible(world))
         # Open: one job in the directory, one secret, one dataset.
         writer = open_writer(config, run, world, began=began)
         cleanup.callback(writer.release)

@@ -97,7 +97,8 @@ def parser() -> argparse.ArgumentParser:
         "train",
         help="train a config here, or join the SLURM step this runs in",
         description="Train CONFIG, or go on with the run that its directory holds. Exit codes: 0 finished or budget "
-        "exhausted, 75 preempted and saved (run it again), 124 stuck, 2 bad input, 1 failed.",
+        "exhausted, 75 preempted (SIGTERM or Ctrl-C) and saved: run it again, "
+        "130 interrupted at once, 124 stuck, 2 bad input, 1 failed.",
     )
     _add_training(train)
     train.set_defaults(run=_train)

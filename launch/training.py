@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 
 from dpdist.cluster.join import abort, leave
 from dpdist.config import Config
@@ -11,7 +13,7 @@ from dpdist.run.writer import QUOTES_NO_DATA
 from dpdist.trainer import train
 from dpdist_launch.failures import report_failure
 
-EXIT_DONE, EXIT_PREEMPTED = 0, 75
+EXIT_DONE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 0, 75, 128 + signal.SIGINT
 
 
 def train_here(config: Config) -> int:
@@ -22,6 +24,9 @@ def train_here(config: Config) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         summary = train(config, began=process_began())
+    except KeyboardInterrupt:  # before the run could take it for a wish to leave
+        print("dpdist: interrupted", file=sys.stderr)
+        abort(EXIT_INTERRUPTED)
     except BaseException as error:
         abort(report_failure(error, ours=QUOTES_NO_DATA))
     leave()

@@ -55,15 +55,17 @@ def decide(world: World, function: Callable[[], Any], *, timeout: float | None =
         TimeoutError: process 0 did not answer in time.
     """
     answer: dict[str, Any] = {}
+    cause = None  # for the private log of process 0
     if world.is_main:
         try:
             answer["value"] = function()
         except InputError as error:
+            cause = error.__cause__
             value = error.value if isinstance(error.value, str | int | float | None) else str(error.value)
             answer["error"] = [error.field, value, error.remedy]
     answer = _broadcast(answer, world, world.timeout if timeout is None else timeout)
     if "error" in answer:
-        raise InputError(*answer["error"])
+        raise InputError(*answer["error"]) from cause
     return answer["value"]
 
 

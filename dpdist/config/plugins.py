@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdist.config.nearest import did_you_mean
+from dpdist.config.user_errors import users_code
 from dpdist.errors import InputError
 
 
@@ -33,13 +34,15 @@ def load_object(path: str, field: str, builtin: Sequence[str]) -> Any:
         builtin: the names that would have needed no import, for error messages.
 
     Raises:
-        InputError: not of that form, no such module or object, or the module fails to import.
+        InputError: not of that form, no such module or object, or the module fails to import; the error then says
+            where, and no more than `dpdist.config.user_errors` allows.
     """
     module_name, function_name = split_function(path, field, builtin)
     here = find_modules_here()
     try:
-        found = getattr(importlib.import_module(module_name), function_name, None)
-    except ImportError as error:
+        with users_code(field, path):
+            found = getattr(importlib.import_module(module_name), function_name, None)
+    except ImportError as error:  # and no code of the user's has run
         raise InputError(
             field, path, f"cannot import {module_name}: {error}. Is it installed, or in {here}?"
         ) from error

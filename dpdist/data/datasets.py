@@ -14,6 +14,7 @@ import numpy as np
 from dpdist.config import Config, Data
 from dpdist.config.nearest import did_you_mean
 from dpdist.config.plugins import load_function
+from dpdist.config.user_errors import users_code
 from dpdist.data import arrow, own
 from dpdist.data.checks import require_same_columns
 from dpdist.data.cifar import CIFAR10, CIFAR100, Format, read_cifar
@@ -312,7 +313,8 @@ def _call(data: Data) -> Any:
         signature.bind(**options)
     except TypeError as error:
         raise InputError("data.options", data.options, f"{error}; the function takes {signature}.") from None
-    return function(**options)
+    with users_code("data.source", data.source, slips_only=True):
+        return function(**options)
 
 
 def _adopted(given: Any, data: Data, name: str) -> Dataset:

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from dpdist import config as config_module
 from dpdist.config.plugins import load_function
+from dpdist.config.user_errors import users_code
 from dpdist.errors import InputError
 from dpdist.models.tasks import Task, cross_entropy, task_of
 
@@ -91,8 +92,13 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
             f"{config.name} takes {', '.join(n for n in parameters if n != 'example')}.",
         )
     try:
-        model = build_fn(**options)
+        with users_code("model.name", config.name):
+            model = build_fn(**options)
+    except InputError:
+        raise
     except (TypeError, ValueError) as error:
+        if config.name not in builtin:
+            raise  # what it says may quote data
         raise InputError("model.options", config.options, f"{config.name} refused them: {error}") from error
     if not isinstance(model, Model):
         raise InputError("model.name", config.name, f"must return a dpdist.models.Model, not {type(model).__name__}.")

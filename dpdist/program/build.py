@@ -15,6 +15,7 @@ from dpdist import models
 from dpdist.cluster.agreement import all_gather
 from dpdist.cluster.world import World
 from dpdist.config import Config
+from dpdist.config.user_errors import users_code
 from dpdist.data import Dataset
 from dpdist.data.checks import require_below, require_values
 from dpdist.data.sources import Source, read_rows
@@ -148,12 +149,13 @@ def open_model(config: Config, dataset: Dataset) -> OpenModel:
     classes = config.model.classes or dataset.classes
     task, metrics = task_of(config.model), own_metrics(config.model)
     model = models.build(config.model, example=record, classes=classes)
-    params = model.init(jax.random.key(config.training.seed))
+    with users_code("model.name", config.model.name):
+        params = model.init(jax.random.key(config.training.seed))
     if model.loss is task.loss:
         records = dataset.train.source if isinstance(dataset.train, UnitSource) else dataset.train
-        _require_fit(task, model, params, record, records, "train")
+        _require_fit(config, task, model, params, record, records, "train")
     if dataset.test is not None:
-        _require_fit(task, model, params, example_spec(dataset.test), dataset.test, "test")
+        _require_fit(config, task, model, params, example_spec(dataset.test), dataset.test, "test")
     loss_fn, randomised = models.example_loss(model), model.randomised or config.training.augment is not None
     if config.training.augment is not None:
         augment = augmentation(config.training.augment, config.training.augment_options, record)
@@ -175,14 +177,15 @@ def open_model(config: Config, dataset: Dataset) -> OpenModel:
 
 
 def _require_fit(
-    task: Task, model: models.Model, params: Any, example: dict[str, Any], source: Source, part: str
+    config: Config, task: Task, model: models.Model, params: Any, example: dict[str, Any], source: Source, part: str
 ) -> None:
     """Check the columns of one part of the data, and the model's outputs, by what the task makes of them.
 
     Raises:
         InputError: they do not fit, or an integer is out of range.
     """
-    outputs = jax.eval_shape(model.apply, params, with_key(example, model.randomised and part == "train"))
+    with users_code("model.name", config.model.name):
+        outputs = jax.eval_shape(model.apply, params, with_key(example, model.randomised and part == "train"))
     try:
         below = task.check(example, outputs, part)
     except InputError as error:

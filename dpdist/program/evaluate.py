@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from dpdist.config.user_errors import users_code
 from dpdist.data.placement import Placement
 from dpdist.data.sources import Source, read_rows
 from dpdist.models import Model
@@ -77,7 +78,8 @@ class Evaluator:
         example = read_rows(source, np.array([0]))
         one = {name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in example.items()}
         #: Shape of each statistic of one example, by name.
-        self._shapes = {name: x.shape for name, x in jax.eval_shape(measure, params, one).items()}
+        with users_code("model.metrics", ", ".join(own) or task.name):
+            self._shapes = {name: x.shape for name, x in jax.eval_shape(measure, params, one).items()}
         batch = {
             name: jax.ShapeDtypeStruct((self._devices * self._batch, *x.shape), x.dtype, sharding=sharded)
             for name, x in one.items()

@@ -13,6 +13,7 @@ from dpdist import config as config_module
 from dpdist.cluster.agreement import decide
 from dpdist.cluster.world import World
 from dpdist.config import Config
+from dpdist.config.user_errors import users_code
 from dpdist.errors import InputError
 from dpdist.mechanism.clipping import (
     GradSum,
@@ -116,17 +117,20 @@ def strategies_for(config: Config, loss: ExampleLoss, world: World) -> list[Leaf
     """
     device = world.mesh.devices.flat[0]
     try:
-        return choose_strategies(
-            loss.loss_fn,
-            loss.params,
-            loss.example,
-            method=config.training.clipping,
-            prefer=faster(
-                device_rates(device.device_kind, device.platform), tensor=precision_for(config, world) == "tensor"
-            ),
-            strategies=config.training.clipping_strategies,
-            frozen=frozen_paths(config.model, loss.params),
-        )
+        with users_code("model.loss", config.model.loss or config.model.name):
+            return choose_strategies(
+                loss.loss_fn,
+                loss.params,
+                loss.example,
+                method=config.training.clipping,
+                prefer=faster(
+                    device_rates(device.device_kind, device.platform), tensor=precision_for(config, world) == "tensor"
+                ),
+                strategies=config.training.clipping_strategies,
+                frozen=frozen_paths(config.model, loss.params),
+            )
+    except InputError:
+        raise
     except UnsupportedLossError as error:
         raise InputError("model.loss", config.model.loss, f"{error}.") from None
     except ValueError as error:
@@ -183,7 +187,8 @@ def _require_supported(grad_sum: GradSum, loss: ExampleLoss, config: Config, fro
     """
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), loss.example)
     try:
-        with naming_the_fault(loss.loss_fn, loss.params, batch, frozen):
+        users = users_code("model.loss", config.model.loss or config.model.name)
+        with users, naming_the_fault(loss.loss_fn, loss.params, batch, frozen):
             jax.eval_shape(grad_sum, loss.params, batch, jax.ShapeDtypeStruct((1,), jnp.float32))
     except UnsupportedLossError as error:
         raise InputError("training.clipping", config.training.clipping, f"{error}.") from None

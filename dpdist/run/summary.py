@@ -127,6 +127,20 @@ def opening_line(plan: Plan, world: World, *, insecure: bool) -> str:
     return text
 
 
+def going_on(step: int, steps: int, ended: str) -> str:
+    """From which step a run goes on, and why.
+
+    Args:
+        ended: how the part before ended, by `events.how_it_ended`.
+    """
+    why = {
+        "preempted": "the part before was told to leave there",
+        "failed": "the part before failed, and this is its newest checkpoint",
+        "finished": "it has more to do than it had",
+    }.get(ended, "the part before was cut short, and this is its newest checkpoint")
+    return f"dpdist: going on from step {step} of {steps}: {why}"
+
+
 def closing_line(summary: dict[str, Any], root: Path) -> str:
     """How the run ended, and what its time went into: two lines."""
     told = [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in summary["metrics"].items()]

@@ -37,7 +37,7 @@ from dpdist.run.progress import say
 from dpdist.run.ranks import Ranks
 from dpdist.run.recorder import NothingToLearnError, Recorder
 from dpdist.run.resume import Start
-from dpdist.run.summary import Outcome, closing_line, summarise
+from dpdist.run.summary import Outcome, closing_line, going_on, summarise
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +116,7 @@ class RunWriter:
             self._tell("start", **here)
         else:
             number = events.restarts(before) + 1
+            say(going_on(self._step, start.plan.steps, events.how_it_ended(before)))
             self._tell("resume", **here, restarts=number, after=events.how_it_ended(before))
 
     def start_recording(self, start: Start, speed: Callable[[float], dict[str, float | None]]) -> None:
@@ -229,6 +230,7 @@ class RunWriter:
         say(closing_line(summary, self._run.root))
         step, status = summary["step"], summary["status"]
         if status == "preempted":
+            say(f"dpdist: step {step} is saved: the same command again goes on from there")
             self._tell("preempted", step=step, saved=True)
         else:
             self._tell("finished", step=step, status=status)
