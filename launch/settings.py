@@ -41,6 +41,8 @@ _MORE = {
     "model.options": (NEW, "refused where the parameters then have other names or shapes"),
     "model.classes": (NEW, "refused where the parameters then have other shapes"),
     "model.trainable": (NEW, "refused where the optimizer's state then has another shape"),
+    "model.lora": (NEW, "refused where the parameters then have other names or shapes"),
+    "model.frozen_dtype": (NEW, "refused where parameters are then of another dtype"),
     "optimizer.name": (NEW, "refused where its state then has another shape"),
     "optimizer.momentum": (NEW, "refused from 0 to more, or back, since its state then has another shape"),
     "optimizer.average_decay": (NEW, "refused from 0 to more, or back"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from dpdist.config.constraints import AtLeast, Between, IsPath, NonEmpty, Positive
+from dpdist.config.lora import read as read_lora
 from dpdist.config.nearest import did_you_mean
 from dpdist.config.section import Section
 from dpdist.errors import InputError
@@ -89,6 +90,16 @@ class Model(Section):
     trainable: Annotated[list[str], NonEmpty('name at least one, or leave it out for ["*"].')] = field(
         default_factory=lambda: ["*"]
     )
+    #: Low-rank adapters beside frozen layers: `{rank: 8, alpha: 16, targets: ["*attention/*/kernel"]}`. alpha / rank
+    #: multiplies their product, and targets are kernels of `nnx.Linear` layers; left out, alpha is the rank and targets
+    #: are those of the attention. Unless `trainable` says otherwise, they train, and a classifier's `head/*`.
+    lora: dict[str, Any] | None = None
+    #: The format in which matrices that do not train are kept; they cost no norm and no optimizer state in either.
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def check_together(self) -> None:
+        if self.lora is not None:
+            read_lora(self.lora)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ import jax
 from jaxtyping import Array
 
 from dpdist import config as config_module
+from dpdist.config.lora import read as read_lora
 from dpdist.config.plugins import load_function
 from dpdist.config.user_errors import users_code
 from dpdist.errors import InputError
@@ -60,8 +61,10 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
     """
     from dpdist.models.bert import bert
     from dpdist.models.families import settled
+    from dpdist.models.frozen import with_frozen_in
     from dpdist.models.gpt2 import gpt2
     from dpdist.models.llama import llama
+    from dpdist.models.lora import with_lora
     from dpdist.models.resnet import bit_resnet
     from dpdist.models.small import cnn, mlp
     from dpdist.models.vit import vit
@@ -102,6 +105,10 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
         raise InputError("model.options", config.options, f"{config.name} refused them: {error}") from error
     if not isinstance(model, Model):
         raise InputError("model.name", config.name, f"must return a dpdist.models.Model, not {type(model).__name__}.")
+    if config.lora is not None:
+        model = with_lora(model, read_lora(config.lora))
+    if config.frozen_dtype != "float32":
+        model = with_frozen_in(model, config.frozen_dtype, config)
     return dataclasses.replace(model, loss=_loss(config, task, model))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -27,28 +28,54 @@ def compute_dtype(name: str) -> DTypeLike:
     return COMPUTE_DTYPES[name]
 
 
-def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], prepare: Callable[[dict[str, Array]], Any]) -> Model:
+@dataclass(frozen=True, kw_only=True)
+class NnxModel(Model):
+    """A `Model` that knows the module it was made of, so that its layers can be adapted."""
+
+    module: Callable[[nnx.Rngs], nnx.Module]
+    prepare: Callable[[dict[str, Array]], Any]
+
+
+def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], prepare: Callable[[dict[str, Array]], Any]) -> NnxModel:
     """Make a `Model` from an NNX module that takes one example.
 
+    A module with random streams, as `nnx.Dropout` has them, becomes a randomised model: in training (`module.train()`)
+    the streams begin at the example's own key, and in evaluation (`module.eval()`) there is none.
+
     Args:
-        build: makes the module from an `nnx.Rngs`. All its state must be `nnx.Param`: anything else, such as batch
-            statistics, would mix examples.
+        build: makes the module from an `nnx.Rngs`. Beside random streams, all its state must be `nnx.Param`: batch
+            statistics mix examples, and other state would stay as it is.
         prepare: turns one example into the module's input.
 
     Raises:
-        ValueError: the module holds state other than `nnx.Param`.
+        ValueError: the module holds other state.
     """
-    graph, template = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    graph, *states = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, nnx.RngState, ...)
+    template, streams, other = states
     other_state = {
         type(leaf).__name__
-        for leaf in jax.tree.leaves(template, is_leaf=lambda x: isinstance(x, nnx.Variable))
-        if isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.Param)
+        for leaf in jax.tree.leaves(other, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        if isinstance(leaf, nnx.Variable)
     }
+    if "BatchStat" in other_state:
+        raise ValueError(
+            "the module holds BatchStat: batch statistics mix examples, which DP-SGD must keep apart; take a group or "
+            "layer norm"
+        )
     if other_state:
         raise ValueError(
-            f"the module holds {', '.join(sorted(other_state))}; DP-SGD needs nnx.Param alone "
-            "(batch statistics mix examples)"
+            f"the module holds {', '.join(sorted(other_state))}, state that would change in training; DP-SGD needs "
+            "nnx.Param, and random streams such as those of nnx.Dropout, alone"
         )
+    leaves, structure = jax.tree.flatten(streams)
+
+    def begun(key: Array) -> Any:
+        """The random streams, each from a key of its own and at its beginning."""
+        keys = [
+            jax.random.fold_in(key, i) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.zeros_like(leaf)
+            for i, leaf in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(structure, keys)
 
     def init(key: Array) -> Any:
         return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
@@ -56,7 +83,12 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], prepare: Callable[[dict[st
     def apply(params: Any, example: dict[str, Array]) -> Array:
         state = jax.tree.map(lambda leaf: leaf, template)
         nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graph, state)(prepare(example))
+        if not leaves:
+            return nnx.merge(graph, state)(prepare(example))
+        training = "key" in example
+        module = nnx.merge(graph, state, begun(example["key"] if training else jax.random.key(0)))
+        module.train() if training else module.eval()
+        return module(prepare(example))
 
     # One compiled program initialises in half the time of many small ones.
-    return Model(init=jax.jit(init), apply=apply)
+    return NnxModel(init=jax.jit(init), apply=apply, randomised=bool(leaves), module=build, prepare=prepare)

@@ -25,12 +25,13 @@ from dpdist.mechanism.clipping import UnsupportedLossError, trainable
 from dpdist.mechanism.ledger import Plan
 from dpdist.mechanism.step import StepPrograms, StepSpec, TrainState
 from dpdist.models.augment import augmentation
+from dpdist.models.frozen import frozen_paths
 from dpdist.models.tasks import Loss, Task, own_metrics, task_of
 from dpdist.models.whole import over_records, over_views
 from dpdist.program import optimizer as optimizers
 from dpdist.program.evaluate import Evaluator
 from dpdist.program.flops import flops_per_example
-from dpdist.program.gradients import ExampleLoss, build_gradients, frozen_paths
+from dpdist.program.gradients import ExampleLoss, build_gradients
 from dpdist.program.guards import require_guards
 from dpdist.program.memory import Memory, memory_limit, memory_of
 from dpdist.program.microbatches import LARGEST, choose_physical_batch, largest_that_fits, tail_of

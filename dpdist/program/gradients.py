@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpdist import config as config_module
 from dpdist.cluster.agreement import decide
 from dpdist.cluster.world import World
 from dpdist.config import Config
@@ -21,12 +20,11 @@ from dpdist.mechanism.clipping import (
     Preference,
     UnsupportedLossError,
     clipped_grad_sum,
-    matching,
-    paths_of,
 )
 from dpdist.mechanism.clipping.graph import trace
 from dpdist.mechanism.clipping.strategy import smaller, strategies_of
 from dpdist.mechanism.ledger import Plan
+from dpdist.models.frozen import frozen_paths
 from dpdist.program.cache import examples_at_a_time, few_at_a_time
 from dpdist.program.device_rates import device_rates, faster, has_tensor_cores
 from dpdist.program.diagnosis import naming_the_fault
@@ -62,18 +60,6 @@ class Gradients:
     def of_batches(self, sizes: Collection[int]) -> GradSum:
         """The gradient sum of batches of these sizes."""
         return few_at_a_time(self.grad_sum, self.examples_at_a_time, sizes)
-
-
-def frozen_paths(model: config_module.Model, params: Any) -> frozenset[str]:
-    """Paths of the parameters that `model.trainable` leaves out.
-
-    Raises:
-        InputError: a pattern matches no parameter.
-    """
-    try:
-        return frozenset(paths_of(params)) - matching(params, model.trainable)
-    except ValueError as error:
-        raise InputError("model.trainable", model.trainable, f"{error}.") from None
 
 
 def precision_for(config: Config, world: World) -> str:

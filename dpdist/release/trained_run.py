@@ -13,8 +13,8 @@ from dpdist import models
 from dpdist.config.constraints import expand_home
 from dpdist.errors import InputError
 from dpdist.mechanism.ledger import Ledger, LedgerError
+from dpdist.models.frozen import frozen_paths
 from dpdist.program import optimizer as optimizers
-from dpdist.program.gradients import frozen_paths
 from dpdist.program.update import initial_state
 from dpdist.release.exported import MODEL, PARAMS, PRIVACY, load_export
 from dpdist.release.statement import statement
