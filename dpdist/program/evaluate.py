@@ -21,6 +21,8 @@ from dpdist.models.tasks import Loss, Task
 
 #: What the loss is called among a task's statistics, and a user's metric.
 _LOSS, _OWN = "loss of the model", "metric "
+#: Bytes of outputs that a device holds at a time: 16 sequences of 1,024 tokens of GPT-2's vocabulary would take 3 GB.
+_OUTPUTS = 1 << 28
 #: Batches that the devices may be given before the host has the results of the first.
 _AHEAD = 2
 
@@ -63,8 +65,16 @@ class Evaluator:
         sharded, replicated = NamedSharding(mesh, PartitionSpec(axis)), NamedSharding(mesh, PartitionSpec())
         measure = _measures(model, task, own)
 
+        example = read_rows(source, np.array([0]))
+        one = {name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in example.items()}
+        outputs = jax.eval_shape(model.apply, params, one)
+        at_a_time = max(1, _OUTPUTS // max(1, outputs.size * outputs.dtype.itemsize))
+
         def local_rows(params: Any, batch: dict[str, Array]) -> Array:
-            found = jax.vmap(measure, in_axes=(None, 0))(params, batch)
+            if at_a_time >= self._batch:
+                found = jax.vmap(measure, in_axes=(None, 0))(params, batch)
+            else:
+                found = jax.lax.map(lambda each: measure(params, each), batch, batch_size=at_a_time)
             rows = [found[name].reshape(self._batch, -1).astype(jnp.float32) for name in self._shapes]
             return jnp.concatenate(rows, axis=1)
 
@@ -75,8 +85,6 @@ class Evaluator:
             in_specs=(PartitionSpec(), PartitionSpec(axis)),
             out_specs=PartitionSpec(axis),
         )
-        example = read_rows(source, np.array([0]))
-        one = {name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in example.items()}
         #: Shape of each statistic of one example, by name.
         with users_code("model.metrics", ", ".join(own) or task.name):
             self._shapes = {name: x.shape for name, x in jax.eval_shape(measure, params, one).items()}

@@ -11,8 +11,10 @@ import pytest
 from jax.sharding import Mesh
 
 from dpdist.data import ArraySource
+from dpdist.errors import InputError
 from dpdist.models import Model
 from dpdist.models.tasks import TASKS
+from dpdist.program import evaluate
 from dpdist.program.evaluate import Evaluator
 
 DRAW = np.random.default_rng(3)
@@ -58,6 +60,16 @@ def test_a_metric_of_whole_arrays_sees_every_example_once() -> None:
     assert found[1] == pytest.approx(found[8], rel=1e-6)
 
 
+def test_large_outputs_are_held_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = evaluator(2, 64).measure(W)
+    whole = evaluator(2, 64)._measure.memory_analysis().temp_size_in_bytes
+    monkeypatch.setattr(evaluate, "_OUTPUTS", 5 * 3 * 4)  # five examples' logits; 64 are no multiple of it
+    few = evaluator(2, 64)
+    assert few.measure(W) == pytest.approx(expected, rel=1e-6)
+    assert "while" in few._measure.as_text()
+    assert few._measure.memory_analysis().temp_size_in_bytes != whole
+
+
 def test_what_is_not_finite_is_none_and_not_a_number() -> None:
     found = evaluator(2, 16).measure({"w": W["w"] * np.nan})
     assert found["loss"] is None
@@ -69,7 +81,7 @@ def test_a_loss_that_is_random_in_training_has_no_value_here() -> None:
         return jnp.sum(outputs * jax.random.bernoulli(example["key"], 0.5, outputs.shape))
 
     assert list(evaluator(1, 64, loss=dropped).measure(W)) == ["accuracy"]
-    with pytest.raises(KeyError, match="labels"):
+    with pytest.raises(InputError, match=r"KeyError in .*test_evaluate\.py, line \d+: 'labels'"):
         evaluator(1, 64, loss=lambda outputs, example: example["labels"])
 
 
