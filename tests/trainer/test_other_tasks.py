@@ -11,6 +11,7 @@ from jobs import EVERY, STEPS, Jobs, Run
 
 from dpdist import load
 from dpdist.run import metrics
+from dpdist_launch.cli import main
 
 WITHOUT_CLASSES = "model.classes=null"
 #: Changes of the config, and the test metrics that come of it, the first being the one that is shown.
@@ -79,6 +80,16 @@ def test_loss_and_gradient_norms_of_a_few_training_examples_are_private(trained:
     assert all(look["examples"] == 16 and look["not_finite"] == 0 for look in looks)
     assert all(look["norms"]["p10"] <= look["norms"]["p50"] <= look["norms"]["max"] for look in looks)
     assert (run.root / "private/probe.jsonl").stat().st_mode & 0o077 == 0
+
+
+def test_diagnose_shows_them_and_says_that_no_guarantee_covers_them(
+    trained: dict[str, Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["diagnose", str(trained["regression"].root)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("Private:")
+    assert "0 of 16" in shown
+    assert shown.count(".png") == 3
 
 
 def test_a_run_with_nothing_to_learn_is_refused_before_its_first_step(jobs: Jobs) -> None:
