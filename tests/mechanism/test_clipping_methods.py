@@ -316,7 +316,7 @@ def network(layers: list[tuple[str, int]]) -> Case:
 
 
 @given(networks(), st.sampled_from(["bookkeeping", "all ghost", "all instantiated"]))
-@settings(derandomize=True, deadline=None, max_examples=30)
+@settings(derandomize=True, deadline=None, max_examples=20)
 def test_random_networks(layers: list[tuple[str, int]], way: str) -> None:
     loss_fn, params, batch = network(layers)
     reference_sum = clipped_grad_sum(loss_fn, clip_norm=0.05, method="per_example")
