@@ -9,6 +9,7 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from dpdist.models import Model
@@ -49,18 +50,31 @@ def mlp(
     hidden: Sequence[int] = (64,),
     activation: str = "tanh",
     offset: float = 0.0,
-    scale: float = 255.0,
+    scale: float | None = None,
 ) -> Model:
-    """Build fully connected layers of the widths `hidden` on `example["image"]`, which may have any shape.
+    """Build fully connected layers of the widths `hidden` on `example["image"]`, or else `example["features"]`.
 
-    The device computes `(image - offset) / scale`, both public constants.
+    It may have any shape. The device computes `(image - offset) / scale`, both public constants; a scale of None is 255
+    for uint8 and 1 for anything else.
 
     Raises:
-        ValueError: `activation` is not one of ACTIVATIONS.
+        ValueError: `activation` is not one of ACTIVATIONS, or the data has neither column.
     """
-    widths = [math.prod(example["image"].shape), *hidden, classes]
-    act = _activation(activation)
-    return from_nnx(lambda rngs: _Mlp(widths, act, rngs), lambda e: prepare_image(e, offset=offset, scale=scale))
+    column = next((name for name in ("image", "features") if name in example), None)
+    if column is None:
+        raise ValueError(f"the MLP needs a column 'image' or 'features'; there are {', '.join(sorted(example))}")
+    widths = [math.prod(example[column].shape), *hidden, classes]
+    act, divisor = _activation(activation), _scale(scale, example[column].dtype)
+
+    def prepare(example: dict[str, Array]) -> Array:
+        return prepare_image({"image": example[column]}, offset=offset, scale=divisor)
+
+    return from_nnx(lambda rngs: _Mlp(widths, act, rngs), prepare)
+
+
+def _scale(scale: float | None, dtype: DTypeLike) -> float:
+    """What inputs are divided by: the public constant given, or what brings uint8 into [0, 1]."""
+    return scale if scale is not None else 255.0 if dtype == jnp.uint8 else 1.0
 
 
 class _Cnn(nnx.Module):
@@ -89,22 +103,26 @@ def cnn(
     classes: int,
     activation: str = "tanh",
     offset: float = 0.0,
-    scale: float = 255.0,
+    scale: float | None = None,
 ) -> Model:
     """Build the DP literature's CNN for 28x28 images; it has 26,010 parameters for one channel and 10 classes.
 
     It has two strided convolutions and two dense layers. The default activation is tanh, because gradients of bounded
     activations lose less by clipping (Papernot et al., "Tempered Sigmoid Activations for Deep Learning with
-    Differential Privacy", AAAI 2021). The device computes `(image - offset) / scale`, both public constants.
+    Differential Privacy", AAAI 2021). The device computes `(image - offset) / scale`, both public constants; a
+    scale of None is 255 for uint8 and 1 for anything else.
 
     Raises:
         ValueError: `activation` is not one of ACTIVATIONS, or the images are smaller than 14x14 or have no channel
             axis.
     """
+    if "image" not in example:
+        raise ValueError(f"the CNN needs a column 'image'; there are {', '.join(sorted(example))}")
     shape = example["image"].shape
     if len(shape) != 3 or min(shape[:2]) < 14:
         raise ValueError(f"the CNN needs images of at least 14x14 with a channel axis, not shape {shape}")
     act = _activation(activation)
+    divisor = _scale(scale, example["image"].dtype)
     return from_nnx(
-        lambda rngs: _Cnn(shape, classes, act, rngs), lambda e: prepare_image(e, offset=offset, scale=scale)
+        lambda rngs: _Cnn(shape, classes, act, rngs), lambda e: prepare_image(e, offset=offset, scale=divisor)
     )

@@ -152,6 +152,8 @@ def open_model(config: Config, dataset: Dataset) -> OpenModel:
     model = models.build(config.model, example=record, classes=classes)
     with users_code("model.name", config.model.name):
         params = model.init(jax.random.key(config.training.seed))
+    if dataset.vocabulary is not None and config.model.name in ("bert", "gpt2", "llama"):
+        _require_vocabulary(params, dataset.vocabulary)
     if model.loss is task.loss:
         records = dataset.train.source if isinstance(dataset.train, UnitSource) else dataset.train
         _require_fit(config, task, model, params, record, records, "train")
@@ -175,6 +177,22 @@ def open_model(config: Config, dataset: Dataset) -> OpenModel:
         classes=classes,
         frozen=frozen_paths(config.model, params),
     )
+
+
+def _require_vocabulary(params: Any, tokens: int) -> None:
+    """Check that a built-in model has a row of its table of words for every token id that the tokenizer gives.
+
+    Raises:
+        InputError: it has fewer. More are no error: published tables are often padded.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    tables = [leaf for path, leaf in leaves if jax.tree_util.keystr(path, simple=True, separator="/").endswith("words")]
+    if tables and tables[0].shape[0] < tokens:
+        raise InputError(
+            "model.options.vocabulary",
+            tables[0].shape[0],
+            f"the tokenizer has {tokens} token ids; give {tokens}, or the tokenizer that belongs to the weights.",
+        )
 
 
 def _require_fit(

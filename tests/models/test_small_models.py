@@ -94,6 +94,30 @@ def test_images_are_shifted_and_scaled_by_public_constants(name: str, dtype: Any
     assert np.allclose(jax.jit(model.apply)(params, example), jax.jit(plain.apply)(params, by_hand), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_only_bytes_are_divided_by_255_unless_a_scale_is_given(name: str) -> None:
+    example = one(FASHION)
+    floats = example | {"image": example["image"].astype(np.float32)}
+    spec = FASHION | {"image": jax.ShapeDtypeStruct(example["image"].shape, np.float32)}
+    model, for_floats = build(name), build(name, example=spec)
+    params = some_params(model)
+    scaled = floats | {"image": floats["image"] / 255}
+    assert np.allclose(model.apply(params, example), for_floats.apply(params, scaled), atol=1e-5)
+    assert not np.allclose(model.apply(params, example), for_floats.apply(params, floats), atol=1e-2)
+
+
+def test_an_mlp_takes_a_table_of_features_and_names_what_it_lacks() -> None:
+    spec = {"features": jax.ShapeDtypeStruct((3,), np.float32), "label": jax.ShapeDtypeStruct((), np.int32)}
+    model = build("mlp", example=spec, hidden=())
+    example = {"features": np.array([0.5, -1, 2], np.float32), "label": np.int32(1)}
+    params = some_params(model)
+    by_hand = example["features"] @ params["layers"][0]["kernel"] + params["layers"][0]["bias"]
+    assert np.allclose(model.apply(params, example), by_hand, atol=1e-5)
+    for name, needs in (("mlp", "'image' or 'features'"), ("cnn", "'image'")):
+        with pytest.raises(InputError, match=f"needs a column {needs}; there are label"):
+            build(name, example={"label": spec["label"]})
+
+
 def test_every_activation_is_used() -> None:
     params = some_params(build("mlp"))
     logits = {
