@@ -44,6 +44,7 @@ _MORE = {
     "model.lora": (NEW, "refused where the parameters then have other names or shapes"),
     "model.frozen_dtype": (NEW, "refused where parameters are then of another dtype"),
     "optimizer.name": (NEW, "refused where its state then has another shape"),
+    "optimizer.options": (NEW, "refused where its state then has another shape"),
     "optimizer.momentum": (NEW, "refused from 0 to more, or back, since its state then has another shape"),
     "optimizer.average_decay": (NEW, "refused from 0 to more, or back"),
     "privacy.insecure_seed": (REFUSED, "where it was not set, or is not any more; another seed is a new incarnation"),

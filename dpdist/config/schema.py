@@ -13,9 +13,12 @@ from typing import Annotated, Any, Literal
 from dpdist.config.constraints import AtLeast, Between, IsPath, NonEmpty, Positive
 from dpdist.config.lora import read as read_lora
 from dpdist.config.nearest import did_you_mean
-from dpdist.config.section import Section
+from dpdist.config.section import Section, fields_of
 from dpdist.errors import InputError
 
+#: What `optimizer.name` and `optimizer.schedule` may be beside a path, and an example of such a path.
+UPDATE_RULES, SCHEDULES = ("sgd", "adam", "adamw"), ("constant", "cosine", "linear")
+_PATHS = {"name": "lion", "schedule": "warmup_cosine_decay_schedule"}
 CLIPPING_STRATEGIES = ("ghost", "instantiate")
 
 
@@ -106,12 +109,20 @@ class Model(Section):
 class Optimizer(Section):
     """How the noisy gradient moves the parameters (post-processing: costs no privacy)."""
 
-    #: The update rule.
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
-    #: Peak learning rate, applied to the noisy mean gradient.
-    learning_rate: Annotated[float, Positive()] = 1.0
-    #: How the learning rate goes on from its peak: it stays there, or falls to 0 by the last step.
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    #: The update rule: `sgd`, `adam`, `adamw`, one of optax by its path, such as `optax.lion`, or `module:function`
+    #: that returns an `optax.GradientTransformation`: a pure function of gradient, state and parameters.
+    name: str = "sgd"
+    #: Keyword arguments for an optimizer of optax or of one's own.
+    options: dict[str, Any] = field(default_factory=dict)
+    #: Peak learning rate, applied to the noisy mean gradient; null is 1 for `sgd`, and must be given for all others.
+    learning_rate: Annotated[float | None, Positive()] = None
+    #: How the learning rate goes on from its peak: it stays there (`constant`), or falls to 0 by the last step
+    #: (`cosine`, `linear`). Or a schedule by its path, such as `optax.warmup_cosine_decay_schedule`, or
+    #: `module:function`: it is given by `schedule_options` alone.
+    schedule: str = "constant"
+    #: Keyword arguments for a schedule given by its path; `decay_steps` or `transition_steps` is the run's steps unless
+    #: it is given.
+    schedule_options: dict[str, Any] = field(default_factory=dict)
     #: Steps over which the learning rate rises from 0 to its peak.
     warmup_steps: Annotated[int, AtLeast(0)] = 0
     #: Heavy-ball momentum of `sgd`.
@@ -128,8 +139,26 @@ class Optimizer(Section):
     average_decay: Annotated[float, Between(0, 1, closed="left")] = 0.0
 
     def check_together(self) -> None:
+        for name, known in (("name", UPDATE_RULES), ("schedule", SCHEDULES)):
+            value = getattr(self, name)
+            path = value.startswith("optax.") or ":" in value
+            meant = did_you_mean(value, known)
+            remedy = f"no such choice; {meant}give one of {', '.join(known)}, a path such as optax.{_PATHS[name]}, or "
+            self.require(name, value in known or path, f"{remedy}module:function of your own.")
+        own, schedule = self.name not in UPDATE_RULES, self.schedule not in SCHEDULES
+        self.require("options", own or not self.options, f"{self.name} has settings of its own: momentum, b1, ...")
+        self.require("schedule_options", schedule or not self.schedule_options, "they belong to a schedule's path.")
+        given = not schedule or (self.learning_rate is None and self.warmup_steps == 0)
+        self.require("schedule", given, "gives the rate itself: leave out learning_rate and warmup_steps.")
+        if self.learning_rate is None and not schedule:
+            needed = "needs a learning rate: 1, as for sgd, would ruin it; give one, such as 1e-3."
+            self.require("learning_rate", self.name not in ("adam", "adamw"), f"{self.name} {needed}")
+            object.__setattr__(self, "learning_rate", 1.0 if self.name == "sgd" else None)
+        for name in ("b1", "b2", "eps") if own else ():
+            usual = getattr(self, name) == fields_of(Optimizer)[name].default
+            self.require(name, usual, f"belongs to adam; give {self.name} its optimizer.options.")
         momentum = self.name == "sgd" or self.momentum == 0
-        self.require("momentum", momentum, f"momentum belongs to sgd; {self.name} has b1.")
+        self.require("momentum", momentum, f"momentum belongs to sgd; {self.name} has its own settings.")
         decay = self.name == "adamw" or self.weight_decay == 0
         self.require("weight_decay", decay, "weight decay needs optimizer.name=adamw.")
 

@@ -92,7 +92,7 @@ def _data_of(spec: str, path: Path, known: Data) -> Data:
     if not name:
         missing = "" if path.exists() else "there is no such file; "
         raise InputError("DATA", spec, missing + _FORMS.format(sources=", ".join(BUILT_IN)))
-    settings: dict[str, Any] = {"source": name, "path": place or None}
+    settings: dict[str, Any] = {"source": name, "path": place or None, "unit": None}  # each record for itself
     return dataclasses.replace(known if known.source == name else Data(), **settings)
 
 

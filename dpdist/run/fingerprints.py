@@ -75,6 +75,7 @@ def user_libraries(config: Config) -> dict[str, str]:
 def _user_modules(config: Config) -> set[str]:
     model = config.model
     named = (config.data.source, model.name, model.loss, model.task, *model.metrics.values(), config.training.augment)
+    named += (config.optimizer.name, config.optimizer.schedule)
     return {path.partition(":")[0] for path in named if path is not None and ":" in path}
 
 

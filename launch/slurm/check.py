@@ -72,6 +72,8 @@ def _require_code(config: Config) -> None:
     named |= {"model.loss": model.loss} if model.loss is not None else {}
     named |= {"model.task": model.task} if model.task is not None else {}
     named |= {"training.augment": config.training.augment} if config.training.augment is not None else {}
+    optimizer = {"optimizer.name": config.optimizer.name, "optimizer.schedule": config.optimizer.schedule}
+    named |= {field: path for field, path in optimizer.items() if ":" in path}
     named |= {f"model.metrics.{name}": path for name, path in model.metrics.items()}
     for field, name in named.items():
         if name not in (builtin := BUILT_IN.get(field, ())):

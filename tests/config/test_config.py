@@ -22,6 +22,8 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "mine.yaml"
     path.write_text("training: {steps: 3}\nprivacy: {delta: 1e-5, noise_multiplier: 1}\n")
+    with path.open("a") as file:
+        file.write("optimizer: {learning_rate: 0.1}\n")
     return path
 
 

@@ -32,7 +32,11 @@ CASES: dict[str, tuple[Changes, str, str]] = {
     "q above 1": ({"sampling": {"expected_batch_size": 1001}}, "sampling.expected_batch_size", "1000"),
     "steps and epochs": ({"training": {"steps": 3, "epochs": 2}}, "training.steps", "not both"),
     "wrong type": ({"training": {"steps": "many"}}, "training.steps", "int"),
-    "null where a number must be": ({"optimizer": {"learning_rate": None}}, "optimizer.learning_rate", "float"),
+    "null where a number must be": (
+        {"sampling": {"expected_batch_size": None}},
+        "sampling.expected_batch_size",
+        "float",
+    ),
     "unknown key": ({"privacy": {"detla": 1e-5}}, "privacy.detla", "delta"),
     "unknown section": ({"privcay": {"delta": 1e-5}}, "privcay", "sections are"),
     "unknown optimizer": ({"optimizer": {"name": "lion"}}, "optimizer.name", "adamw"),
