@@ -20,6 +20,17 @@ def prepare_image(example: dict[str, Array], *, offset: float, scale: float, siz
     return (image - offset) / scale
 
 
+def usual_scale(example: dict[str, jax.ShapeDtypeStruct], model: str) -> float:
+    """Return 255 for images of bytes, and 1 for those of other numbers, which are taken to be scaled already.
+
+    Raises:
+        ValueError: there is no column `image`.
+    """
+    if "image" not in example:
+        raise ValueError(f"{model} needs a column 'image'; there are {', '.join(example)}")
+    return 255.0 if example["image"].dtype == jnp.uint8 else 1.0
+
+
 def check_image(example: dict[str, jax.ShapeDtypeStruct], model: str) -> int:
     """Return the number of channels of `example["image"]`; ValueError unless it is [height, width, channels]."""
     shape = example["image"].shape if "image" in example else None

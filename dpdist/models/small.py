@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from dpdist.models import Model
-from dpdist.models.images import prepare_image
+from dpdist.models.images import prepare_image, usual_scale
 from dpdist.models.nnx_model import from_nnx
 from dpdist.models.pooling import max_pool
 
@@ -49,15 +49,18 @@ def mlp(
     hidden: Sequence[int] = (64,),
     activation: str = "tanh",
     offset: float = 0.0,
-    scale: float = 255.0,
+    scale: float | None = None,
 ) -> Model:
     """Build fully connected layers of the widths `hidden` on `example["image"]`, which may have any shape.
 
-    The device computes `(image - offset) / scale`, both public constants.
+    The device computes `(image - offset) / scale`, both public constants; the scale is 255 for images of uint8, and 1
+    for others, unless it is given.
 
     Raises:
-        ValueError: `activation` is not one of ACTIVATIONS.
+        ValueError: `activation` is not one of ACTIVATIONS, or there is no column `image`.
     """
+    usual = usual_scale(example, "mlp")
+    scale = usual if scale is None else scale
     widths = [math.prod(example["image"].shape), *hidden, classes]
     act = _activation(activation)
     return from_nnx(lambda rngs: _Mlp(widths, act, rngs), lambda e: prepare_image(e, offset=offset, scale=scale))
@@ -89,18 +92,21 @@ def cnn(
     classes: int,
     activation: str = "tanh",
     offset: float = 0.0,
-    scale: float = 255.0,
+    scale: float | None = None,
 ) -> Model:
     """Build the DP literature's CNN for 28x28 images; it has 26,010 parameters for one channel and 10 classes.
 
     It has two strided convolutions and two dense layers. The default activation is tanh, because gradients of bounded
     activations lose less by clipping (Papernot et al., "Tempered Sigmoid Activations for Deep Learning with
-    Differential Privacy", AAAI 2021). The device computes `(image - offset) / scale`, both public constants.
+    Differential Privacy", AAAI 2021). The device computes `(image - offset) / scale`, both public constants; the scale
+    is 255 for images of uint8, and 1 for others, unless it is given.
 
     Raises:
         ValueError: `activation` is not one of ACTIVATIONS, or the images are smaller than 14x14 or have no channel
             axis.
     """
+    usual = usual_scale(example, "cnn")
+    scale = usual if scale is None else scale
     shape = example["image"].shape
     if len(shape) != 3 or min(shape[:2]) < 14:
         raise ValueError(f"the CNN needs images of at least 14x14 with a channel axis, not shape {shape}")

@@ -153,6 +153,24 @@ def test_an_option_that_cannot_be_used_is_named(name: str, options: dict[str, An
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize(("dtype", "scale"), [(np.uint8, 255.0), (np.float32, 1.0), (np.int32, 1.0)])
+def test_bytes_are_scaled_and_other_numbers_are_taken_as_they_are(name: str, dtype: Any, scale: float) -> None:
+    example = FASHION | {"image": jax.ShapeDtypeStruct((28, 28, 1), dtype)}
+    usual, explicit = build(name, example=example), build(name, example=example, scale=scale)
+    params, given = some_params(usual), one(example)
+    assert np.array_equal(jax.jit(usual.apply)(params, given), jax.jit(explicit.apply)(params, given))
+    other = build(name, example=example, scale=256 - scale)
+    assert not np.allclose(jax.jit(other.apply)(params, given), jax.jit(usual.apply)(params, given))
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_a_missing_image_is_asked_for(name: str) -> None:
+    with pytest.raises(InputError, match="needs a column 'image'; there are pixels, label") as caught:
+        build(name, example={"pixels": FASHION["image"], "label": FASHION["label"]})
+    assert caught.value.field == "model.options"
+
+
 def test_too_small_an_image_for_the_cnn_is_refused() -> None:
     example = FASHION | {"image": jax.ShapeDtypeStruct((8, 8, 1), jnp.uint8)}
     with pytest.raises(InputError, match="14x14") as caught:
