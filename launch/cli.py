@@ -180,6 +180,15 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="export a run whose guarantee does not hold; PRIVACY.md says so",
     )
+    export.add_argument(
+        "--merge-lora", action="store_true", help="merge the adapters of model.lora into the layers' kernels"
+    )
+    export.add_argument(
+        "--as",
+        dest="library",
+        metavar="LIBRARY",
+        help="transformers or timm: write weights and config.json as it reads them, adapters merged",
+    )
     export.set_defaults(run=_export)
 
     data.add_to(commands)
@@ -262,7 +271,13 @@ def _diagnose(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from dpdist.release.export import export
 
-    told = export(options.run_dir, options.to, without_guarantee=options.without_guarantee)
+    told = export(
+        options.run_dir,
+        options.to,
+        without_guarantee=options.without_guarantee,
+        merge_lora=options.merge_lora,
+        library=options.library,
+    )
     names = ("guarantee", "epsilon", "delta", "released_after_step", "params_sha256")
     print(json.dumps({"to": str(options.to)} | {name: told[name] for name in names}))
     return EXIT_DONE

@@ -134,12 +134,14 @@ def _other_kernels(module: nnx.Module, layers: dict[str, Any]) -> list[str]:
 
 
 def merged(params: Any, lora: Lora) -> Any:
-    """Return `params` of the model without adapters: W + scale A B in the place of W, A and B, in W's dtype."""
+    """Return `params` of the model without adapters: W + scale A B, as float32, in the place of W, A and B.
+
+    A kernel that is kept in bfloat16 does not stay so: much of what the adapters learned would be rounded away.
+    """
     if not isinstance(params, dict):
         return params
     kept = {key: merged(value, lora) for key, value in params.items() if key not in (A, B)}
     if A in params:
         a, b = (np.asarray(params[name], np.float64) for name in (A, B))
-        kernel = np.asarray(params["kernel"])
-        kept["kernel"] = (kernel.astype(np.float64) + lora.scale * (a @ b)).astype(kernel.dtype)
+        kept["kernel"] = (np.asarray(params["kernel"], np.float64) + lora.scale * (a @ b)).astype(np.float32)
     return kept

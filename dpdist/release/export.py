@@ -31,6 +31,7 @@ from dpdist.release.exported import (
     load_export,
     removed_options,
 )
+from dpdist.release.foreign import without_adapters, write_foreign
 from dpdist.release.statement import as_text
 from dpdist.release.trained import TrainedRun
 from dpdist.release.trained_run import load_run
@@ -42,13 +43,23 @@ _LEFT_OUT = ("run", "checkpoint", "cluster")
 _PATH = re.compile(r"(?<![\w.])(~|\.{0,2})/[^\s'\",}\]]*")
 
 
-def export(run_dir: str | Path, to: str | Path, *, without_guarantee: bool = False) -> dict[str, Any]:
+def export(
+    run_dir: str | Path,
+    to: str | Path,
+    *,
+    without_guarantee: bool = False,
+    merge_lora: bool = False,
+    library: str | None = None,
+) -> dict[str, Any]:
     """Write `params.safetensors`, `model.json`, `config.yaml`, `privacy.json` and `PRIVACY.md` into a new directory.
 
     What is written is loaded again before the directory gets its name, so that a recipient can load it too.
 
     Args:
         without_guarantee: export also where no guarantee holds; the statement then says so.
+        merge_lora: merge the adapters of `model.lora` into the kernels, so that the export is of the plain model.
+        library: `transformers` or `timm`: weights and config as it reads them, adapters merged, instead of the first
+            two files.
 
     Returns:
         The statement, as in `privacy.json`.
@@ -76,6 +87,8 @@ def export(run_dir: str | Path, to: str | Path, *, without_guarantee: bool = Fal
         )
     for incarnation in privacy["incarnations"]:
         incarnation["reasons"] = [_PATH.sub(REMOVED, reason) for reason in incarnation["reasons"]]
+    if merge_lora or library is not None:
+        trained = without_adapters(trained)
     leaves = jax.tree_util.tree_leaves_with_path(trained.params)
     arrays = {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf, order="C") for path, leaf in leaves
@@ -86,14 +99,17 @@ def export(run_dir: str | Path, to: str | Path, *, without_guarantee: bool = Fal
     # Written to a temporary directory first, so that whatever has the final name is whole.
     made = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}."))
     try:
-        save_file(arrays, made / PARAMS, metadata={"params_sha256": digest, "guarantee": privacy["guarantee"]})
+        metadata = {"params_sha256": digest, "guarantee": privacy["guarantee"]}
         shared = shareable(trained.config)
         (made / CONFIG).write_text(yaml.dump(shared, Dumper=YamlDumper, sort_keys=False))
-        lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in _of_model(trained).items()]
-        (made / MODEL).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        if library is None:
+            save_file(arrays, made / PARAMS, metadata=metadata)
+            _write_model(made / MODEL, trained)
+        else:
+            write_foreign(made, trained, library, metadata)
         (made / PRIVACY).write_text(json.dumps(privacy, indent=2) + "\n")
         (made / STATEMENT).write_text(as_text(privacy))
-        if not removed_options(shared["model"]["options"]):
+        if library is None and not removed_options(shared["model"]["options"]):
             load_export(made)
         for path in made.iterdir():
             path.chmod(0o644)
@@ -103,6 +119,12 @@ def export(run_dir: str | Path, to: str | Path, *, without_guarantee: bool = Fal
         shutil.rmtree(made, ignore_errors=True)
         raise
     return privacy
+
+
+def _write_model(path: Path, trained: TrainedRun) -> None:
+    """Write `model.json`, a line for each of what `_of_model` says."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in _of_model(trained).items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _of_model(trained: TrainedRun) -> dict[str, Any]:

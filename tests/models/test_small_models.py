@@ -275,10 +275,11 @@ def test_what_is_not_a_model_is_refused(own: str) -> None:
     assert caught.value.field == "model.name"
 
 
-def test_what_a_users_function_refuses_names_the_options(own: str) -> None:
-    with pytest.raises(InputError, match="no vanilla today") as caught:
+def test_what_a_users_function_refuses_is_shown_by_its_place_as_its_text_may_quote_data(own: str) -> None:
+    with pytest.raises(InputError, match=r"ValueError in .*users_own_model\.py, line \d+ ") as caught:
         build(f"{own}:strict", example=FLAT, flavour="vanilla")
-    assert caught.value.field == "model.options"
+    assert caught.value.field == "model.name"
+    assert "no vanilla today" in str(caught.value.__cause__)  # which the private log has
     with pytest.raises(InputError) as caught:
         build(f"{own}:linear", example=FLAT, classes=4, gian=2.0)
     assert caught.value.field == "model.options.gian"

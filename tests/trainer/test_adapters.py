@@ -1,0 +1,135 @@
+"""Adapters on a pretrained language model in two processes, and what is given away of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import userland
+from jobs import Jobs, Run
+from safetensors.numpy import load_file
+
+from dpdist import config as config_module
+from dpdist import load, models
+from dpdist.release.trained_run import load_run
+from dpdist.run.checkpoint import Checkpoints
+
+GOLDEN = Path(__file__).parents[1] / "models/golden"
+GPT2 = {"model_type": "gpt2", "vocab_size": 50, "n_positions": 12, "n_embd": 32, "n_layer": 2, "n_head": 4}
+GPT2 |= {"n_inner": 48, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+Exported = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("weights")
+    shutil.copyfile(GOLDEN / "gpt2.safetensors", directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(GPT2))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tuned(jobs: Jobs, weights: Path) -> Run:
+    run = jobs.new("adapters")
+    settings = (
+        "data.source=userland:sentences",
+        "model.name=gpt2",
+        "model.classes=null",
+        f"model.options={{pretrained: {weights}}}",
+        "model.lora={rank: 2, alpha: 8}",
+        "model.frozen_dtype=bfloat16",
+        "optimizer.name=adam",
+        "optimizer.momentum=0",
+        "optimizer.learning_rate=0.01",
+        "privacy.noise_multiplier=0.5",
+        "privacy.insecure_seed=null",
+        "training.steps=8",
+    )
+    ended = jobs.launch(run, 2, 1, *settings).wait()
+    assert ended.code == 0, ended.err
+    shutil.rmtree(weights)  # from here on, nobody needs them
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(jobs: Jobs, tuned: Run) -> Exported:
+    def export(*options: str) -> Path:
+        target = tuned.root.with_name("-".join(["given", *(word.strip("-") for word in options)]))
+        ended = jobs.command("export", str(tuned.root), "--to", str(target), *options).wait()
+        assert ended.code == 0, ended.err
+        return target
+
+    return export
+
+
+def tokens() -> dict[str, np.ndarray]:
+    return userland.sentences()[1].take(np.arange(5))  # type: ignore[attr-defined]
+
+
+def test_adapters_alone_train_and_have_an_optimizer_state(tuned: Run) -> None:
+    assert tuned.summary["status"] == "finished"
+    assert list(tuned.summary["metrics"]) == ["perplexity", "token_accuracy", "loss"]
+    trained, leaves = load_run(tuned.root), 0
+    tensors = load_file(GOLDEN / "gpt2.safetensors")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trained.params):
+        if path[-1].key == "lora_b":
+            assert np.any(leaf)
+        leaves += path[-1].key in ("lora_a", "lora_b")
+    words = trained.params["words"]
+    assert words.dtype == "bfloat16"
+    assert np.array_equal(words, tensors["transformer.wte.weight"].astype(words.dtype))
+    checkpoints = Checkpoints(tuned.root / "checkpoints", read_only=True)
+    kept = checkpoints.read_meta(max(tuned.checkpoints))["leaves"]
+    checkpoints.close()
+    assert sum("/mu/" in name for name in kept) == leaves == 8
+
+
+@pytest.mark.parametrize("options", [(), ("--merge-lora",)])
+def test_an_export_predicts_what_the_run_does_with_its_adapters_or_with_them_merged(
+    tuned: Run, exported: Exported, options: tuple[str, ...]
+) -> None:
+    target = exported(*options)
+    names = {name.split("/")[-1] for name in load_file(target / "params.safetensors")}
+    assert ("lora_a" in names) == (not options)
+    expected = load(tuned.root).predict(tokens())
+    np.testing.assert_allclose(load(target).predict(tokens()), expected, rtol=1e-4, atol=1e-4)
+
+
+def plain(path: Path) -> tuple[models.Model, Any]:
+    example = {"input_ids": jax.ShapeDtypeStruct((8,), np.int32), "attention_mask": jax.ShapeDtypeStruct((8,), bool)}
+    chosen = config_module.Model(name="gpt2", options={"pretrained": str(path)})
+    model = models.build(chosen, example=example, classes=None)
+    return dataclasses.replace(model, apply=jax.vmap(model.apply, (None, 0))), model.init(jax.random.key(0))
+
+
+def test_what_is_exported_for_transformers_predicts_the_same_and_tells_of_its_privacy(
+    tuned: Run, exported: Exported
+) -> None:
+    target = exported("--as", "transformers")
+    there = {path.name for path in target.iterdir()}
+    assert there == {"model.safetensors", "config.json", "config.yaml", "privacy.json", "PRIVACY.md"}
+    model, params = plain(target)  # read as pretrained weights are, sizes from config.json
+    expected = load(tuned.root).predict(tokens())
+    np.testing.assert_allclose(model.apply(params, tokens()), expected, rtol=1e-4, atol=1e-4)
+    if transformers := pytest.importorskip("transformers", reason="needs the peers extra"):
+        torch = pytest.importorskip("torch", reason="needs the peers extra")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(target)
+        columns = {name: torch.from_numpy(rows.astype(np.int64)) for name, rows in tokens().items()}
+        with torch.no_grad():
+            found = theirs.eval()(**columns).logits.numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_library_without_such_a_model_is_refused_and_nothing_is_left(jobs: Jobs, tuned: Run) -> None:
+    target = tuned.root.with_name("none")
+    ended = jobs.command("export", str(tuned.root), "--to", str(target), "--as", "timm").wait()
+    assert ended.code == 2
+    assert "it has no counterpart of gpt2, but of vit, bit_resnet" in ended.err
+    assert not target.exists()
