@@ -139,4 +139,4 @@ def test_a_webhook_that_does_not_answer_is_left(tmp_path: Path, server: Any, cap
 def test_no_file_of_the_command_is_left_open(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     call(tmp_path, python("pass"))
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before  # a finalizer may have closed one of another test

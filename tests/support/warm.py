@@ -84,7 +84,7 @@ def save_vit(options: dict[str, Any], to: str) -> None:
     """Random weights for 8x8 images and ten classes, in the file form that `pretrained` reads."""
     example = {"image": jax.ShapeDtypeStruct((8, 8, 1), np.uint8)}
     shapes = jax.eval_shape(vit.vit(example=example, classes=10, **options).init, jax.random.key(0))
-    naming, draw = vit._naming(options["depth"], options["patch"], 1), np.random.default_rng(0)
+    naming, draw = vit.naming(options["depth"], options["patch"], 1), np.random.default_rng(0)
     tensors = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         theirs, layout = naming.tensors[jax.tree_util.keystr(path, simple=True, separator=".")]
