@@ -6,12 +6,14 @@ Follow one step from `Trainer.loop`: reserve it, take it, save, evaluate, publis
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array
 
 from dpdist import config as config_module
@@ -25,10 +27,12 @@ from dpdist.cluster.watchdog import Watchdog
 from dpdist.cluster.world import World
 from dpdist.config import Config
 from dpdist.data import fingerprint, open_dataset
+from dpdist.data.checks import fingerprint_of_what_stays
 from dpdist.data.datasets import with_given
 from dpdist.data.feed import Feed
 from dpdist.data.sources import Source
 from dpdist.data.units import UnitSource
+from dpdist.errors import InputError
 from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.step import TrainState, accumulate_sample, noisy_update
 from dpdist.models.families import settled
@@ -45,6 +49,8 @@ from dpdist.run.profiler import Profiler
 from dpdist.run.progress import say
 from dpdist.run.resume import ResumeRequest, Start, require_fits
 from dpdist.run.writer import RunWriter, SilentWriter
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: Config, *, dataset: Any = None, began: float | None = None) -> dict[str, Any]:
@@ -81,8 +87,11 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
         dataset = open_dataset(config, dataset)
         opened = open_model(config, dataset)
         secret, secret_lost = open_secret(config, run, world)
-        parts = {"training data": dataset.train, "test data": dataset.test}
-        tags = agree_on_data(secret, {part: fingerprint(source) for part, source in parts.items()}, world)
+        prints = {
+            "training data": fingerprint(dataset.train),
+            "test data": fingerprint_of_what_stays(dataset.train, dataset.test),
+        }
+        tags = agree_on_data(secret, prints, world)
         stacks = run.logs / f"rank-{world.process_id}.stacks"
         watchdog = Watchdog(config.cluster.watchdog_timeout, stacks, world.membership.label)
         cleanup.callback(watchdog.stop)
@@ -118,7 +127,7 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
             if start.step is not None:
                 state = checkpoints.restore(start.step, state)
             with writer.phase("compile"):
-                decide(world, lambda: _try_out(setup, state, start.step or 0, dataset.train, writer))
+                decide(world, lambda: _try_out(setup, state, start, dataset.train, writer))
             decide(world, lambda: writer.begin(start, checkpoints))
             meta = {
                 "config": config_module.to_dict(replace(config, model=settled(config.model))),
@@ -176,24 +185,32 @@ def _check_network(config: Config, start: Start, setup: TrainingSetup, world: Wo
 
 
 def _try_out(
-    setup: TrainingSetup, state: TrainState, step: int, source: Source, writer: RunWriter | SilentWriter
+    setup: TrainingSetup, state: TrainState, start: Start, source: Source, writer: RunWriter | SilentWriter
 ) -> None:
     """Look at a few training examples before the first step, on process 0; what is found is private.
 
     Raises:
-        InputError: none of them has a gradient.
+        InputError: the run is a new one, and none of them has a gradient; or one cannot be read.
     """
     found = _look(setup, state)
     if isinstance(source, UnitSource):
         found |= {"records_left_out": source.left_out}
-    writer.looked(step, found)
-    require_something_to_learn(found)
+    writer.looked(start.step or 0, start.plan.incarnation, found)
+    if start.step is None:
+        require_something_to_learn(found)
 
 
 def _look(setup: TrainingSetup, state: TrainState) -> dict[str, Any]:
+    """What the probe finds, on process 0; nothing where it fails, as for want of memory: no run ends for that."""
     if setup.probe is None:
         raise RuntimeError("only process 0 looks at examples")
-    return described(*setup.probe.measure(next(iter(setup.step_programs.slices(state.params).values()))))
+    try:
+        return described(*setup.probe.measure(next(iter(setup.step_programs.slices(state.params).values()))))
+    except InputError:
+        raise
+    except Exception:
+        logger.exception("the training examples could not be looked at")
+        return described(np.zeros(0, np.float32), np.zeros(0, np.float32))
 
 
 @dataclass(kw_only=True)
@@ -307,7 +324,8 @@ class Trainer:
         """Note, under `private/`, the training loss and gradient norms of a few examples; on process 0 alone."""
         if self.setup.probe is not None:
             with self.writer.phase("evaluation"):
-                self.writer.looked(self.step, _look(self.setup, self.state))
+                incarnation = int(self.meta["plan"]["incarnation"])
+                self.writer.looked(self.step, incarnation, _look(self.setup, self.state))
 
     def evaluate(self) -> None:
         """Measure the test metrics of this step, or set `leaving` where the job is told to leave first."""

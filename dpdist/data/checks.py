@@ -146,7 +146,7 @@ def fingerprint(source: Source | None) -> bytes:
     if isinstance(source, WithoutColumn):
         return hashlib.sha256(fingerprint(source.source) + source.column.encode()).digest()
     if isinstance(source, UnitSource):
-        return hashlib.sha256(fingerprint(source.source) + source.digest()).digest()
+        return hashlib.sha256(fingerprint(source.source) + source.digest() + b"%d" % source.records).digest()
     first = read_rows(source, np.zeros(1, np.int64))
     digest = hashlib.sha256(json.dumps([len(source), schema(first)]).encode())
     indices = _hashed(source, sum(rows.nbytes for rows in first.values()))
@@ -159,6 +159,14 @@ def fingerprint(source: Source | None) -> bytes:
     if isinstance(base, EncodedSource):
         _update_stored(digest, base, places)
     return digest.digest()
+
+
+def fingerprint_of_what_stays(train: Source, test: Source | None) -> bytes:
+    """The SHA-256 of what a run may not change: the test examples, and whose the training records are, where that is
+    the unit of its guarantee. Key it, as that of `fingerprint`.
+    """
+    tested = fingerprint(test)
+    return tested if not isinstance(train, UnitSource) else hashlib.sha256(tested + train.digest()).digest()
 
 
 def _update_stored(digest: Any, source: EncodedSource, places: Int64[np.ndarray, " n"]) -> None:

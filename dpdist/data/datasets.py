@@ -272,17 +272,12 @@ def _path(data: Data) -> Path:
 def _from_arrays(
     data: Data, train: dict[str, np.ndarray], test: dict[str, np.ndarray], *, name: str, classes: int | None
 ) -> Dataset:
-    first: Source = ArraySource(train, name=f"train columns of {name}")
+    first = pick(ArraySource(train, name=f"train columns of {name}"), data.columns, f"the train part of {name}")
     if test:
-        second: Source = ArraySource(test, name=f"test columns of {name}")
+        second = pick(ArraySource(test, name=f"test columns of {name}"), data.columns, f"the test part of {name}")
     else:
         first, second = split(first, data)
-    return Dataset(
-        train=pick(first, data.columns, f"the train part of {name}"),
-        test=pick(second, data.columns, f"the test part of {name}"),
-        classes=classes,
-        name=name,
-    )
+    return Dataset(train=first, test=second, classes=classes, name=name)
 
 
 def _dataset(parts: Parts, data: Data, *, pick_now: bool = False) -> Dataset:

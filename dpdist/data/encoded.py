@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from dpdist.data.sources import BadRecordError
+from dpdist.data.sources import BadRecordError, for_devices
 from dpdist.errors import InputError
 
 
@@ -49,7 +49,8 @@ class EncodedSource:
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], encoded: Sequence[Encoded]) -> None:
-        self.arrays, self.encoded = dict(arrays), list(encoded)
+        self.arrays = {name: for_devices(repr(name), values) for name, values in arrays.items()}
+        self.encoded = list(encoded)
 
     def __len__(self) -> int:
         return len(self.encoded[0])

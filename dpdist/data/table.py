@@ -99,8 +99,8 @@ def to_source(table: Table, columns: Mapping[str, Any] | None, reading: Reading,
             arrays[ours] = stacked([numbers(name, table[name], reading, where) for name in theirs], ours, theirs)
         elif isinstance(column := table[theirs], Pictures):
             pictures.append(_images(ours, theirs, column, reading))
-        elif ours == reading.unit and isinstance(column, Texts):
-            arrays[ours] = numbered(column.values, theirs, where)
+        elif ours == reading.unit:
+            arrays[ours] = numbered(column, theirs, where)
         else:
             arrays[ours] = numbers(theirs, column, reading, where, label=ours == "label")
     return EncodedSource(arrays, pictures) if pictures else ArraySource(arrays, name=where)
@@ -152,18 +152,26 @@ def numbers(name: str, column: Column, reading: Reading, where: str, *, label: b
     raise _unusable(name, what or column.what, where)  # type: ignore[union-attr]
 
 
-def numbered(values: Sequence[Any], name: str, where: str) -> np.ndarray:
-    """Whose each record is, by a hash of the name, uint32[N]: the same in every part of the data.
+def numbered(column: Column, name: str, where: str) -> np.ndarray:
+    """Whose each record is, by a hash of the name or number: uint32[N, 2], as columns have 32 bits at most.
 
-    Two of 65,000 that share a number by chance are one unit: the guarantee then holds for both together.
+    The name `7` and the number 7 have one hash, as a file with names beside numbers gives both as text, and another
+    file numbers alone.
 
     Raises:
-        InputError: a name is missing.
+        InputError: it holds something else than names and integers, or a name is missing.
     """
-    if any(value is None for value in values):
-        raise _unusable(name, "names, some of them missing", where)
-    number = {value: blake2b(str(value).encode(), digest_size=4).digest() for value in set(values)}
-    return np.frombuffer(b"".join(number[value] for value in values), "<u4").astype(np.uint32)
+    if isinstance(column, Texts) and all(value is not None for value in column.values):
+        values = [str(value) for value in column.values]
+    elif isinstance(column, Classes):
+        values = [str(value) for value in column.numbers.tolist()]
+    elif isinstance(column, np.ndarray) and column.ndim == 1 and column.dtype.kind in "iu":
+        values = [str(value) for value in column.tolist()]
+    else:
+        what = f"{column.dtype.name}{list(column.shape[1:])}" if isinstance(column, np.ndarray) else "something else"
+        raise InputError("data.unit", name, f"of {where} must hold a name or an integer for each record, not {what}.")
+    number = {value: blake2b(value.encode(), digest_size=8).digest() for value in set(values)}
+    return np.frombuffer(b"".join(number[value] for value in values), "<u4").reshape(-1, 2).astype(np.uint32)
 
 
 def _unusable(name: str, what: str, where: str) -> InputError:

@@ -46,10 +46,10 @@ class UnitSource:
             raise InputError("data.unit", column, f"there is no such column; there are {', '.join(sorted(first))}.")
         if MASK in first:
             raise InputError("data.source", f"column {MASK!r}", "is the name of a unit's mask; rename it.")
-        if first[column].ndim != 1 or first[column].dtype.kind not in "iu":
+        if first[column].dtype.kind not in "iu" or first[column].shape[1:] not in ((), (2,)):
             found = f"{first[column].dtype.name}{list(first[column].shape[1:])}"
             raise InputError("data.unit", column, f"it must hold one integer a record, not {found}; number the units.")
-        self.owner: Int64[np.ndarray, " n"] = column_of(source, column).astype(np.int64)
+        self.owner = owners(source, column)
         order = np.argsort(self.owner, kind="stable")
         _, self._start, self._count = np.unique(self.owner[order], return_index=True, return_counts=True)
         self._order = order
@@ -86,8 +86,8 @@ class UnitSource:
         return WithoutColumn(self.source, self.column)
 
     def digest(self) -> bytes:
-        """A hash of whose each record is; private."""
-        return hashlib.sha256(f"{self.column} {self.records}".encode() + self.owner.astype("<i8").tobytes()).digest()
+        """A hash of whose each record is, whatever their share; private."""
+        return hashlib.sha256(f"{self.column}\0".encode() + self.owner.astype("<i8").tobytes()).digest()
 
 
 class WithoutColumn:
@@ -111,7 +111,16 @@ class WithoutColumn:
         return {name: rows for name, rows in read_rows(self.source, indices, pool).items() if name != self.column}
 
 
-def column_of(source: Source, column: str) -> Shaped[np.ndarray, " n"]:
+def owners(source: Source, column: str) -> Int64[np.ndarray, " n"]:
+    """Whose each record is: the integers of the column, or those that two of 32 bits make (`table.numbered`)."""
+    values = column_of(source, column)
+    if values.ndim == 1:
+        return values.astype(np.int64)
+    high, low = values.astype(np.uint64).T
+    return (high << np.uint64(32) | low).view(np.int64)
+
+
+def column_of(source: Source, column: str) -> Shaped[np.ndarray, "n ..."]:
     """All of one column; reads the whole source unless it is of arrays."""
     base, indices = (source.source, source.indices) if isinstance(source, Subset) else (source, None)
     if isinstance(base, ArraySource | EncodedSource) and column in base.arrays:
@@ -127,7 +136,7 @@ def require_apart(train: UnitSource, test: Source) -> None:
     Raises:
         InputError: one has; its cause says how many.
     """
-    both = np.intersect1d(train.owner, column_of(test, train.column).astype(np.int64))
+    both = np.intersect1d(train.owner, owners(test, train.column))
     if both.size:
         remedy = (
             "some units have training and test records, and the guarantee covers no test record; part them by unit."

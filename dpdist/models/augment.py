@@ -37,9 +37,10 @@ def augmentation(name: str, options: Mapping[str, int], example: Mapping[str, ja
     if set(options) - {"padding"} or type(padding) is not int or padding < 1:
         raise InputError("training.augment_options", dict(options), "give {padding: PIXELS}, at least 1.")
     image = example.get("image")
-    if image is None or len(image.shape) != 3 or min(image.shape[:2]) <= padding:
+    least = padding + 1 if "crop" in name else 1
+    if image is None or len(image.shape) != 3 or min(image.shape[:2]) < least:
         shape = None if image is None else list(image.shape)
-        remedy = f"it needs a column 'image' of shape [height, width, channels] of over {padding} pixels, not {shape}."
+        remedy = f"it needs a column 'image' of shape [height, width, channels], {least} pixels or more, not {shape}."
         raise InputError("training.augment", name, remedy)
 
     def augment(example: dict[str, Array], key: Array) -> dict[str, Array]:

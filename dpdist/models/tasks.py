@@ -75,8 +75,9 @@ def task_of(config: config_module.Model) -> Task:
         task = load_object(name, "model.task", list(TASKS))
         if not isinstance(task, Task):
             raise InputError("model.task", name, f"must be a dpdist.models.tasks.Task, not {type(task).__name__}.")
-    if config.classes is not None and task.name in ("binary", "regression", "language_modeling"):
-        raise InputError("model.classes", config.classes, f"leave it out: {task.name} has no classes.")
+    if config.classes is not None and task.name in ("binary", "regression", "multilabel", "language_modeling"):
+        remedy = f"leave it out: what {task.name} predicts is counted by the data."
+        raise InputError("model.classes", config.classes, remedy)
     return task
 
 
@@ -86,7 +87,7 @@ def own_metrics(config: config_module.Model) -> dict[str, Loss]:
     Raises:
         InputError: there is no such function, or a metric has the name of something else in `metrics.jsonl`.
     """
-    for name in config.metrics.keys() & RESERVED:
+    for name in config.metrics.keys() & (RESERVED | METRICS):
         raise InputError(f"model.metrics.{name}", config.metrics[name], "is the name of another number; rename it.")
     return {name: load_function(path, f"model.metrics.{name}", []) for name, path in config.metrics.items()}
 
@@ -98,12 +99,18 @@ def cross_entropy(logits: Array, example: Example) -> Array:
 
 def _sigmoid_cross_entropy(outputs: Array, example: Example) -> Array:
     """Of `classes` logits, or of one, each a yes or no of its own; their mean."""
-    label = example["label"]
-    return jnp.mean(optax.sigmoid_binary_cross_entropy(outputs.reshape(label.shape), label.astype(outputs.dtype)))
+    label = example["label"].astype(jnp.float32)
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(outputs.reshape(label.shape).astype(jnp.float32), label))
 
 
 def _squared_error(outputs: Array, example: Example) -> Array:
-    return jnp.mean(jnp.square(outputs - example["target"].reshape(outputs.shape)))
+    """In float32: a bfloat16 has no 301."""
+    return jnp.mean(jnp.square(outputs.astype(jnp.float32) - example["target"].reshape(outputs.shape)))
+
+
+def _if_numbers(outputs: Array, value: Array) -> Array:
+    """`value`, or NaN where an output is: the largest of NaNs is the first, and no NaN is above 0."""
+    return jnp.where(jnp.isnan(outputs).any(), jnp.nan, value.astype(jnp.float32))
 
 
 def next_token_loss(outputs: Array, example: Example) -> Array:
@@ -128,7 +135,7 @@ def _next_tokens(outputs: Array, example: Example) -> tuple[Array, Array, Array]
 
 
 def _classification_statistics(outputs: Array, example: Example) -> dict[str, Array]:
-    found = {"right": jnp.argmax(outputs) == example["label"]}
+    found = {"right": _if_numbers(outputs, jnp.argmax(outputs) == example["label"])}
     return found | ({"score": outputs[1] - outputs[0], "label": example["label"]} if outputs.size == 2 else {})
 
 
@@ -146,26 +153,27 @@ def _logit_metrics(statistics: Mapping[str, np.ndarray]) -> dict[str, float]:
     scores, labels = statistics["score"], statistics["label"] > 0
     areas = [auroc(score, label) for score, label in zip(scores.T, labels.T, strict=True)]
     known = [area for area in areas if not math.isnan(area)]
-    return {"accuracy": float(np.mean((scores > 0) == labels)), "auroc": float(np.mean(known)) if known else math.nan}
+    right = np.where(np.isnan(scores), np.nan, (scores > 0) == labels)
+    return {"accuracy": float(np.mean(right)), "auroc": float(np.mean(known)) if known else math.nan}
 
 
 def _regression_statistics(outputs: Array, example: Example) -> dict[str, Array]:
-    return {"predicted": outputs.reshape(-1), "target": example["target"].reshape(-1)}
+    predicted, target = outputs.reshape(-1).astype(jnp.float32), example["target"].reshape(-1).astype(jnp.float32)
+    errors = predicted - target
+    found = {"squared": jnp.mean(jnp.square(errors)), "absolute": jnp.mean(jnp.abs(errors))}
+    return found | ({"predicted": predicted, "target": target} if target.size <= _FEW_OUTPUTS else {})
 
 
 def _regression_metrics(statistics: Mapping[str, np.ndarray]) -> dict[str, float]:
-    predicted, target = statistics["predicted"], statistics["target"]
-    errors = predicted - target
-    return {
-        "mse": float(np.mean(np.square(errors))),
-        "mae": float(np.mean(np.abs(errors))),
-        "r2": r2(predicted, target),
-    }
+    found = {"mse": float(np.mean(statistics["squared"])), "mae": float(np.mean(statistics["absolute"]))}
+    if "predicted" not in statistics:
+        return found
+    return found | {"r2": r2(statistics["predicted"], statistics["target"])}
 
 
 def _token_statistics(outputs: Array, example: Example) -> dict[str, Array]:
     losses, counted, right = _next_tokens(outputs, example)
-    return {"loss": jnp.sum(losses), "tokens": jnp.sum(counted), "right": jnp.sum(right)}
+    return {"loss": jnp.sum(losses), "tokens": jnp.sum(counted), "right": _if_numbers(losses, jnp.sum(right))}
 
 
 def _token_metrics(statistics: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -288,10 +296,14 @@ def _as_many_as(column: str, what: str) -> Callable[[Example, int | None], int |
     return width
 
 
+#: Numbers of an example for which R2 is measured, which needs all of them of all examples.
+_FEW_OUTPUTS = 64
 #: Models that give one output a token.
 LANGUAGE_MODELS = ("gpt2", "llama")
 #: What records of `metrics.jsonl` hold beside metrics.
 RESERVED = frozenset({"step", "epsilon", "incarnation", "examples_per_second", "seconds", "seconds_to_first_step"})
+#: Metrics that the tasks here have.
+METRICS = frozenset({"loss", "accuracy", "auroc", "mse", "mae", "r2", "perplexity", "token_accuracy"})
 
 TASKS = {
     task.name: task

@@ -31,7 +31,7 @@ from dpdist.models.whole import over_records, over_views
 from dpdist.program import optimizer as optimizers
 from dpdist.program.evaluate import Evaluator
 from dpdist.program.flops import flops_per_example
-from dpdist.program.gradients import ExampleLoss, build_gradients
+from dpdist.program.gradients import ExampleLoss, Gradients, build_gradients
 from dpdist.program.guards import require_guards
 from dpdist.program.memory import Memory, memory_limit, memory_of
 from dpdist.program.microbatches import LARGEST, choose_physical_batch, largest_that_fits, tail_of
@@ -147,6 +147,9 @@ def open_model(config: Config, dataset: Dataset) -> OpenModel:
     """
     example = example_spec(dataset.train)
     record = record_spec(dataset.train, example)
+    if config.data.unit is not None and config.sampling.assignment == "shard":
+        remedy = "a unit's records may lie in any part of the data; with data.unit take chunks or balanced."
+        raise InputError("sampling.assignment", "shard", remedy)
     classes = config.model.classes or dataset.classes
     task, metrics = task_of(config.model), own_metrics(config.model)
     model = models.build(config.model, example=record, classes=classes)
@@ -154,9 +157,8 @@ def open_model(config: Config, dataset: Dataset) -> OpenModel:
         params = model.init(jax.random.key(config.training.seed))
     if dataset.vocabulary is not None and config.model.name in ("bert", "gpt2", "llama"):
         _require_vocabulary(params, dataset.vocabulary)
-    if model.loss is task.loss:
-        records = dataset.train.source if isinstance(dataset.train, UnitSource) else dataset.train
-        _require_fit(config, task, model, params, record, records, "train")
+    records = dataset.train.source if isinstance(dataset.train, UnitSource) else dataset.train
+    _require_fit(config, task, model, params, record, records, "train")
     if dataset.test is not None:
         _require_fit(config, task, model, params, example_spec(dataset.test), dataset.test, "test")
     loss_fn, randomised = models.example_loss(model), model.randomised or config.training.augment is not None
@@ -210,6 +212,8 @@ def _require_fit(
     except InputError as error:
         if model.loss is task.loss:
             raise
+        if part == "train":
+            return  # a loss of the user's own may take anything
         remedy = f"{error.remedy} Or set model.task=none, to measure your own loss alone."
         raise InputError(error.field, error.value, remedy) from None
     for column, bound in below.items():
@@ -302,9 +306,7 @@ def build_setup(
         record=opened.record,
         loss=loss,
         evaluator=evaluator,
-        probe=Probe(loss, gradients.frozen, dataset.train, available=max(1, len(dataset.train) // world.num_processes))
-        if world.is_main
-        else None,
+        probe=_probe(config, loss, gradients, dataset, world) if world.is_main else None,
         physical=physical,
         tail=tail_of(physical),
         memory=memory(physical),
@@ -314,6 +316,11 @@ def build_setup(
         precision=gradients.precision,
         flops=flops_per_example(compiled(physical), physical),
     )
+
+
+def _probe(config: Config, loss: ExampleLoss, gradients: Gradients, dataset: Dataset, world: World) -> Probe:
+    here = world.num_processes if config.sampling.assignment == "shard" else 1  # data of other hosts may not be here
+    return Probe(loss, gradients.frozen, dataset.train, available=max(1, len(dataset.train) // here))
 
 
 def _physical_batch(

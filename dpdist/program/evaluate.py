@@ -16,8 +16,9 @@ from jaxtyping import Array
 from dpdist.config.user_errors import users_code
 from dpdist.data.placement import Placement
 from dpdist.data.sources import Source, read_rows
+from dpdist.errors import InputError
 from dpdist.models import Model
-from dpdist.models.tasks import Loss, Task
+from dpdist.models.tasks import RESERVED, Loss, Task
 
 #: What the loss is called among a task's statistics, and a user's metric.
 _LOSS, _OWN = "loss of the model", "metric "
@@ -98,6 +99,11 @@ class Evaluator:
         all_rows = jax.ShapeDtypeStruct(
             (self._devices * self._batches * self._batch, width), jnp.float32, sharding=sharded
         )
+        with np.errstate(all="ignore"), users_code("model.task", task.name):
+            told = self._metrics(np.zeros((2, width)))
+        if wrong := told.keys() & RESERVED:
+            remedy = f"gives a metric the name {min(wrong)}, which is that of another number; rename it."
+            raise InputError("model.task", task.name, remedy)
         self._share = jax.jit(lambda rows: rows, out_shardings=replicated).lower(all_rows).compile()
 
     def measure(self, params: Any, *, stop: Callable[[], bool] = lambda: False) -> dict[str, float | None] | None:

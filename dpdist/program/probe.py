@@ -8,6 +8,7 @@ without a word, under a guarantee that holds. What is found depends on the data 
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -32,15 +33,12 @@ class Probe:
     Args:
         loss: of one training example; a randomised one gets keys that are known to everyone.
         frozen: paths of the parameters that do not train.
-        source: the training examples; `available` of them, from the first on, can be read here.
+        source: the training examples; `available` of them, from the first on, can be read here. They are read by the
+            first call of `measure`.
     """
 
     def __init__(self, loss: ExampleLoss, frozen: Collection[str], source: Source, *, available: int) -> None:
-        count = min(SIZE, available)
-        rows = read_rows(source, np.arange(count, dtype=np.int64) * (available // count))
-        self._batch: dict[str, Any] = dict(rows)
-        if "key" in loss.example:
-            self._batch["key"] = jax.random.split(jax.random.key(0), count)
+        self._source, self._available, self._randomised = source, available, "key" in loss.example
 
         def one(params: Any, example: Any) -> tuple[Array, Array]:
             def of_trainable(training: Any) -> Array:
@@ -63,6 +61,12 @@ class Probe:
         losses, norms = self._measure(params, jax.device_put(self._batch, device))
         return np.asarray(losses), np.asarray(norms)
 
+    @cached_property
+    def _batch(self) -> dict[str, Any]:
+        count = min(SIZE, self._available)
+        rows = read_rows(self._source, np.arange(count, dtype=np.int64) * (self._available // count))
+        return rows | ({"key": jax.random.split(jax.random.key(0), count)} if self._randomised else {})
+
 
 def described(losses: np.ndarray, norms: np.ndarray) -> dict[str, Any]:
     """What is kept, as JSON: `examples`, how many are `not_finite`, and of the others the mean `loss` and `norms`."""
@@ -75,12 +79,12 @@ def described(losses: np.ndarray, norms: np.ndarray) -> dict[str, Any]:
 
 
 def require_something_to_learn(found: dict[str, Any]) -> None:
-    """Check that at least one of the examples has a gradient.
+    """Check that at least one of the examples has a gradient; of fewer than 16, what they have says nothing.
 
     Raises:
-        InputError: none has; it says so of all of them, which tells no more of one record than that a run ends.
+        InputError: none has; it says so of all of them together.
     """
-    if found["not_finite"] == found["examples"]:
+    if found["not_finite"] == found["examples"] >= SIZE:
         raise InputError(
             "model.loss",
             f"{found['examples']} training examples",

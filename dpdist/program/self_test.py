@@ -42,7 +42,7 @@ def check(
 
     What an example adds may depend on the model, so this asks for no more than what the guarantee rests on, whatever
     an example holds: the sum is finite, a row moves it by at most C, and padding does not move it. Integers, which
-    hold no NaN, stay 0; every row's gradient is made NaN, infinite or long by parameters that are so.
+    hold no NaN, stay as they are; every row's gradient is made NaN, infinite or long by parameters that are so.
 
     Args:
         accumulate: is called 6 to 10 times a batch size.
@@ -64,14 +64,15 @@ def check(
     for size in sorted(set(batch_sizes)):
         rows = min(len(_ROWS), max(1, size - 1))  # the others show what a bad row does to its neighbours
         padded = (np.arange(size) >= rows).astype(np.float32)
-        plain = {name: np.full((size, *x.shape), _like(x.dtype, 0.5), x.dtype) for name, x in example.items()}
+        plain = {name: np.full((size, *x.shape), _usual(name, x.dtype), x.dtype) for name, x in example.items()}
         alone = accumulate(params, plain, padded)
         for first in range(0, len(_ROWS), rows):
             values = list(_ROWS.items())[first : first + rows]
             batch = {name: column.copy() for name, column in plain.items()}
             for row, (_, value) in enumerate(values):
                 for column in batch.values():
-                    column[row] = _like(column.dtype, value)
+                    if jnp.issubdtype(column.dtype, jnp.inexact):
+                        column[row] = value
             named = " and ".join(name for name, _ in values)
             used = np.where(np.arange(size) < len(values), 1, padded).astype(np.float32)
             require(f"padding of {named}", accumulate(params, batch, padded) - alone, 0)
@@ -116,8 +117,11 @@ def check_products(formats: Collection[Format]) -> None:
             raise BrokenGuardError(f"long products in {fmt} lose {found:.3g} times what the bound on them assumes")
 
 
-def _like(dtype: Any, value: float) -> float:
-    return value if jnp.issubdtype(dtype, jnp.inexact) else 0.0
+def _usual(name: str, dtype: Any) -> float:
+    """What a column holds: an integer that is always one of a range, and in a mask what does not leave anything out."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return 0.5
+    return 1 if dtype == jnp.bool_ or name.endswith("mask") else 0
 
 
 def _moved(leaf: Any, factor: float, offset: float) -> Any:

@@ -40,8 +40,8 @@ UNIT = "one training record, not one person: somebody with k records has about k
 UNIT_OF_RECORDS = (
     "all training records with one value of the column {unit!r}, such as all of one user, of which the first {records} "
     "at most are used: N, q and B count these units, a unit is sampled and clipped as a whole, and the guarantee holds "
-    "for somebody whose records all have one such value. How many records are left out depends on the data and is "
-    "private"
+    "for somebody whose records all have one such value. Which values there are is public, as N is: their order "
+    "decides which units are tested on. How many records are left out depends on the data and is private"
 )
 #: Where `data.options.pack` cuts documents into blocks of tokens.
 UNIT_BLOCK = (
@@ -58,6 +58,7 @@ NOT_COVERED = (
     "how long steps take, and which records are read from storage, for those who can watch either",
     "that a run ends because of a record that cannot be read, has other columns or values out of range, and at which "
     "step; what the record holds, and which it is, is written under private/ alone",
+    "that a run ends, and when, because no gradient of the examples it tried, or of several steps in a row, is finite",
     "what a user's own code prints or writes",
     "test records, and so the test accuracy with respect to them; a record that is trained on in one run and tested on "
     "in another is one of these",

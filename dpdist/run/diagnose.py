@@ -93,13 +93,17 @@ def _shares(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The newest record of each step; a step may have been taken again."""
+    """The newest record of each step; those that a newer incarnation has gone back behind are left out."""
     records: dict[int, dict[str, Any]] = {}
+    newest = 0
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue  # a crash has torn it
+        if record["incarnation"] > newest:
+            newest = record["incarnation"]
+            records = {step: kept for step, kept in records.items() if step < record["step"]}
         records[record["step"]] = record
     return [records[step] for step in sorted(records)]
 

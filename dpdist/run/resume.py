@@ -102,8 +102,8 @@ def find_start(request: ResumeRequest, ledger: Ledger) -> Start:
         plan = plan_run(config, nonce=fresh_nonce(request.secret, 0), **common)
         return Start(plan=replace(plan, **identity), fresh=True, step=None, meta=None)
     _require_one_statement(config, current)
-    _require_one_split(request, current)
     _require_one_unit(request)
+    _require_one_split(request, current)
     asked = config.checkpoint.resume_step
     if asked == current.resume_step:
         asked = None  # this incarnation has gone back to it already, when it began
@@ -150,7 +150,8 @@ def _require_one_split(request: ResumeRequest, plan: Plan) -> None:
     names = SPLIT if known else _MAY_SPLIT
     was = {name: f"the run began with {before[name]!r}" for name in names if before.get(name, now[name]) != now[name]}
     if not was and known and plan.test_data != request.test_data:
-        was = {"data.source": "its test records are not those that the run began with"}
+        what = "its test records" if request.config.data.unit is None else "its test records, or who has which record,"
+        was = {"data.source": f"{what} are not those that the run began with"}
     for name, what in was.items():
         raise InputError(
             name,
@@ -169,6 +170,9 @@ def _require_one_unit(request: ResumeRequest) -> None:
             unit,
             f"the run began with {before!r} as its unit, and no statement covers both; name a new run.dir.",
         )
+    if unit is not None and request.secret_lost:
+        remedy = "the run's secret is lost, and with it what shows that units are still the same; name a new run.dir."
+        raise InputError("data.unit", unit, remedy)
     if before is not None and unit is None:
         raise InputError(
             "data.unit", unit, f"the run began with {before!r}; resume it with that, or name a new run.dir."

@@ -169,10 +169,10 @@ class RunWriter:
         """The state after `step` steps is handed to the checkpoints."""
         self._goodput.saving(step)
 
-    def looked(self, step: int, found: dict[str, Any]) -> None:
+    def looked(self, step: int, incarnation: int, found: dict[str, Any]) -> None:
         """Note, under `private/`, what `program.probe` has found after `step` steps."""
-        with contextlib.closing(Stream(self._run.probe, mode=0o600)) as stream:
-            stream.write({"step": step} | found)
+        with warning_of(self._run.probe), contextlib.closing(Stream(self._run.probe, mode=0o600)) as stream:
+            stream.write({"step": step, "incarnation": incarnation} | found)
 
     def straggler_reports(self, reports: list[dict[str, Any]]) -> None:
         """Record, under `private/`, which ranks the others waited for."""
@@ -320,7 +320,7 @@ class SilentWriter:
 
     def start_recording(self, start: Start, speed: Callable[[float], dict[str, float | None]]) -> None: ...
 
-    def looked(self, step: int, found: dict[str, Any]) -> None:
+    def looked(self, step: int, incarnation: int, found: dict[str, Any]) -> None:
         _only_process_0()
 
     def phase(self, name: str) -> AbstractContextManager[None]:

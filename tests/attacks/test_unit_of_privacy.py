@@ -50,7 +50,13 @@ def test_a_run_of_records_cannot_go_on_as_one_of_users_nor_the_other_way_round(
     to_users = single.copy(jobs.new("to_users").root).crash(EVERY)
     to_records = by_user.copy(jobs.new("to_records").root).crash(EVERY)
     given = "sampling.expected_batch_size=32", "privacy.delta=1e-3"
+    to_houses = by_user.copy(jobs.new("to_houses").root).crash(EVERY)
     attempts = (
+        (
+            to_houses,
+            (*UNIT, *given, "data.options.by=2"),
+            "who has which record, are not those that the run began with",
+        ),
         (to_users, (*UNIT,), "the run began with None as its unit"),
         (to_records, ("data.source=userland:arrays", *given), "the run began with 'who'"),
     )
@@ -58,6 +64,6 @@ def test_a_run_of_records_cannot_go_on_as_one_of_users_nor_the_other_way_round(
         before = run.content("ledger.jsonl", "checkpoints")
         ended = jobs.train(run, *changes).wait()
         assert ended.code == 2
-        assert "data.unit" in ended.err
+        assert "data." in ended.err
         assert words in ended.err
         assert run.content("ledger.jsonl", "checkpoints") == before

@@ -9,6 +9,7 @@ import pytest
 
 from dpdist.config import Data
 from dpdist.data import ArraySource, Subset, fingerprint, open_dataset, read_rows
+from dpdist.data.table import Texts, numbered
 from dpdist.data.units import MASK, UnitSource, WithoutColumn, require_apart
 from dpdist.errors import InputError
 
@@ -116,3 +117,28 @@ def test_names_of_units_are_numbered_the_same_in_every_part(tmp_path: Any) -> No
     (tmp_path / "test.csv").write_text("a,b,label,who\n7,14,1,eva\n")
     with pytest.raises(InputError, match="covers no test record"):
         open_dataset(data)
+    # One file has numbers alone, the other a name beside them.
+    (tmp_path / "train.csv").write_text("a,b,label,who\n1,2,0,100\n3,4,1,101\n")
+    (tmp_path / "test.csv").write_text("a,b,label,who\n7,14,1,101\n7,14,1,X9\n")
+    with pytest.raises(InputError, match="covers no test record"):
+        open_dataset(data)
+    (tmp_path / "train.csv").write_text("a,b,label,who\n1,2,0,0.5\n3,4,1,101\n")
+    with pytest.raises(InputError, match=r"data\.unit = 'who': .* a name or an integer for each record, not float"):
+        open_dataset(data)
+
+
+def test_numbers_of_64_bits_and_many_names_stay_apart() -> None:
+    many = numbered(Texts([f"patient {n}" for n in range(200_000)]), "who", "here")
+    found = UnitSource(ArraySource({"x": np.zeros(200_000, np.float32), "who": many}), "who", 1)
+    assert len(found) == 200_000
+    large = numbered(np.array([10**15, 10**15 + 2**32, 10**15]), "who", "here")
+    assert len(UnitSource(ArraySource({"x": np.zeros(3, np.float32), "who": large}), "who", 2)) == 2
+
+
+def test_a_renamed_column_is_split_by_unit_too(tmp_path: Any) -> None:
+    owner = np.random.default_rng(1).integers(0, 30, 400)
+    for name, values in {"image": np.zeros((400, 2), np.float32), "label": owner % 2, "who": owner}.items():
+        np.save(tmp_path / f"train_{name}.npy", values)
+    columns = {"image": "image", "label": "label", "user": "who"}
+    found = open_dataset(Data(source="npy", path=str(tmp_path), columns=columns, unit="user", records_per_unit=9))
+    assert len(found.train) == 24

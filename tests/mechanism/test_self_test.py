@@ -12,7 +12,10 @@ import pytest
 from test_clipping import case, flat
 from zoo import ZOO
 
+from dpdist.data.units import MASK
 from dpdist.mechanism.clipping import METHODS, clipped_grad_sum
+from dpdist.models.tasks import next_token_loss
+from dpdist.models.whole import over_records
 from dpdist.program import self_test
 from dpdist.program.self_test import BrokenGuardError
 
@@ -115,6 +118,46 @@ def test_every_guard_that_is_missing_is_noticed(name: str) -> None:
     weight, keep, what = BROKEN[name]
     with pytest.raises(BrokenGuardError, match=what):
         check("mlp", broken(weight, keep), {}, 8)
+
+
+def unclipped(loss_fn: Any) -> GradSum:
+    """A sum that leaves NaN out and bounds nothing."""
+
+    def grad_sum(params: Any, batch: Any, mask: Any) -> tuple[Any, Any]:
+        gradients = jax.vmap(jax.grad(loss_fn), (None, 0))(params, batch)
+        norms = jnp.sqrt(sum(jnp.sum(jnp.square(g.reshape(len(mask), -1)), 1) for g in jax.tree.leaves(gradients)))
+        keep = (mask > 0) & jnp.isfinite(norms)
+        return jax.tree.map(
+            lambda g: jnp.sum(jnp.where(keep.reshape(-1, *[1] * (g.ndim - 1)), g, 0), 0), gradients
+        ), norms
+
+    return grad_sum
+
+
+def a_unit() -> tuple[Any, Any, dict[str, Any]]:
+    """Three records a unit, which a mask of zeros would leave out."""
+    loss = over_records(lambda params, example: jnp.sum(jnp.square(example["x"] @ params["w"] - 1)), 3, MASK)
+    example = {"x": jax.ShapeDtypeStruct((3, 4), np.float32), MASK: jax.ShapeDtypeStruct((3,), np.bool_)}
+    return loss, {"w": np.ones((4, 2), np.float32)}, example
+
+
+def a_text() -> tuple[Any, Any, dict[str, Any]]:
+    """Tokens with a mask of padding."""
+
+    def loss(params: Any, example: Any) -> Any:
+        return next_token_loss(jnp.take(params["table"], example["input_ids"], axis=0), example)
+
+    tokens = {name: jax.ShapeDtypeStruct((6,), np.int32) for name in ("input_ids", "attention_mask")}
+    return loss, {"table": np.random.default_rng(0).standard_normal((5, 5)).astype(np.float32)}, tokens
+
+
+@pytest.mark.parametrize("task", [a_unit, a_text])
+def test_what_a_mask_leaves_out_is_tested_all_the_same(task: Callable[[], Any]) -> None:
+    loss_fn, params, example = task()
+    clipped = clipped_grad_sum(loss_fn, clip_norm=1e-3)
+    self_test.check(compiled(clipped, {}), params, example, (4, 2), clip_norm=1e-3)
+    with pytest.raises(BrokenGuardError, match="moved the sum"):
+        self_test.check(compiled(unclipped(loss_fn), {}), params, example, (4, 2), clip_norm=1e-3)
 
 
 @pytest.mark.parametrize("fmt", ["bfloat16", "tf32"])

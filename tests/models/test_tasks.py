@@ -190,10 +190,31 @@ def test_a_missing_column_is_named_before_the_models_outputs_are_counted() -> No
 def test_a_task_that_is_none_is_told_apart_from_one_that_is_not_there() -> None:
     with pytest.raises(InputError, match="regression"):
         task_of(config.Model(task="regresion"))
-    with pytest.raises(InputError, match=r"model\.classes.*regression has no classes"):
+    with pytest.raises(InputError, match=r"model\.classes.*what regression predicts is counted by the data"):
         task_of(config.Model(task="regression", classes=3))
     with pytest.raises(InputError, match=r"model\.loss = None: the task none has none"):
         build(config.Model(name="mlp", task="none"), example={"image": IMAGE}, classes=4)
+
+
+@pytest.mark.parametrize("name", ["classification", "binary", "multilabel", "regression", "language_modeling"])
+def test_a_model_that_gives_nan_has_no_metric(name: str) -> None:
+    wide = {"multilabel": (9, 3), "classification": (9, 3), "language_modeling": (9, 4, 7)}.get(name, (9,))
+    label = np.ones((9, 3) if name == "multilabel" else 9, np.int32)
+    columns = {"label": label, "target": np.ones(9, np.float32), "input_ids": np.ones((9, 4), np.int32)}
+    found = measured(name, np.full(wide, np.nan, np.float32), columns)
+    assert not any(math.isfinite(value) for value in found.values()), found
+
+
+def test_many_numbers_to_predict_are_not_kept_for_r2() -> None:
+    predicted, target = DRAW.standard_normal((2, 20, 65)).astype(np.float32)
+    found = measured("regression", predicted, {"target": target})
+    assert found.keys() == {"mse", "mae"}
+    assert found["mse"] == pytest.approx(np.square(predicted - target).mean(), rel=1e-6)
+
+
+def test_a_loss_is_computed_in_float32_whatever_the_model_computes_in() -> None:
+    outputs = jnp.asarray([300.0], jnp.bfloat16)
+    assert float(TASKS["regression"].loss(outputs, {"target": jnp.float32(301)})) == 1.0  # type: ignore[misc]
 
 
 def test_tasks_and_metrics_of_the_users_own(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,5 +232,6 @@ def test_tasks_and_metrics_of_the_users_own(tmp_path: Any, monkeypatch: pytest.M
     with pytest.raises(InputError, match=r"must be a dpdist\.models\.tasks\.Task, not int"):
         task_of(config.Model(task="own_task:wrong"))
     assert list(own_metrics(config.Model(metrics={"margin": "own_task:margin"}))) == ["margin"]
-    with pytest.raises(InputError, match=r"model\.metrics\.epsilon.*rename it"):
-        own_metrics(config.Model(metrics={"epsilon": "own_task:margin"}))
+    for taken in ("epsilon", "loss", "accuracy"):
+        with pytest.raises(InputError, match=rf"model\.metrics\.{taken}.*rename it"):
+            own_metrics(config.Model(metrics={taken: "own_task:margin"}))

@@ -159,7 +159,7 @@ def test_a_randomised_model_gets_a_key_of_its_own_in_every_view() -> None:
         ("flop", {}, IMAGE, "give one of flip, crop, flip_and_crop, or module:function"),
         ("crop", {"pad": 3}, IMAGE, "give {padding: PIXELS}"),
         ("crop", {"padding": 0}, IMAGE, "at least 1"),
-        ("crop", {"padding": 10}, IMAGE, "of over 10 pixels, not"),
+        ("crop", {"padding": 10}, IMAGE, "11 pixels or more, not"),
         ("flip", {}, {"image": jax.ShapeDtypeStruct((64,), np.float32)}, "of shape"),
         ("flip", {}, {"input_ids": jax.ShapeDtypeStruct((64,), np.int32)}, "a column 'image'"),
     ],

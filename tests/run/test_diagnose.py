@@ -21,7 +21,7 @@ def private(**changes: Any) -> config.Config:
 
 def look(step: int, median: float | None, lost: int = 0, **more: int) -> dict[str, Any]:
     norms = None if median is None else {"p10": median / 2, "p50": median, "p90": median * 2, "max": median * 3}
-    return {"step": step, "examples": 16, "not_finite": lost, "loss": 0.5, "norms": norms} | more
+    return {"step": step, "examples": 16, "not_finite": lost, "loss": 0.5, "norms": norms, "incarnation": 0} | more
 
 
 def steps(clipped: float, count: int = 8) -> list[dict[str, Any]]:
@@ -59,7 +59,10 @@ def test_lost_gradients_and_records_are_told_and_the_plain_arm_gets_no_clip_norm
 def made_up(root: Path) -> Path:
     (root / "private").mkdir(parents=True)
     (root / "config.yaml").write_text(configfile.dump(private()))
-    records = [{"step": n, "examples": 10.0, "clipped": 9.0, "not_finite": 1.0, "norm_sum": 4.0} for n in (0, 1, 1, 2)]
+    records = [
+        {"step": n, "incarnation": 0, "examples": 10.0, "clipped": 9.0, "not_finite": 1.0, "norm_sum": 4.0}
+        for n in (0, 1, 1, 2)
+    ]
     lines = [json.dumps(record) for record in records]
     (root / "private/diagnostics.jsonl").write_text("\n".join(lines) + '\n{"step": 3, "exam')
     looks = [look(0, 2.0), look(2, None, lost=16)]
@@ -82,6 +85,14 @@ def test_a_step_that_was_taken_again_counts_once_and_a_torn_line_not_at_all(tmp_
     assert text.startswith(NOT_COVERED)
     assert "16 of 16" in text
     assert json.loads(json.dumps(found)) == found
+
+
+def test_steps_that_a_newer_incarnation_went_back_behind_are_left_out(tmp_path: Path) -> None:
+    root = made_up(tmp_path / "run")
+    with (root / "private/diagnostics.jsonl").open("a") as file:
+        again = {"step": 1, "incarnation": 1, "examples": 10.0, "clipped": 0.0, "not_finite": 0.0}
+        file.write("\n" + json.dumps(again) + "\n")
+    assert [(each["step"], each["clipped"]) for each in diagnose(root)["steps"]] == [(1, 0.9), (2, 0.0)]
 
 
 def test_what_is_no_run_or_has_not_begun_is_said(tmp_path: Path) -> None:

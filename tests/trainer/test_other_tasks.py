@@ -10,6 +10,8 @@ import userland
 from jobs import EVERY, STEPS, Jobs, Run
 
 from dpdist import load
+from dpdist.errors import InputError
+from dpdist.program.probe import described, require_something_to_learn
 from dpdist.run import metrics
 from dpdist_launch.cli import main
 
@@ -120,3 +122,19 @@ def test_a_run_that_diverges_ends_with_a_reason_that_names_no_data(jobs: Jobs) -
     assert run.summary["status"] == "failed"
     assert "trains on noise alone" in run.logs
     assert "trains on noise alone" not in ended.err
+
+
+def test_labels_are_checked_under_a_loss_of_the_users_own_too(jobs: Jobs) -> None:
+    run = jobs.new("own_loss")
+    ended = jobs.train(run, "model.loss=userland:own_cross_entropy", "model.classes=3").wait()
+    assert ended.code == 2
+    assert "some values of 'label' lie outside 0 to 2" in ended.err
+    assert not run.ledger
+
+
+def test_few_examples_without_a_gradient_do_not_refuse_a_run() -> None:
+    """One record, or one user, would decide."""
+    require_something_to_learn(described(np.full(15, np.nan), np.full(15, np.nan)))
+    with pytest.raises(InputError, match="16 training examples"):
+        require_something_to_learn(described(np.full(16, np.nan), np.full(16, np.nan)))
+    require_something_to_learn(described(np.arange(16.0), np.append(np.full(15, np.inf), 1.0)))
