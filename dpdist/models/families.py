@@ -42,8 +42,8 @@ class Family:
     #: Spells out what an option that is None stands for; the inverse of what `prepare` does is `finish`.
     complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda options: options
     finish: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda said, options: said
-    #: `timm`'s name of an architecture -> our options, or None if it is not of this family.
-    timm_options: Callable[[str], dict[str, Any] | None] = lambda architecture: None
+    #: What `timm`'s config.json says -> our options, or None if its `architecture` is not of this family.
+    timm_options: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda said: None
 
 
 def modules() -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _options(family: Family, name: str, path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(FIELD, str(path), f"is no JSON object ({error}); fetch it again.") from None
     if "model_type" not in said and isinstance(said.get("architecture"), str):
-        options = family.timm_options(said["architecture"])
+        options = family.timm_options(said)
         if options is None:
             raise InputError(FIELD, str(path), f"is of timm's {said['architecture']!r}, which {name} does not compute.")
         return options

@@ -111,20 +111,15 @@ def _timm_files(
 
 
 def _timm_vit(options: dict[str, Any]) -> dict[str, Any]:
+    from dpdist.models.vit import TIMM_ARGUMENTS
+
     width, inner = options["width"], options["mlp"]
     exact = int(width * (inner / width)) == inner  # timm rounds the product down
     return {
         "architecture": "vit_base_patch16_224",
         "num_features": width,
-        "model_args": {
-            "img_size": options["image_size"],
-            "patch_size": options["patch"],
-            "in_chans": options["channels"],
-            "embed_dim": width,
-            "depth": options["depth"],
-            "num_heads": options["heads"],
-            "mlp_ratio": (inner if exact else inner + 0.5) / width,
-        },
+        "model_args": {theirs: options[ours] for ours, theirs in TIMM_ARGUMENTS.items()}
+        | {"in_chans": options["channels"], "mlp_ratio": (inner if exact else inner + 0.5) / width},
     }
 
 

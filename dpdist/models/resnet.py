@@ -191,9 +191,9 @@ def naming(layers: Sequence[int]) -> Naming:
     return Naming(tensors=tensors)
 
 
-def _timm_options(architecture: str) -> dict[str, Any] | None:
+def _timm_options(said: dict[str, Any]) -> dict[str, Any] | None:
     """The options that an architecture such as `resnetv2_50x1_bit` stands for; None if it is another."""
-    return VARIANTS.get(architecture.removeprefix("resnetv2_").removesuffix("_bit"))
+    return VARIANTS.get(said["architecture"].removeprefix("resnetv2_").removesuffix("_bit"))
 
 
 FAMILY = Family(

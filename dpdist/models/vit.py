@@ -171,13 +171,23 @@ TIMM_WORDS = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"
 TIMM_EPSILON = 1e-6
 
 
-def _timm_options(architecture: str) -> dict[str, Any] | None:
-    """The options that an architecture such as `vit_base_patch16_224` stands for; None if it is another."""
+#: `timm`'s arguments of a model, by our option; the MLP's width is `mlp_ratio` times a token's, rounded down.
+TIMM_ARGUMENTS = {"width": "embed_dim", "depth": "depth", "heads": "num_heads", "patch": "patch_size"}
+TIMM_ARGUMENTS |= {"image_size": "img_size"}
+
+
+def _timm_options(said: dict[str, Any]) -> dict[str, Any] | None:
+    """The options that `vit_base_patch16_224` and `model_args` stand for; None if the architecture is another."""
     for variant, sizes in VARIANTS.items():
-        found = re.fullmatch(rf"vit_{TIMM_WORDS[variant.split('/')[0]]}_patch(\d+)_(\d+)", architecture)
+        word = TIMM_WORDS[variant.split("/")[0]]
+        found = re.fullmatch(rf"vit_{word}_patch(\d+)_(\d+)", said["architecture"])
         if found:
             patch, image_size = map(int, found.groups())
-            return sizes | {"patch": patch, "image_size": image_size, "epsilon": TIMM_EPSILON}
+            arguments = said.get("model_args", {})
+            changed = {ours: arguments[theirs] for ours, theirs in TIMM_ARGUMENTS.items() if theirs in arguments}
+            options = sizes | {"patch": patch, "image_size": image_size, "epsilon": TIMM_EPSILON} | changed
+            ratio = arguments.get("mlp_ratio", sizes["mlp"] / sizes["width"])
+            return options | {"mlp": int(options["width"] * ratio)}
     return None
 
 

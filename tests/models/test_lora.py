@@ -113,6 +113,19 @@ def test_new_adapters_change_nothing_and_merged_ones_compute_the_same(name: str)
     np.testing.assert_allclose(tiny.logits(plain, without, data), found, rtol=1e-4, atol=1e-4)
 
 
+def test_the_product_of_the_factors_is_scaled_by_alpha_over_rank() -> None:
+    model, params, _ = adapted("gpt2")
+    _, data, _ = tiny.golden("gpt2")
+    plain, weights = tiny.golden_model("gpt2")
+    weights = jax.tree.map(np.array, weights)
+    for i, layer in params["layers"].items():
+        for name in ("qkv", "out"):
+            factors = layer["attention"][name]
+            weights["layers"][i]["attention"][name]["kernel"] += 2.0 * np.asarray(factors["lora_a"] @ factors["lora_b"])
+    found = tiny.logits(model, params, data)
+    np.testing.assert_allclose(found, tiny.logits(plain, weights, data), rtol=1e-4, atol=1e-4)
+
+
 def test_a_is_normal_and_b_is_zero() -> None:
     model, _, _ = adapted("gpt2")
     wide = models.build(

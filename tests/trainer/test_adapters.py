@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import userland
-from jobs import Jobs, Run
+from jobs import Jobs, Run, wait_all
 from safetensors.numpy import load_file
 
 from dpdist import config as config_module
@@ -67,6 +67,39 @@ def exported(jobs: Jobs, tuned: Run) -> Exported:
         return target
 
     return export
+
+
+OTHERS = {
+    "llama": ("data.source=userland:sentences", "model.classes=null"),
+    "bert": ("data.source=userland:rated_sentences",),
+    "vit": ("data.source=userland:pictures",),
+}
+
+
+def test_adapters_of_every_other_transformer_train_in_two_processes(jobs: Jobs) -> None:
+    sizes = {"width": 16, "depth": 1, "heads": 2, "mlp": 16}
+    text = {"vocabulary": 12, "positions": 8}
+    options = {"llama": sizes | text, "bert": sizes | text, "vit": sizes | {"patch": 4, "image_size": 8}}
+    runs = {name: jobs.new(name) for name in OTHERS}
+    settings = ("model.lora={rank: 2}", "training.steps=2", "sampling.expected_batch_size=16")
+    started = [
+        jobs.launch(
+            runs[name], 2, 1, f"model.name={name}", f"model.options={json.dumps(options[name])}", *settings, *more
+        )
+        for name, more in OTHERS.items()
+    ]
+    wait_all(started)
+    for name, run in runs.items():
+        trained = load_run(run.root)
+        factors = [
+            leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trained.params) if path[-1].key == "lora_b"
+        ]
+        assert len(factors) == 4, name
+        assert all(np.any(leaf) for leaf in factors), name
+        fresh = models.build(trained.config.model, example=trained.signature.example, classes=4).init(jax.random.key(0))
+        assert np.array_equal(
+            trained.params["layers"][0]["mlp"]["grow"]["kernel"], fresh["layers"][0]["mlp"]["grow"]["kernel"]
+        )
 
 
 def tokens() -> dict[str, np.ndarray]:
