@@ -123,7 +123,11 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
     plan.add_argument("--nodes", type=int, help="share the work among so many nodes instead of this machine's devices")
-    plan.add_argument("--gpus-per-node", type=int, default=1, metavar="GPUS", help="devices of each node (1)")
+    plan.add_argument("--gpus-per-node", type=int, metavar="GPUS", help="devices of each node (1; with --device 4)")
+    plan.add_argument("--device", metavar="NAME", help="of a cluster elsewhere: A100, H100, ...; compiles nothing")
+    plan.add_argument("--devices", type=int, metavar="N", help="how many of them")
+    plan.add_argument("--examples", type=int, metavar="N", help="with --device, without the data: training examples")
+    plan.add_argument("--columns", metavar="NAME=DTYPE[SHAPE],...", help="with --device, without the data")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(run=_plan)
 
@@ -242,7 +246,24 @@ def _plan(options: argparse.Namespace) -> int:
     from dpdist_launch.plan import plan_report, text
 
     config = configfile.load(options.config, options.overrides)
-    report = plan_report(config, nodes=options.nodes, gpus_per_node=options.gpus_per_node)
+    if options.device is None:
+        for name in ("devices", "examples", "columns"):
+            if (value := getattr(options, name)) is not None:
+                raise InputError(f"--{name}", value, "belongs to --device; give that too, such as --device A100.")
+        report = plan_report(config, nodes=options.nodes, gpus_per_node=options.gpus_per_node or 1)
+    else:
+        from dpdist_launch.elsewhere import plan_elsewhere
+
+        per_node = 4 if options.gpus_per_node is None else options.gpus_per_node
+        devices = options.devices if options.nodes is None else options.nodes * per_node
+        report = plan_elsewhere(
+            config,
+            device=options.device,
+            devices=per_node if devices is None else devices,
+            per_node=per_node,
+            examples=options.examples,
+            columns=options.columns,
+        )
     print(json.dumps(report) if options.json else text(report))
     return EXIT_DONE
 

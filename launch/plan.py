@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from dpdist.data import open_dataset
 from dpdist.errors import InputError
 from dpdist.mechanism.clipping import LeafStrategy
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
+from dpdist.mechanism.ledger import Plan
 from dpdist.program.assignments import make_assigner, shape_of_work
 from dpdist.program.build import TrainingSetup, build_setup, open_model
 from dpdist.program.gradients import strategies_for
@@ -22,7 +25,7 @@ from dpdist.run.fingerprints import environment
 from dpdist.run.plan import plan_run
 
 #: Steps to sample, with a throw-away secret, for the statistics of how the work is assigned.
-_STEPS = 50
+STEPS_LOOKED_AT = 50
 
 
 def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int = 1) -> dict[str, Any]:
@@ -57,20 +60,12 @@ def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int 
     )
     setup = build_setup(config, plan, opened, dataset, world, earlier=None)
     assigner = make_assigner(config, plan, setup, Keys(secret, bytes.fromhex(plan.nonce)), world)
-    work = shape_of_work(tuple(assigner(step) for step in range(min(_STEPS, plan.steps))))
+    work = shape_of_work(tuple(assigner(step) for step in range(min(STEPS_LOOKED_AT, plan.steps))))
     leaves: list[LeafStrategy] = []
     if plan.privacy is not None and config.training.clipping != "per_example":
         leaves = strategies_for(config, setup.loss, world)
-    record = plan.to_record()
     return {
-        "privacy": {
-            name: record[name]
-            for name in ("epsilon", "delta", "epsilon_rdp", "accountant", "noise_multiplier", "clip_norm")
-        },
-        "sampling_probability": plan.sampling_probability,
-        "dataset_size": plan.dataset_size,
-        "expected_batch_size": plan.expected_batch_size,
-        "steps": plan.steps,
+        **facts_of_plan(plan),
         "devices": len(world.host_of_device),
         "nodes": max(world.host_of_device) + 1,
         "physical_batch_size": setup.physical,
@@ -82,6 +77,19 @@ def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int 
             "precision": None if plan.privacy is None else setup.precision,
             "parameters": [dataclasses.asdict(leaf) | {"seconds": dict(leaf.seconds)} for leaf in leaves],
         },
+    }
+
+
+def facts_of_plan(plan: Plan) -> dict[str, Any]:
+    """What does not depend on the devices."""
+    record = plan.to_record()
+    names = ("epsilon", "delta", "epsilon_rdp", "accountant", "noise_multiplier", "clip_norm")
+    return {
+        "privacy": {name: record[name] for name in names},
+        "sampling_probability": plan.sampling_probability,
+        "dataset_size": plan.dataset_size,
+        "expected_batch_size": plan.expected_batch_size,
+        "steps": plan.steps,
     }
 
 
@@ -125,13 +133,44 @@ def text(report: dict[str, Any]) -> str:
         f"{_size(memory['needed_bytes'])} at once (limit {_size(memory['limit_bytes'])})",
         "clipping    " + ", precision ".join(filter(None, [clipping["method"], clipping["precision"]])),
     ]
-    rows = [
-        (leaf["path"], "x".join(map(str, leaf["shape"])) or "scalar", leaf["strategy"], _why(leaf))
-        for leaf in clipping["parameters"]
-    ]
+    if (estimate := report.get("estimate")) is not None:
+        hours, node_hours = _time(estimate["hours"]), _time(estimate["node_hours"], "node-")
+        rates = f"{estimate['rates']} rates of the {estimate['device']} in {estimate['format']}"
+        lines.append(
+            f"time        about {hours}, {node_hours}: an ESTIMATE of the gradients alone, by {rates} (`dpdist bench "
+            f"roofline`); not counted are {estimate['not_counted']}"
+        )
+    rows = grouped(
+        [
+            (leaf["path"], "x".join(map(str, leaf["shape"])) or "scalar", leaf["strategy"], _why(leaf))
+            for leaf in clipping["parameters"]
+        ]
+    )
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
     lines += ["  " + "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def grouped(rows: Sequence[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
+    """Rows of (path, shape, strategy, why), where those of like blocks are one: `layers/*/mlp/kernel (12)`.
+
+    Alike are rows whose paths differ in numbers alone and that agree in all else; they stand where the first stood.
+    """
+    found: dict[tuple[str, str, str, str], list[str]] = {}
+    for path, shape, strategy, why in rows:
+        pattern = re.sub(r"(?<![^/.])\d+(?![^/.])", "*", path)
+        found.setdefault((pattern, shape, strategy, why), []).append(path)
+    return [
+        (paths[0] if len(paths) == 1 else f"{pattern} ({len(paths)})", shape, strategy, why)
+        for (pattern, shape, strategy, why), paths in found.items()
+    ]
+
+
+def _time(hours: float, kind: str = "") -> str:
+    for unit, length in (("hours", 1.0), ("minutes", 1 / 60)):
+        if hours >= length:
+            return f"{hours / length:,.3g} {kind}{unit}"
+    return f"{3600 * hours:.2g} {kind}seconds"
 
 
 def _why(leaf: dict[str, Any]) -> str:

@@ -43,13 +43,15 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "failures": set(),
     "training": {"failures"},
     "plan": set(),
+    "elsewhere": {"plan", "measure"},
     "predict": {"paths"},
     "settings": set(),
     "data": {"paths"},
     "slurm": {"ranks", "training"},
     "observe": {"paths", "noise"},
     "measure": {"paths", "local", "ranks", "slurm", "failures"},
-    "cli": {"paths", "data", "local", "training", "plan", "predict", "settings", "slurm", "measure"} | {"observe"},
+    "cli": {"paths", "data", "local", "training", "plan", "elsewhere", "predict", "settings"}
+    | {"slurm", "measure", "observe"},
     "__main__": {"cli"},
     "__init__": {"slurm"},
 }

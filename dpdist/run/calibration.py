@@ -26,6 +26,8 @@ _CLOSE = 2e-4
 _JUMP = 1e-6
 #: Intervals of the accountant's grid for a number that is shown, or a first search, and not stated.
 _COARSE = 2**13, 2**16
+#: At how many step counts `EpsilonCurve` computes epsilon at most; each takes a tenth of a second or more.
+_POINTS = 20
 
 
 class UnreachableBudgetError(ValueError):
@@ -179,6 +181,11 @@ def best_order(plan: Phase, delta: float) -> int:
     return min(ORDERS, key=lambda order: adaptive_epsilon([plan], order=order, delta=delta))
 
 
+def stride_of(steps: int, points: int = _POINTS) -> int:
+    """The distance of the step counts at which `EpsilonCurve` computes epsilon."""
+    return max(1, -(-steps // points))
+
+
 class EpsilonCurve:
     """Epsilon as a function of the steps taken so far, cheap enough for a progress line.
 
@@ -198,9 +205,9 @@ class EpsilonCurve:
         steps: int,
         delta: float,
         total: float,
-        points: int = 20,
+        points: int = _POINTS,
     ) -> None:
-        self._stride = max(1, -(-steps // points))
+        self._stride = stride_of(steps, points)
         self._steps, self._delta, self._total = steps, delta, total
         self._plan = Phase(sampling_probability, noise_multiplier, steps)
         self._known: dict[int, float] = {}

@@ -76,3 +76,92 @@ def test_what_training_would_refuse_is_refused(jobs: Jobs, override: str, field:
 )
 def test_sizes(count: float, shown: str) -> None:
     assert _size(count) == shown
+
+
+ELSEWHERE = ("--device", "A100", "--devices", "80", "--json")
+
+
+def test_a_cluster_elsewhere_needs_neither_data_nor_weights(jobs: Jobs, tmp_path: Path) -> None:
+    config = tmp_path / "vit.yaml"
+    options = {
+        "pretrained": "/nowhere/weights",
+        "image_size": 32,
+        "patch": 8,
+        "width": 32,
+        "depth": 3,
+        "heads": 2,
+        "mlp": 64,
+    }
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "data": {"source": "cifar100", "path": "/nowhere/cifar.tar.gz"},
+                "model": {"name": "vit", "options": options},
+                "optimizer": {"name": "adam", "learning_rate": 1e-3},
+                "privacy": {"target_epsilon": 8.0, "delta": 1e-5},
+                "sampling": {"expected_batch_size": 5000},
+                "training": {"steps": 100},
+            }
+        )
+    )
+    ended = jobs.command("plan", str(config), *ELSEWHERE).wait()
+    assert ended.code == 0, ended.err
+    report = json.loads(ended.out)
+    assert (report["devices"], report["nodes"], report["dataset_size"], report["steps"]) == (80, 20, 50_000, 100)
+    assert report["privacy"]["epsilon"] <= 8.0
+    memory, estimate = report["memory"], report["estimate"]
+    # Parameters and both moments of adam in float32, and two counters.
+    assert 0 <= memory["state_bytes"] - 3 * 4 * memory["parameters"] <= 16
+    assert estimate["node_hours"] == pytest.approx(20 * estimate["hours"])
+    # Each device has 62.5 examples a step and some padding.
+    assert 1 <= estimate["seconds_per_step"] / estimate["seconds_per_example"] / 62.5 < 1.5
+    assert estimate["hours"] == pytest.approx(100 * estimate["seconds_per_step"] / 3600)
+    fewer = json.loads(jobs.command("plan", str(config), "--device=A100", "--devices=40", "--json").wait().out)
+    assert 1.7 < fewer["estimate"]["hours"] / estimate["hours"] < 2.3
+    text = jobs.command("plan", str(config), "--device=A100", "--devices=80").wait().out
+    assert "an ESTIMATE of the gradients alone, by assumed rates of the A100 in tf32" in text
+    assert "layers/*/mlp/grow/kernel (3)" in text
+    assert "head/kernel" in text
+
+
+def test_its_facts_are_those_of_a_plan_made_here(jobs: Jobs, planned: Ended) -> None:
+    ended = jobs.command("plan", str(jobs.config), *ELSEWHERE).wait()
+    assert ended.code == 0, ended.err
+    here, there = json.loads(planned.out), json.loads(ended.out)
+    assert here.keys() | {"estimate"} == there.keys()
+    assert here["memory"].keys() == there["memory"].keys()
+    for name in ("privacy", "sampling_probability", "dataset_size", "steps", "devices", "nodes"):
+        assert there[name] == here[name]
+    for name in ("parameters", "trainable_parameters", "state_bytes", "sums_and_noise_bytes"):
+        assert there["memory"][name] == here["memory"][name]
+
+
+COLUMNS = "--columns=image=float32[12],label=int32[]"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--device=A1000", "--devices=8"), "--device = 'A1000': is in no table; give one of V100, A100"),
+        (("--device=A100", "--devices=0"), "--devices = 0: give at least 1"),
+        (("--devices=8",), "--devices = 8: belongs to --device"),
+        (("--device=A100", "--examples=5000"), "--columns = None: without the data it is not known"),
+        (("--device=A100", COLUMNS), "--examples = None: without the data it is not known"),
+        (("--device=A100", "--examples=5000", "--columns=image"), "write NAME=DTYPE[SHAPE]"),
+        (("--device=A100", "--examples=5000", "--columns=image=floot[3]"), "floot"),
+        (("--device=A100", "--examples=50", COLUMNS), "sampling.expected_batch_size"),
+        (("--device=V100", "training.precision=tensor"), "the V100 has no tensor cores"),
+        (("--device=A100", "data.source=npy", "data.path=/nowhere"), "To plan without it, give --examples N"),
+    ],
+)
+def test_what_is_wrong_or_not_known_is_named(jobs: Jobs, options: tuple[str, ...], words: str) -> None:
+    ended = jobs.command("plan", str(jobs.config), *options).wait()
+    assert ended.code == 2, ended.out
+    assert words in ended.err
+    assert len(ended.err.splitlines()) == 1
+
+
+def test_examples_and_columns_stand_in_for_data(jobs: Jobs) -> None:
+    ended = jobs.command("plan", str(jobs.config), *ELSEWHERE, "--examples=5000", COLUMNS).wait()
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["dataset_size"] == 5000
