@@ -96,6 +96,7 @@ def describe(config: Config, *, rows: int, read_all: bool = False, to: Path | No
             "label_names": dataset.label_names,
             "vocabulary": dataset.vocabulary,
             "unit": config.data.unit,
+            "expected_batch_size": config.sampling.expected_batch_size,
             "train": None,
             "test": None,
         }
@@ -131,14 +132,14 @@ def _part(
         damaged = _damaged(source, pool) if read_all else []
         wrong = {index for index, _ in damaged}
         whole = np.array([index for index in range(len(source)) if index not in wrong], np.int64)
-        spread = whole[:: max(1, len(whole) // _TIMED)][:_TIMED]
+        spread = whole[_evenly(len(whole), _TIMED)]
         began = time.perf_counter()
         found = read_rows(source, spread, pool)
         rate = len(spread) / max(time.perf_counter() - began, 1e-9)
         first = read_rows(source, whole[:rows], pool)
     if drawing is not None and (column := _image_column(found)) is not None:
-        every = max(1, len(spread) // _DRAWN)
-        _draw({name: values[::every][:_DRAWN] for name, values in found.items()}, column, dataset, drawing)
+        chosen = _evenly(len(spread), _DRAWN)
+        _draw({name: values[chosen] for name, values in found.items()}, column, dataset, drawing)
     return {
         "examples": len(source),
         "columns": schema({name: np.asarray(values[0]) for name, values in found.items()}),
@@ -154,6 +155,14 @@ def _part(
         "damaged": [what for _, what in damaged],
         "drawing": None if drawing is None or not drawing.exists() else str(drawing),
     }
+
+
+def _evenly(length: int, count: int) -> np.ndarray:
+    """At most `count` of `length` indices, evenly spaced from the first to the last."""
+    import numpy as np
+
+    count = min(length, count)
+    return np.arange(count) * (length - 1) // max(count - 1, 1)
 
 
 def _damaged(source: Source, pool: ThreadPoolExecutor) -> list[tuple[int, str]]:
@@ -190,7 +199,8 @@ def _label_counts(source: Source, dataset: Dataset) -> dict[str, int] | None:
 
 def _named(label: int, dataset: Dataset) -> str:
     names = dataset.label_names
-    return f"{label} {names[label]}" if names is not None and 0 <= label < len(names) else str(label)
+    known = names is not None and 0 <= label < len(names) and names[label] != str(label)
+    return f"{label} {names[label]}" if known and names is not None else str(label)
 
 
 def _row(row: Mapping[str, np.ndarray], config: Config, dataset: Dataset) -> dict[str, Any]:
@@ -279,12 +289,11 @@ def text(report: dict[str, Any]) -> str:
             lines.append(f"  labels           {', '.join(counts[:20])}{' ...' * (len(counts) > 20)}")
         for index, row in enumerate(part["rows"]):
             lines += [f"  {index:<3} {column}: {value}" for column, value in row.items()]
-        lines.append(
-            f"  read at {part['examples_per_second']:,.0f} examples/s by {part['threads']} threads; a step's expected "
-            f"batch takes {part['seconds_per_step']:.3g} s on one process"
-            if name == "train"
-            else f"  read at {part['examples_per_second']:,.0f} examples/s by {part['threads']} threads"
-        )
+        line = f"  read at {part['examples_per_second']:,.0f} examples/s by {part['threads']} threads"
+        if name == "train":
+            size = report["expected_batch_size"]
+            line += f"; a step of {size:g} expected examples takes {part['seconds_per_step']:.3g} s on one process"
+        lines.append(line)
         lines += [f"  CANNOT BE READ: {what}" for what in part["damaged"]]
         lines += [f"  drawn: {part['drawing']}"] * (part["drawing"] is not None)
     return "\n".join(lines)

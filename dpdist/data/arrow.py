@@ -115,8 +115,6 @@ def _column(column: Any, feature: Any, folder: Path) -> Column:
         return Texts(_Values(column))
     if _is_image(types, kind) and feature.get("_type", "Image") == "Image":
         return Pictures(lambda index: _image_bytes(column[index].as_py(), folder), len(column))
-    if column.null_count:
-        return Unusable(f"{kind} with missing values")
     chunks = [_dense(arrow, chunk) for chunk in column.chunks]
     if not chunks:
         return Unusable("no rows")

@@ -8,11 +8,8 @@ from typing import Any
 
 from dpdist.data import arrow, optional
 from dpdist.data.parts import choose_parts
-from dpdist.data.table import Classes, Table, Unusable
+from dpdist.data.table import Table
 from dpdist.errors import InputError
-
-#: The features that become columns; `Image` is decoded by us, the others (audio, video) by nobody.
-_PLAIN = ("Value", "ClassLabel", "List", "LargeList", "Sequence", "Image", "Array2D", "Array3D", "Array4D", "Array5D")
 
 
 def is_saved(path: Path) -> bool:
@@ -59,16 +56,4 @@ def columns_of(dataset: Any, wanted: Sequence[str] | None = None) -> Table:
     """
     if wanted is not None and set(wanted) <= set(dataset.column_names):
         dataset = dataset.select_columns(list(dict.fromkeys(wanted)))
-    columns = arrow.columns_of(dataset.with_format("arrow")[:])
-    for name, feature in dataset.features.items():
-        kind = type(feature).__name__
-        if kind == "ClassLabel" and not isinstance(columns[name], Unusable):
-            columns[name] = _named(columns[name], feature.names)
-        elif kind not in _PLAIN and not isinstance(feature, dict | list):
-            columns[name] = Unusable(kind.lower())
-    return columns
-
-
-def _named(column: Any, names: Any) -> Any:
-    numbers = column.numbers if isinstance(column, Classes) else column
-    return Classes(numbers, tuple(map(str, names))) if names else numbers
+    return arrow.columns_of(dataset.with_format("arrow")[:])

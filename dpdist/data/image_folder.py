@@ -38,7 +38,7 @@ def open_image_folder(
     if not path.is_dir():
         raise InputError("data.path", str(path), "no such directory; name one that holds a folder for each class.")
     folders = {each: path / each for each in _folders(path)}
-    if train is None and test is None and not any(part_named(name) == "train" for name in folders):
+    if train is None and test is None and not _has_parts(folders):
         classes = _classes(path)
         first, second = split(_images(path, classes, size, mode), data)
     else:
@@ -57,6 +57,24 @@ def open_image_folder(
                 )
             second = _images(test_folder, classes, size, mode)
     return Parts(train=first, test=second, classes=len(classes), label_names=tuple(classes))
+
+
+def _has_parts(folders: dict[str, Path]) -> bool:
+    """Whether these are a train and perhaps a test folder; a class may be called `train`, too, but holds no folders.
+
+    Raises:
+        InputError: they are, but for one.
+    """
+    if not any(part_named(name) == "train" and _folders(folder) for name, folder in folders.items()):
+        return False
+    if stray := [name for name in folders if part_named(name) is None]:
+        raise InputError(
+            "data.path",
+            str(next(iter(folders.values())).parent),
+            f"has {stray[0]} beside a train folder with classes; move it away, or name the folders of both parts in "
+            "data.options: {train: ..., test: ...}.",
+        )
+    return True
 
 
 def _folders(path: Path) -> list[str]:

@@ -50,7 +50,7 @@ UNIT_BLOCK = (
 )
 PUBLIC = (
     "N", "q", "B", "T", "sigma", "C", "delta", "the split into training and test records by index",
-    "the names, types and shapes of the records' columns", "the config",
+    "the names, types and shapes of the records' columns", "the number and the names of the classes", "the config",
 )  # fmt: skip
 NOT_COVERED = (
     "whatever is under private/ of the run directory, and choices that rest on it, such as a stop or a setting that "

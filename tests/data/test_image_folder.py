@@ -62,6 +62,21 @@ def test_without_parts_the_images_are_split_by_index(tmp_path: Path) -> None:
     assert (len(dataset.train), len(dataset.test), dataset.label_names) == (16, 4, ("a", "b"))
 
 
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    """As one of CIFAR-100 is."""
+    for label in ("train", "test", "bus"):
+        for seed in range(4):
+            write(tmp_path / label, f"{seed}.png", pixels(seed))
+    assert open_dataset(opened(tmp_path)).label_names == ("bus", "test", "train")
+
+
+def test_a_folder_beside_the_parts_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    write(parts(tmp_path) / "extra" / "cat", "8.png", pixels(8))
+    with pytest.raises(InputError, match=r"data\.path = .*has extra beside a train folder with classes; move it away"):
+        open_dataset(opened(tmp_path))
+    assert len(open_dataset(opened(tmp_path, train="train", test="val")).train) == 5
+
+
 def test_parts_of_other_names_are_named_in_the_options(tmp_path: Path) -> None:
     parts(tmp_path)
     (tmp_path / "train").rename(tmp_path / "fold1")

@@ -84,7 +84,7 @@ def test_text_is_decoded_by_the_tokenizer(tmp_path: Path, capsys: pytest.Capture
     assert "input_ids: good film\n" in said
     assert "input_ids: bad film\n" in said
     assert "vocabulary  4 token ids" in said
-    assert "a step's expected batch takes" in said
+    assert "a step of 2 expected examples takes" in said
 
 
 def test_a_wrong_spec_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
