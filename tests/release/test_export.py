@@ -95,7 +95,7 @@ def test_no_secret_path_or_host_is_in_an_export(secretive: Run, exported: Path, 
 
 def test_paths_in_settings_and_reasons_are_removed(jobs: Jobs, secretive: Run) -> None:
     run = secretive.copy(jobs.new("paths").root).crash(EVERY)
-    given = ("data.path=/secret/place/data.npz", "optimizer.learning_rate=0.4")
+    given = ("data.source=userland:arrays_at", "data.path=/secret/place/data.npz", "optimizer.learning_rate=0.4")
     assert jobs.train(run, OWN_SECRET, *given).wait().code == 0
     records = run.ledger
     plan = next(record for record in records if record["record"] == "plan" and record["incarnation"] == 1)

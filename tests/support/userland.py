@@ -81,6 +81,11 @@ def arrays(path: str | None = None) -> tuple[Source, Source]:
     return Paced(train_columns(), "PACE"), Paced(test_columns(), "PACE_TEST")
 
 
+def arrays_at(path: str) -> tuple[Source, Source]:
+    """The same from any place."""
+    return arrays()
+
+
 def items() -> tuple[Source, Source]:
     return Items(train_columns()), Items(test_columns())
 
