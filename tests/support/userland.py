@@ -77,7 +77,7 @@ class Items:
         return {name: values[index] for name, values in self.columns.items()}
 
 
-def arrays(path: str | None = None) -> tuple[Source, Source]:
+def arrays() -> tuple[Source, Source]:
     return Paced(train_columns(), "PACE"), Paced(test_columns(), "PACE_TEST")
 
 
