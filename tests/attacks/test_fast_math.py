@@ -24,7 +24,7 @@ def test_a_run_that_honours_no_nans_is_refused_before_anything_is_spent(jobs: Jo
 def test_parameters_that_are_not_finite_never_hold(jobs: Jobs) -> None:
     """Here it is the learning rate that makes them so, but the parameters do not say it."""
     run = jobs.new("diverged")
-    overflowing = ("optimizer.learning_rate=1e40", "training.steps=4", "privacy.insecure_seed=null")
+    overflowing = ("optimizer.learning_rate=1e40", "training.steps=2", "privacy.insecure_seed=null")
     ended = jobs.train(run, *overflowing).wait()
     assert ended.code == 0, ended.err
     assert run.summary["guarantee"].startswith("void: parameters are not finite")
