@@ -12,6 +12,7 @@ from dpdist.config.file import read
 from dpdist.data import ArraySource, Dataset, Source, Subset, open_dataset
 from dpdist.data.datasets import BUILT_IN
 from dpdist.data.npy import read_columns
+from dpdist.data.units import UnitSource, WithoutColumn
 from dpdist.errors import InputError
 
 Part = Literal["all", "train", "test"]
@@ -97,7 +98,9 @@ def _data_of(spec: str, path: Path, known: Data) -> Data:
 
 
 def _part(dataset: Dataset, part: Part) -> Source:
-    train, test = dataset.train, dataset.test
+    # One prediction a record, whoever has it.
+    train = dataset.train.source if isinstance(dataset.train, UnitSource) else dataset.train
+    test = dataset.test.source if isinstance(dataset.test, WithoutColumn) else dataset.test
     if part == "train":
         return train
     if part == "test":

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from dpdist.config import Data
 from dpdist.data import ArraySource, Subset, fingerprint, open_dataset, read_rows
 from dpdist.data.table import Texts, numbered
 from dpdist.data.units import MASK, UnitSource, WithoutColumn, require_apart
 from dpdist.errors import InputError
+from dpdist.release.examples import open_examples
 
 #: Who has which record, out of order; 7 has five, 2 has one.
 OWNER = np.array([7, 3, 7, 2, 7, 3, 7, 7, 3, 11])
@@ -142,3 +144,15 @@ def test_a_renamed_column_is_split_by_unit_too(tmp_path: Any) -> None:
     columns = {"image": "image", "label": "label", "user": "who"}
     found = open_dataset(Data(source="npy", path=str(tmp_path), columns=columns, unit="user", records_per_unit=9))
     assert len(found.train) == 24
+
+
+@pytest.mark.parametrize(("part", "count"), [("train", 3), ("test", 2), ("all", 5)])
+def test_a_prediction_is_made_for_each_record_whoever_has_it(tmp_path: Any, part: Any, count: int) -> None:
+    (tmp_path / "train.csv").write_text("a,b,target,who\n1,2,0,ann\n3,4,1,ann\n5,6,1,tom\n")
+    (tmp_path / "test.csv").write_text("a,b,target,who\n7,8,1,eva\n9,10,0,eva\n")
+    tree = {"data": {"source": "csv", "path": str(tmp_path), "unit": "who", "records_per_unit": 2}}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(tree))
+    found = open_examples(str(tmp_path / "spec.yaml"), known=Data(), columns=("features",), part=part)
+    rows = read_rows(found, np.arange(len(found)))["features"]
+    assert rows.shape == (count, 2)
+    assert rows[:, 0].tolist() == {"train": [1, 3, 5], "test": [7, 9], "all": [1, 3, 5, 7, 9]}[part]
