@@ -277,6 +277,8 @@ class Trainer:
                 self.look()
                 self.evaluate()
             self.writer.publish_if_committed(self.saved, self.checkpoints)
+        if self.leaving and self.saved < self.step:  # told so while this step, whose save was left out, was evaluated
+            self.save()
 
     def take_step(self) -> None:
         """One step of DP-SGD (Abadi et al. 2016, Algorithm 1): sample, clip and sum, add noise, update."""

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from dpdist.data import Dataset, open_dataset
 from dpdist.data.cifar import CIFAR10, CIFAR100
 from dpdist.errors import InputError
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
+from dpdist.models.families import settled
 from dpdist.program import optimizer as optimizers
 from dpdist.program.assignments import make_assigner, shape_of_work
 from dpdist.program.build import OpenModel, open_model
@@ -144,6 +146,10 @@ def _open(config: Config, examples: int | None, columns: str | None) -> tuple[Op
 
 
 def _without_weights(config: Config) -> Config:
+    """The config without the path of weights; their sizes are those that a config.json there says, if it is here."""
+    path = config.model.options.get("pretrained")
+    if isinstance(path, str) and Path(path).expanduser().exists():
+        config = dataclasses.replace(config, model=settled(config.model))
     options = {name: value for name, value in config.model.options.items() if name != "pretrained"}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, options=options))
 
@@ -191,6 +197,8 @@ def _memory(config: Config, opened: OpenModel, work: workload.Workload, steps: i
 
     def at(physical: int) -> dict[str, float]:
         read, temporary = (config.data.prefetch + 2) * physical * row, int(_TEMPORARY * physical * work.moved)
+        if private and config.training.clipping == "per_example":
+            temporary += 4 * physical * opened.coordinates
         # As `dpdist.program.memory.Memory.needed`.
         update = held + (3 if private else 2) * sums
         return {
@@ -208,7 +216,11 @@ def _memory(config: Config, opened: OpenModel, work: workload.Workload, steps: i
 
 def _physical(config: Config, plan: Any, hosts: tuple[int, ...], limit: float, memory: Any) -> int:
     if config.training.physical_batch_size != "auto":
-        return int(config.training.physical_batch_size)
+        physical = int(config.training.physical_batch_size)
+        if (needed := memory(physical)["needed_bytes"]) > limit:
+            remedy = f"needs about {needed / 2**30:.2f} GiB on a device, of {limit / 2**30:.2f}; give a smaller one."
+            raise InputError("training.physical_batch_size", physical, remedy)
+        return physical
 
     def choose(largest: int) -> int:
         return choose_physical_batch(

@@ -26,6 +26,11 @@ def add_to(commands: Any) -> None:
     predict.add_argument("--to", type=path_argument, metavar="FILE", help=".csv, .jsonl or .npy (JSON lines to stdout)")
     predict.add_argument("--part", choices=("all", "train", "test"), default="all", help="of DATA with parts (all)")
     predict.add_argument("--batch-size", type=int, default=256, metavar="N", help="examples computed at once (256)")
+    predict.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="run the module:function that EXPORT names as its model, if you trust it",
+    )
     predict.set_defaults(run=run)
 
 
@@ -37,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.batch_size < 1:
         raise InputError("--batch-size", options.batch_size, "give at least 1.")
-    trained = load(options.export)
+    trained = load(options.export, allow_code=options.allow_code)
     source = open_examples(options.data, known=trained.config.data, columns=trained.columns, part=options.part)
     count = write_predictions(trained, source, options.to, batch_size=options.batch_size)
     if options.to is not None:

@@ -40,7 +40,7 @@ def load_object(path: str, field: str, builtin: Sequence[str]) -> Any:
     module_name, function_name = split_function(path, field, builtin)
     here = find_modules_here()
     try:
-        with users_code(field, path):
+        with users_code(field, path, slips_only=field == "data.source", quote=False):
             found = getattr(importlib.import_module(module_name), function_name, None)
     except ImportError as error:  # and no code of the user's has run
         raise InputError(

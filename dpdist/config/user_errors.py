@@ -40,16 +40,21 @@ _PYTHON = frozenset(
 )
 _TOKEN = re.compile(r"[^\W\d]\w*|\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 _LONGEST = 400
+#: Libraries that see shapes of arrays and no values while a model is traced; others may have words of their own for
+#: what they have read.
+_LIBRARIES = {"jax", "flax", "optax", "equinox", "dpdist"}
 _OURS = Path(__file__).parents[1]
 
 
 @contextlib.contextmanager
-def users_code(field: str, value: object, *, slips_only: bool = False) -> Iterator[None]:
+def users_code(field: str, value: object, *, slips_only: bool = False, quote: bool = True) -> Iterator[None]:
     """Within the block runs code of the user's own that `field` names: an error there is said in the open.
 
     Args:
         slips_only: where the code reads records, which line it fails at may tell something of them: then only errors
             that are slips in the code itself are said.
+        quote: False where the code may have read anything, as a module may that is imported: of an error that is no
+            slip, the text is then not shown.
 
     Raises:
         InputError: in place of an error that came through the user's own code.
@@ -60,7 +65,7 @@ def users_code(field: str, value: object, *, slips_only: bool = False) -> Iterat
         except (InputError, MemoryError):
             raise
         except Exception as error:
-            said = said_of(error)
+            said = said_of(error, quote=quote or isinstance(error, SLIPS))
             if said is None or (slips_only and not isinstance(error, SLIPS)):
                 raise
             raise InputError(field, value, said) from error
@@ -81,7 +86,7 @@ def _whole_tracebacks() -> Iterator[None]:
         jax.config.update("jax_traceback_filtering", before)
 
 
-def said_of(error: BaseException) -> str | None:
+def said_of(error: BaseException, *, quote: bool = True) -> str | None:
     """`NameError in mytask.py, line 12: name 'foo' is not defined`; None where no code of the user's is in it."""
     steps = [(step.tb_frame, step.tb_lineno, step.tb_lasti) for step in _steps(error.__traceback__)]
     own = [number for number, (frame, *_) in enumerate(steps) if _is_users(frame.f_code.co_filename)]
@@ -98,7 +103,7 @@ def said_of(error: BaseException) -> str | None:
     place = f"{kind} in {_shown(frame.f_code.co_filename)}, line {line}"
     if isinstance(error, OSError) and isinstance(error.errno, int):
         return f"{place}: {os.strerror(error.errno)}."
-    if not _is_languages(error) or (own[-1] == len(steps) - 1 and _raises(frame, last)):
+    if not quote or not _is_languages(error) or (own[-1] == len(steps) - 1 and _raises(frame, last)):
         return f"{place} (its text may quote data)."
     text = _masked(str(error), [each for each, *_ in steps])
     return f"{place}: {text}." if text else f"{place} (its text may quote data)."
@@ -153,7 +158,8 @@ def _masked(text: str, frames: list[FrameType]) -> str:
     words, numbers = set(_PYTHON), set[str]()
     for frame in frames:
         found = set(_TOKEN.findall(_source(frame.f_code.co_filename)))
-        words |= {token for token in found if not token[0].isdigit()}
+        if _is_users(frame.f_code.co_filename) or _LIBRARIES & set(Path(frame.f_code.co_filename).parts):
+            words |= {token for token in found if not token[0].isdigit()}
         if _is_users(frame.f_code.co_filename):
             numbers |= {token for token in found if token[0].isdigit()}
         for value in list(frame.f_locals.values()):

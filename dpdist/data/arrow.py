@@ -33,6 +33,12 @@ def read_files(files: Sequence[Path], wanted: Sequence[str] | None) -> Table:
     arrow = optional.load("pyarrow", "parquet and arrow files")
     tables = [_parquet(file, wanted) if _is_parquet(file) else _arrow(file, wanted) for file in files]
     for file, table in zip(files, tables, strict=True):
+        if _known(table) != _known(tables[0]):
+            raise InputError(
+                "data.path",
+                str(file),
+                f"says other class names, or another order of them, than {files[0].name}; write all files alike.",
+            )
         if not table.schema.equals(tables[0].schema):
             raise InputError(
                 "data.path",
@@ -97,8 +103,13 @@ def columns_of(table: Any, *, folder: Path = Path()) -> Table:
     Args:
         folder: what paths of image columns without bytes are relative to.
     """
-    known = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    known = _known(table)
     return {name: _column(table.column(name), known.get(name), folder) for name in table.column_names}
+
+
+def _known(table: Any) -> dict[str, Any]:
+    """What `datasets` has written of the columns."""
+    return json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
 
 
 def _column(column: Any, feature: Any, folder: Path) -> Column:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dpdist.config.nearest import did_you_mean
 from dpdist.data.encoded import EncodedSource
-from dpdist.data.sources import ArraySource, BadRecordError, Source, Subset
+from dpdist.data.sources import ArraySource, BadRecordError, Source, Subset, for_devices
 from dpdist.errors import InputError
 
 
@@ -55,7 +55,9 @@ def stacked(parts: Sequence[Any], ours: str, theirs: Sequence[str]) -> np.ndarra
     Raises:
         InputError: the columns hold more than a number an example.
     """
-    arrays = [np.asarray(part, np.float32) for part in parts]
+    arrays = [
+        for_devices(repr(name), np.asarray(part)).astype(np.float32) for name, part in zip(theirs, parts, strict=True)
+    ]
     if len({array.shape for array in arrays}) > 1 or arrays[0].ndim > 1:
         shapes = ", ".join(f"{name} {list(array.shape[1:])}" for name, array in zip(theirs, arrays, strict=True))
         raise InputError(f"data.columns.{ours}", list(theirs), f"stack columns of one number each, not {shapes}.")

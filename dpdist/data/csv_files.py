@@ -21,11 +21,12 @@ SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 TARGETS = ("label", "target")
 
 
-def read_csv(files: Sequence[Path], delimiter: str | None = None) -> Table:
+def read_csv(files: Sequence[Path], delimiter: str | None = None, text: str | None = None) -> Table:
     """The columns of CSV files, one file after the other: numbers where every cell is one, else text.
 
     Args:
         delimiter: one character; None is a tab for `.tsv`, else a comma.
+        text: the column that is text whatever it looks like: `001` and `1` are two people.
 
     Raises:
         InputError: a file cannot be read, has no names, or has lines of another number of cells.
@@ -56,7 +57,9 @@ def read_csv(files: Sequence[Path], delimiter: str | None = None) -> Table:
         cells += rows
     assert names is not None
     by_column = list(zip(*cells, strict=True)) or [()] * len(names)
-    return {name: _typed(values) for name, values in zip(names, by_column, strict=True)}
+    return {
+        name: Texts(values) if name == text else _typed(values) for name, values in zip(names, by_column, strict=True)
+    }
 
 
 def _rows(file: Path, delimiter: str) -> list[list[str]]:

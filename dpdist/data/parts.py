@@ -74,6 +74,7 @@ def choose_parts(found: dict[str, T], *, train: str | None, test: str | None, wh
         InputError: there is no such part.
     """
     by_part = {part_named(name): name for name in reversed(found)}
+    by_part |= {name: name for name in WORDS if name in found}  # `train` before `train_noisy`
     chosen = []
     for option, asked, usual in (("train", train, ("train",)), ("test", test, ("test", "validation"))):
         name = asked or next((by_part[part] for part in usual if part in by_part), None)
@@ -116,6 +117,17 @@ def find_files(path: Path, suffixes: Sequence[str], *, train: str | None, test: 
     ]
     if not files:
         raise InputError("data.path", str(path), f"has no {endings} files; name the directory that holds them.")
+    stems: dict[Path, Path] = {}
+    for file in files:
+        stem = file.with_name(file.name.partition(".")[0])
+        if stem in stems:
+            raise InputError(
+                "data.path",
+                str(path),
+                f"{file.relative_to(path)} and {stems[stem].relative_to(path)} seem to be one file twice, and a record "
+                "that is there twice gets half the protection; move one away.",
+            )
+        stems[stem] = file
     by_name: dict[str | None, list[Path]] = {}
     for file in files:
         by_name.setdefault(_part_of(file.relative_to(path), train, test), []).append(file)

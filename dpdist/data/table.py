@@ -133,10 +133,10 @@ def numbers(name: str, column: Column, reading: Reading, where: str, *, label: b
     Raises:
         InputError: it holds something else, or missing values.
     """
+    if label and reading.label_names is not None and (names := _names_in(column, reading.label_names)) is not None:
+        return _class_numbers(names, reading.label_names)
     if isinstance(column, Classes):
         return column.numbers
-    if isinstance(column, Texts) and label and reading.label_names is not None:
-        return _class_numbers(column.values, reading.label_names)
     if isinstance(column, np.ndarray):
         if column.dtype.kind == "f" and np.isnan(column).any():
             raise _unusable(name, "numbers, some of them missing (NaN)", where)
@@ -172,6 +172,19 @@ def numbered(column: Column, name: str, where: str) -> np.ndarray:
         raise InputError("data.unit", name, f"of {where} must hold a name or an integer for each record, not {what}.")
     number = {value: blake2b(value.encode(), digest_size=8).digest() for value in set(values)}
     return np.frombuffer(b"".join(number[value] for value in values), "<u4").reshape(-1, 2).astype(np.uint32)
+
+
+def _names_in(column: Column, known: tuple[str, ...]) -> Sequence[Any] | None:
+    """The class names in a label column; None where it holds the places of these names."""
+    if isinstance(column, Texts):
+        return column.values
+    if isinstance(column, Classes):
+        return [column.names[number] for number in column.numbers]
+    whole = isinstance(column, np.ndarray) and column.ndim == 1 and column.dtype.kind in "iub"
+    numbers_are_names = all(name.removeprefix("-").isdigit() for name in known)
+    if whole and (numbers_are_names or column.dtype.kind == "b"):  # type: ignore[union-attr]
+        return [str(value) for value in column.tolist()]  # type: ignore[union-attr]
+    return None
 
 
 def _unusable(name: str, what: str, where: str) -> InputError:

@@ -10,6 +10,7 @@ from dpdist.data import arrow, csv_files, hf
 from dpdist.data.columns import wanted
 from dpdist.data.parts import Parts, find_files, split
 from dpdist.data.table import Reading, Table, names_of_classes, to_source
+from dpdist.errors import InputError
 
 
 def open_arrow(
@@ -33,7 +34,8 @@ def open_arrow(
 def open_csv(path: Path, data: Data, *, reading: Reading, delimiter: Any, train: str | None, test: str | None) -> Parts:
     """Open CSV files; where `data.columns` does not say, all columns but `label` and `target` are `features`."""
     first, second = find_files(path, csv_files.SUFFIXES, train=train, test=test)
-    tables = [csv_files.read_csv(files, delimiter) if files else None for files in (first, second)]
+    unit = (data.columns or {}).get(data.unit, data.unit) if data.unit is not None else None
+    tables = [csv_files.read_csv(files, delimiter, text=unit) if files else None for files in (first, second)]
     assert tables[0] is not None
     return _parts(path, data, csv_files.columns_of(tables[0], data.columns, data.unit), reading, *tables)
 
@@ -57,5 +59,11 @@ def _parts(
     if second is None:
         train, test = split(train, data)
     else:
+        if (others := names_of_classes(second, columns, reading)) != names:
+            raise InputError(
+                "data.path",
+                str(path),
+                f"its train part has the classes {names}, and its test part {others}; one order.",
+            )
         test = to_source(second, columns, reading, f"test columns of {path}")
     return Parts(train=train, test=test, classes=None if names is None else len(names), label_names=names)

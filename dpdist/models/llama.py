@@ -254,11 +254,17 @@ def _prepare(said: dict[str, Any]) -> dict[str, Any]:
         | said
         | {
             "rope_theta": rope.get("rope_theta", said.get("rope_theta")),
-            "rope_scaling": None if rope.get("rope_type", rope.get("type", "default")) == "default" else rope,
+            "rope_scaling": rope if _is_scaled(rope) else None,
             "hidden_act": activation if activation == usual else f"{activation} in a {said['model_type']}",
             "style": "gemma" if gemma else "llama",
         }
     )
+
+
+def _is_scaled(rope: dict[str, Any]) -> bool:
+    """Whether the settings of rotary embeddings ask for more than a `theta`."""
+    kind = rope.get("rope_type", rope.get("type"))
+    return kind != "default" if kind is not None else bool(rope.keys() - {"rope_theta", "partial_rotary_factor"})
 
 
 def _finish(said: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:

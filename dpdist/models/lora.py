@@ -50,6 +50,10 @@ class LoraLinear(nnx.Linear):
         return outputs + (((x @ a) * self.scale) @ b).astype(outputs.dtype)
 
 
+#: Keeps the factors' random numbers apart from those of the weights.
+_STREAM = 0x10A4
+
+
 def with_lora(model: Model, lora: Lora) -> Model:
     """Return `model` with adapters beside the layers that `lora` names: A normal with variance 1 / in, B zero.
 
@@ -69,11 +73,12 @@ def with_lora(model: Model, lora: Lora) -> Model:
     template = jax.eval_shape(adapted.init, jax.random.key(0))
 
     def init(key: Array) -> Any:
+        own = jax.random.fold_in(key, _STREAM)  # `nnx.Rngs` draws the weights from the folds of the key itself
         there, parameters = dict(jax.tree_util.tree_leaves_with_path(model.init(key))), []
         leaves, structure = jax.tree_util.tree_flatten_with_path(template)
         for place, (path, leaf) in enumerate(leaves):
             if path[-1].key == A:
-                value = jax.random.normal(jax.random.fold_in(key, place), leaf.shape) * leaf.shape[0] ** -0.5
+                value = jax.random.normal(jax.random.fold_in(own, place), leaf.shape) * leaf.shape[0] ** -0.5
             else:
                 value = jnp.zeros(leaf.shape) if path[-1].key == B else there[path]
             parameters.append(value)

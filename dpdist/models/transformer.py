@@ -20,6 +20,7 @@ def embed(table: Array, tokens: Array) -> Array:
     A token outside the vocabulary gives a row of NaN, a negative one too, which `take` alone would count from the end;
     an example with NaN contributes nothing to a step.
     """
+    tokens = tokens.astype(jnp.int32)  # a short one cannot hold the number of rows
     return jnp.take(table, jnp.where(tokens < 0, table.shape[0], tokens), axis=0)
 
 

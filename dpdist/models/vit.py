@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from dpdist.errors import InputError
 from dpdist.models import Model
 from dpdist.models.families import Family, completed
 from dpdist.models.images import check_image, prepare_image
@@ -184,6 +185,19 @@ def _timm_options(said: dict[str, Any]) -> dict[str, Any] | None:
         if found:
             patch, image_size = map(int, found.groups())
             arguments = said.get("model_args", {})
+            unknown = arguments.keys() - {
+                *TIMM_ARGUMENTS.values(),
+                "mlp_ratio",
+                "num_classes",
+                "in_chans",
+                "global_pool",
+            }
+            pool = arguments.get("global_pool", said.get("global_pool", "token"))
+            if unknown or pool != "token":
+                what = f"model_args.{min(unknown)}" if unknown else f"global_pool {pool}"
+                raise InputError(
+                    "model.options.pretrained", what, "in config.json is not computed here; give a plain ViT's weights."
+                )
             changed = {ours: arguments[theirs] for ours, theirs in TIMM_ARGUMENTS.items() if theirs in arguments}
             options = sizes | {"patch": patch, "image_size": image_size, "epsilon": TIMM_EPSILON} | changed
             ratio = arguments.get("mlp_ratio", sizes["mlp"] / sizes["width"])

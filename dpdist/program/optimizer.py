@@ -34,13 +34,25 @@ def build(config: Optimizer, steps: int) -> optax.GradientTransformation:
         InputError: there is no such optimizer or schedule, it takes other options, it is no optax transformation, or it
             needs more than gradients, state and parameters.
     """
+    if config.name not in ("sgd", "adam", "adamw"):
+        return _named_optimizer(config, steps)
+    rate = _schedule(config, steps)
     if config.name == "sgd":
-        return optax.sgd(_schedule(config, steps), momentum=config.momentum or None)
-    if config.name == "adam":
-        return optax.adam(_schedule(config, steps), b1=config.b1, b2=config.b2, eps=config.eps)
-    if config.name == "adamw":
-        rate = _schedule(config, steps)
-        return optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
+        made = optax.sgd(rate, momentum=config.momentum or None)
+    elif config.name == "adam":
+        made = optax.adam(rate, b1=config.b1, b2=config.b2, eps=config.eps)
+    else:
+        made = optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
+    if _is_path(config.schedule):
+        _require_pure(made, config.schedule, "optimizer.schedule")
+    return made
+
+
+def _is_path(name: str) -> bool:
+    return "." in name or ":" in name
+
+
+def _named_optimizer(config: Optimizer, steps: int) -> optax.GradientTransformation:
     function, options = _function(config.name, "optimizer.name"), dict(config.options)
     if "learning_rate" in inspect.signature(function).parameters:
         if "learning_rate" in options:
@@ -56,7 +68,7 @@ def build(config: Optimizer, steps: int) -> optax.GradientTransformation:
         raise InputError(
             "optimizer.name", config.name, f"returned a {given}; an optimizer is an optax.GradientTransformation."
         )
-    _require_pure(made, config.name)
+    _require_pure(made, config.name, "optimizer.name")
     return made
 
 
@@ -93,7 +105,7 @@ def _call(function: Callable[..., Any], path: str, options: dict[str, Any], fiel
 
 
 def _schedule(config: Optimizer, steps: int) -> optax.Schedule:
-    if "." in config.schedule or ":" in config.schedule:
+    if _is_path(config.schedule):
         return _named_schedule(config, steps)
     peak, warmup = config.learning_rate, min(config.warmup_steps, steps)
     if peak is None:
@@ -123,7 +135,7 @@ def _named_schedule(config: Optimizer, steps: int) -> optax.Schedule:
     return made
 
 
-def _require_pure(optimizer: optax.GradientTransformation, path: str) -> None:
+def _require_pure(optimizer: optax.GradientTransformation, path: str, field: str) -> None:
     """Try an optimizer on one parameter, without values.
 
     Raises:
@@ -136,15 +148,15 @@ def _require_pure(optimizer: optax.GradientTransformation, path: str) -> None:
         return optimizer.update(gradients, optimizer.init(params), params)[0]
 
     try:
-        with users_code("optimizer.name", path):
+        with users_code(field, path):
             traced, updates = jax.make_jaxpr(once, return_shape=True)(like, like)
     except (TypeError, ValueError) as error:
         if isinstance(error, InputError) or not path.startswith(_OPTAX):
             raise
         remedy = f"cannot be used: it needs more than the noisy gradient, its state and the parameters ({error})."
-        raise InputError("optimizer.name", path, remedy) from None
-    if "callback" in str(traced):
+        raise InputError(field, path, remedy) from None
+    if any(word in str(traced) for word in ("callback", "ffi_call")):
         remedy = "calls back into Python, where it could read data; an optimizer must be a pure function of its inputs."
-        raise InputError("optimizer.name", path, remedy)
+        raise InputError(field, path, remedy)
     if jax.tree.map(jnp.shape, updates) != jax.tree.map(jnp.shape, like):
-        raise InputError("optimizer.name", path, "gives no update of the shape of each parameter.")
+        raise InputError(field, path, "gives no update of the shape of each parameter.")

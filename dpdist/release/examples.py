@@ -43,7 +43,7 @@ def open_examples(spec: str, *, known: Data, columns: tuple[str, ...], part: Par
         return ArraySource({_only(columns, path): read_columns(path)[path.stem]}, name=str(path))
     if (path.suffix == ".npz" and path.is_file()) or (path.is_dir() and any(path.glob("*.npy"))):
         return _columns(path, part)
-    return _part(open_dataset(_data_of(spec, path, known)), part)
+    return _part(open_dataset(_data_of(spec, path, known, columns)), part)
 
 
 def _data_section(path: Path) -> Data:
@@ -78,7 +78,7 @@ def _columns(path: Path, part: Part) -> Source:
     return sources[0] if len(sources) == 1 else _Joined(*sources)
 
 
-def _data_of(spec: str, path: Path, known: Data) -> Data:
+def _data_of(spec: str, path: Path, known: Data, columns: tuple[str, ...]) -> Data:
     """The `data` section that SOURCE:PATH, a path or module:function stands for."""
     name, colon, place = spec.partition(":")
     if spec in BUILT_IN and not path.exists():
@@ -93,7 +93,10 @@ def _data_of(spec: str, path: Path, known: Data) -> Data:
     if not name:
         missing = "" if path.exists() else "there is no such file; "
         raise InputError("DATA", spec, missing + _FORMS.format(sources=", ".join(BUILT_IN)))
-    settings: dict[str, Any] = {"source": name, "path": place or None, "unit": None}  # each record for itself
+    settings: dict[str, Any] = {"source": name, "path": place or None}
+    if known.source == name and known.columns is not None and set(columns) <= set(known.columns):
+        read = {column: known.columns[column] for column in columns}  # new examples have neither labels nor owners
+        settings |= {"columns": read, "unit": None, "records_per_unit": None}
     return dataclasses.replace(known if known.source == name else Data(), **settings)
 
 

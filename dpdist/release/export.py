@@ -40,6 +40,10 @@ from dpdist.run.fingerprints import params_digest
 
 #: Sections that say where and how the run ran, not what was trained.
 _LEFT_OUT = ("run", "checkpoint", "cluster")
+#: Options of the built-in sources that say what is learned from, and not where it lies.
+_PUBLIC_OPTIONS = ("size", "mode", "classes", "length", "pack", "delimiter", "train", "test", "checksum")
+#: A value that names a place: a path, an address, a home, or a file in a folder (`B/16` is none).
+_PLACE = re.compile(r"^(~|\.{0,2}/)|://|/.*/|/[^/]*\.\w+$")
 _PATH = re.compile(r"(?<![\w.])(~|\.{0,2})/[^\s'\",}\]]*")
 
 
@@ -86,7 +90,7 @@ def export(
             "statement then says so.",
         )
     for incarnation in privacy["incarnations"]:
-        incarnation["reasons"] = [_PATH.sub(REMOVED, reason) for reason in incarnation["reasons"]]
+        incarnation["reasons"] = [_shared_reason(reason) for reason in incarnation["reasons"]]
     if merge_lora or library is not None:
         trained = without_adapters(trained)
     leaves = jax.tree_util.tree_leaves_with_path(trained.params)
@@ -110,7 +114,7 @@ def export(
         (made / PRIVACY).write_text(json.dumps(privacy, indent=2) + "\n")
         (made / STATEMENT).write_text(as_text(privacy))
         if library is None and not removed_options(shared["model"]["options"]):
-            load_export(made)
+            load_export(made, allow_code=True)
         for path in made.iterdir():
             path.chmod(0o644)
         made.chmod(0o755)
@@ -140,10 +144,21 @@ def _of_model(trained: TrainedRun) -> dict[str, Any]:
     }
 
 
+def _shared_reason(reason: str) -> str:
+    """Why an incarnation began, without paths; of the options of a source, which may be anything, no value."""
+    name, colon, _ = reason.partition(": ")
+    return f"{name}: {REMOVED}" if colon and name == "data.options" else _PATH.sub(REMOVED, reason)
+
+
 def shareable(config: Config) -> dict[str, dict[str, Any]]:
     """The settings of the training, without those of this site: paths, processes, files."""
     tree = config_module.to_dict(config)
-    return {section: _without_paths(values) for section, values in tree.items() if section not in _LEFT_OUT}
+    shared = {section: _without_paths(values) for section, values in tree.items() if section not in _LEFT_OUT}
+    ours = ":" not in config.data.source
+    for name, value in config.data.options.items():
+        if not ours or name not in _PUBLIC_OPTIONS:
+            shared["data"]["options"][name] = REMOVED if value else value
+    return shared
 
 
 def _without_paths(value: Any) -> Any:
@@ -154,4 +169,4 @@ def _without_paths(value: Any) -> Any:
         }
     if isinstance(value, list):
         return [_without_paths(inner) for inner in value]
-    return REMOVED if isinstance(value, str) and _PATH.match(value) else value
+    return REMOVED if isinstance(value, str) and _PLACE.search(value) else value

@@ -30,8 +30,11 @@ FORMAT = 1
 REMOVED = "(path removed)"
 
 
-def load_export(directory: Path) -> TrainedRun:
+def load_export(directory: Path, *, allow_code: bool = False) -> TrainedRun:
     """The model in an export, onto one device.
+
+    Args:
+        allow_code: run the `module:function` that an export may name as its model.
 
     Raises:
         InputError: it is no export, is damaged or was changed, or its model is code that is not here.
@@ -45,7 +48,7 @@ def load_export(directory: Path) -> TrainedRun:
         )  # fmt: skip
     signature = _read(directory / MODEL, lambda text: Signature.from_record(json.loads(text)))
     config = _read(directory / CONFIG, lambda text: config_module.from_dict(parse(text)))
-    model = _build(config.model, signature)
+    model = _build(config.model, signature, allow_code=allow_code)
     params = _params(directory, model)
     if params_digest(params) != privacy.get("params_sha256"):
         raise InputError(
@@ -85,7 +88,14 @@ def removed_options(options: Mapping[str, Any]) -> list[str]:
     return [name for name, value in options.items() if name != "pretrained" and REMOVED in str(value)]
 
 
-def _build(section: config_module.Model, signature: Signature) -> models.Model:
+def _build(section: config_module.Model, signature: Signature, *, allow_code: bool) -> models.Model:
+    for setting, name in (("model.name", section.name), ("model.task", section.task)):
+        if name is not None and ":" in name and not allow_code:
+            remedy = (
+                f"is code of whoever made this export, and would run here with your rights; if you trust what is in "
+                f"the module {name.partition(':')[0]}, say so: load(..., allow_code=True), or --allow-code."
+            )
+            raise InputError(setting, name, remedy)
     if gone := removed_options(section.options):
         remedy = f"held a path, which no export keeps; write yours into {CONFIG}."
         raise InputError(f"model.options.{gone[0]}", section.options[gone[0]], remedy)

@@ -45,8 +45,9 @@ UNIT_OF_RECORDS = (
 )
 #: Where `data.options.pack` cuts documents into blocks of tokens.
 UNIT_BLOCK = (
-    "one BLOCK of {length} tokens, not one document and not one person: documents are written one after the other and "
-    "cut into blocks, so a document that k blocks share has about k times the epsilon"
+    "what stands in one BLOCK of {length} tokens, not one document and not one person: documents are written one after "
+    "the other and cut into blocks, so what a document holds in k blocks has about k times the epsilon; whether it is "
+    "there at all is not covered, since without it all later blocks would be others, and N tells the number of tokens"
 )
 PUBLIC = (
     "N", "q", "B", "T", "sigma", "C", "delta", "the split into training and test records by index",

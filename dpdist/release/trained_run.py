@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,17 @@ from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import all_finite
 
 
-def load(directory: str | Path) -> TrainedRun:
+def load(directory: str | Path, *, allow_code: bool = False) -> TrainedRun:
     """Load the newest checkpoint of a run, or an export, onto one device, whatever it was trained on.
+
+    Args:
+        allow_code: run the `module:function` that an export names as its model: code of whoever made the export.
 
     Raises:
         InputError: there is no run or export, no checkpoint of the run, or what there is is damaged.
     """
     root = Path(expand_home(directory, "directory"))
-    return load_export(root) if _is_export(root) else load_run(root)
+    return load_export(root, allow_code=allow_code) if _is_export(root) else load_run(root)
 
 
 def _is_export(root: Path) -> bool:
@@ -59,7 +63,10 @@ def load_run(root: Path) -> TrainedRun:
     _require_charged(ledger, run, meta)
     config = config_module.from_dict(meta["config"])  # unlike config.yaml, no editor has touched it
     signature = Signature.from_record(meta)
-    model = models.build(config.model, example=signature.example, classes=signature.classes)
+    # What lies at the path of the first weights now may be others; its sizes are in the config.
+    options = {name: value for name, value in config.model.options.items() if name != "pretrained"}
+    section = dataclasses.replace(config.model, options=options) if ":" not in config.model.name else config.model
+    model = models.build(section, example=signature.example, classes=signature.classes)
     optimizer = optimizers.build(config.optimizer, meta["plan"]["steps_asked"])
     averaged = config.optimizer.average_decay > 0
     here = SingleDeviceSharding(jax.devices()[0])

@@ -53,6 +53,7 @@ def log_to(path: Path) -> None:
         if not isinstance(inner, WithoutTraceback):
             handler.setFormatter(WithoutTraceback(inner or logging.Formatter()))
     root.addHandler(PrivateLog(path))
+    logging.captureWarnings(True)  # what Pillow warns of an image, say, is about one record
 
 
 def record_exception(text: str) -> Path | None:

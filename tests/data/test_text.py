@@ -146,4 +146,6 @@ def test_the_statement_says_that_a_packed_block_is_the_unit() -> None:
         return unit_of(from_dict({"data": section, "privacy": {"enabled": False}, "training": {"steps": 1}}))
 
     assert said(length=64) == said(length=64, pack=False) == UNIT
-    assert said(length=64, pack=True).startswith("one BLOCK of 64 tokens, not one document and not one person")
+    assert said(length=64, pack=True).startswith(
+        "what stands in one BLOCK of 64 tokens, not one document and not one person"
+    )

@@ -124,9 +124,12 @@ def test_names_of_units_are_numbered_the_same_in_every_part(tmp_path: Any) -> No
     (tmp_path / "test.csv").write_text("a,b,label,who\n7,14,1,101\n7,14,1,X9\n")
     with pytest.raises(InputError, match="covers no test record"):
         open_dataset(data)
-    (tmp_path / "train.csv").write_text("a,b,label,who\n1,2,0,0.5\n3,4,1,101\n")
+    # What looks like a number may be a name: these are two people.
+    (tmp_path / "train.csv").write_text("a,b,label,who\n1,2,0,001\n3,4,1,1\n")
+    (tmp_path / "test.csv").write_text("a,b,label,who\n7,14,1,01\n")
+    assert len(open_dataset(data).train) == 2
     with pytest.raises(InputError, match=r"data\.unit = 'who': .* a name or an integer for each record, not float"):
-        open_dataset(data)
+        numbered(np.array([0.5, 101]), "who", "here")
 
 
 def test_numbers_of_64_bits_and_many_names_stay_apart() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dpdist.config import from_dict
-from dpdist.data import Dataset, open_dataset
+from dpdist.config import Data, from_dict
+from dpdist.data import Dataset, open_dataset, read_rows
+from dpdist.data.parts import choose_parts
 from dpdist.errors import InputError
 
 
@@ -176,3 +178,35 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(
         with pytest.raises(InputError, match=rf"data\.source = .*: needs .*pip install 'dpdist\[{extra}\]'"):
             opened(section)
         monkeypatch.undo()
+
+
+# What a hostile reader has found
+
+
+def test_class_names_are_given_their_own_numbers_whatever_the_labels_look_like(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("a,label\n1,0\n2,1\n3,1\n")
+    (tmp_path / "test.csv").write_text("a,label\n1,1\n2,0\n")
+    found = open_dataset(Data(source="csv", path=str(tmp_path), options={"classes": [1, 0]}))
+    assert found.label_names == ("1", "0")
+    assert read_rows(found.train, np.arange(3))["label"].tolist() == [1, 0, 0]
+    named = open_dataset(Data(source="csv", path=str(tmp_path), options={"classes": ["ham", "spam"]}))
+    assert read_rows(named.train, np.arange(3))["label"].tolist() == [0, 1, 1]  # places of names, as they are
+
+
+def test_a_file_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    text = "a,label\n1,0\n2,1\n"
+    (tmp_path / "train.csv").write_text(text)
+    (tmp_path / "train.csv.gz").write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(InputError, match="half the protection"):
+        open_dataset(Data(source="csv", path=str(tmp_path)))
+
+
+def test_a_part_is_the_one_of_that_very_name() -> None:
+    found = {"train_noisy": 1, "train": 2, "test_unlabelled": 3, "test": 4}
+    assert choose_parts(found, train=None, test=None, where="here") == (2, 4)
+
+
+def test_a_number_that_would_become_infinite_is_refused_in_a_stack_too(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("a,b,label\n1,1e300,0\n2,3,1\n")
+    with pytest.raises(InputError, match="do not fit into float32"):
+        open_dataset(Data(source="csv", path=str(tmp_path)))

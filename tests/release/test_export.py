@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ import yaml
 from jobs import EVERY, STEPS, Ended, Jobs, Run
 from safetensors.numpy import load_file
 
+import dpdist
 from dpdist.mechanism.accounting import epsilon
+from dpdist.release.export import shareable
+from dpdist.release.exported import REMOVED
 
 OWN_SECRET = "privacy.insecure_seed=null"
 
@@ -189,3 +193,25 @@ def test_nothing_is_overwritten(jobs: Jobs, secretive: Run, exported: Path) -> N
     assert ended.code == 2
     assert "name a new or empty directory" in ended.err
     assert {path: path.read_bytes() for path in exported.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"tokenizer": "clinic-x/alice/tokenizer.json", "length": 64}, {"length": 64}),
+        ({"classes": ["ham", "spam"], "size": 8}, {"classes": ["ham", "spam"], "size": 8}),
+    ],
+)
+def test_options_of_a_source_go_along_only_where_they_are_public(options: dict[str, Any], kept: dict[str, Any]) -> None:
+    base = {"privacy": {"enabled": False}, "training": {"steps": 1}}
+    shared = shareable(dpdist.from_dict(base | {"data": {"source": "text", "path": "x", "options": options}}))
+    assert {name: value for name, value in shared["data"]["options"].items() if value != REMOVED} == kept
+    own = dpdist.from_dict(base | {"data": {"source": "mine:read", "options": {"db": "bob:pw@host", "size": 8}}})
+    assert set(shareable(own)["data"]["options"].values()) == {REMOVED}
+
+
+@pytest.mark.parametrize("value", ["postgres://bob:pw@host/patients", "~alice/data", "file:///home/x", "rel/dir/a.csv"])
+def test_a_place_in_a_models_option_is_removed_and_a_variant_is_none(value: str) -> None:
+    model = {"name": "mine:model", "options": {"table": value, "variant": "B/16"}}
+    config = dpdist.from_dict({"privacy": {"enabled": False}, "training": {"steps": 1}, "model": model})
+    assert shareable(config)["model"]["options"] == {"table": REMOVED, "variant": "B/16"}

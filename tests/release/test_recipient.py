@@ -224,13 +224,16 @@ def test_a_damaged_or_changed_export_is_refused_by_name(
 
 def test_a_model_that_is_code_needs_that_code(jobs: Jobs, own: Path, tmp_path: Path) -> None:
     image = userland.test_columns()["image"]
-    code, out, err = predict(jobs, own, columns(jobs, image=image))
+    code, _, err = predict(jobs, own, columns(jobs, image=image))
+    assert code == 2
+    assert "model.name = 'userland:small': is code of whoever made this export" in err
+    code, out, err = predict(jobs, own, columns(jobs, image=image), "--allow-code")
     assert code == 0, err
     assert len(out.splitlines()) == len(image)
     given = tmp_path / "given"
     shutil.copytree(own, given)
     edited("config.yaml", "name: userland:small", "name: notthere:small")(given)
-    code, _, err = predict(jobs, given, columns(jobs, image=image))
+    code, _, err = predict(jobs, given, columns(jobs, image=image), "--allow-code")
     assert code == 2
     assert "is code that no export holds; get the module notthere" in err
     assert json.loads((own / "privacy.json").read_text())["released_after_step"] == STEPS
