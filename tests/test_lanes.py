@@ -60,10 +60,11 @@ class House:
             '[tool.pytest.ini_options]\naddopts = "-q --strict-markers"\npythonpath = ["tests/support"]\n'
             f"markers = [\n{markers}]\n"
         )
-        for folder in ("mechanism", "trainer", "slurm"):
+        for folder in ("mechanism", "models", "trainer", "slurm"):
             (root / "tests" / folder).mkdir()
         self.compute, self.wait = root / "tests/mechanism/test_a.py", root / "tests/trainer/test_b.py"
         (root / "tests/slurm/test_h.py").write_text("def test_h(): pass\n")
+        (root / "tests/models/test_m.py").write_text("def test_m(): pass\n")
         self.compute.write_text("def test_a(): pass\n\ndef test_b(): pass\n")
         self.wait.write_text("import pytest\n\ndef test_c(): pass\n\n@pytest.mark.skip\ndef test_d(): pass\n")
 
@@ -95,7 +96,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 def test_all_lanes_pass_and_the_last_line_has_the_sum(house: House) -> None:
     done = house.run()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.fullmatch(r"===== 4 passed, 1 skipped in [\d.]+s =====", last_line(done))
+    assert re.fullmatch(r"===== 5 passed, 1 skipped in [\d.]+s =====", last_line(done))
     assert "slowest of compute:" in done.stdout
     assert "tests.trainer.test_b::test_c" in done.stdout
 
@@ -103,11 +104,11 @@ def test_all_lanes_pass_and_the_last_line_has_the_sum(house: House) -> None:
 @pytest.mark.parametrize(
     ("body", "said", "summary"),
     [
-        ("def test_a(): assert 1 == 2\ndef test_b(): pass\n", "code 1", "1 failed, 3 passed, 1 skipped"),
-        ("import os\ndef test_a(): pass\ndef test_b(): os.kill(os.getpid(), 9)\n", "code -9", "2 passed, 1 skipped"),
-        ("import os\ndef test_a(): pass\ndef test_b(): os._exit(0)\n", "no results", "2 passed, 1 skipped"),
-        ("", "code 5", "2 passed, 1 skipped"),
-        ("def test_a(: pass\n", "code 2", "3 errors"),  # every lane collects all and selects
+        ("def test_a(): assert 1 == 2\ndef test_b(): pass\n", "code 1", "1 failed, 4 passed, 1 skipped"),
+        ("import os\ndef test_a(): pass\ndef test_b(): os.kill(os.getpid(), 9)\n", "code -9", "3 passed, 1 skipped"),
+        ("import os\ndef test_a(): pass\ndef test_b(): os._exit(0)\n", "no results", "3 passed, 1 skipped"),
+        ("", "code 5", "3 passed, 1 skipped"),
+        ("def test_a(: pass\n", "code 2", "4 errors"),  # every lane collects all and selects
     ],
     ids=["a failure", "killed half-way", "ended half-way as if well", "no tests", "not collected"],
 )
@@ -117,7 +118,7 @@ def test_a_lane_that_did_not_come_to_a_good_end_fails_the_run(house: House, body
     assert done.returncode == 1
     assert "lane compute FAILED: " in done.stdout
     assert said in done.stdout
-    assert last_line(done).startswith(f"===== {summary}, {3 if 'errors' in summary else 1} of 3 lanes FAILED in ")
+    assert last_line(done).startswith(f"===== {summary}, {4 if 'errors' in summary else 1} of 4 lanes FAILED in ")
 
 
 def test_a_lane_that_takes_too_long_is_ended_and_fails(house: House) -> None:

@@ -2,6 +2,7 @@
 
 `fast`     pure tests: no process is started and little is compiled. `bash tests/run.sh fast` runs them alone.
 `compute`  numerical tests in this process: they compile, and keep a core busy.
+`models`   the same, of models and of programs made of them: a lane of its own, or `compute` would be the last to end.
 `wait`     tests that start processes here and wait for them: jobs, leases, watchdogs, random kills.
 `hosts`    tests of jobs on hosts made for them, which wait still more: a virtual SLURM, networks and disks that fail.
 
@@ -17,11 +18,11 @@ from pathlib import Path
 
 import pytest
 
-FAST, COMPUTE, WAIT, HOSTS = NAMES = ("fast", "compute", "wait", "hosts")
+FAST, COMPUTE, MODELS, WAIT, HOSTS = NAMES = ("fast", "compute", "models", "wait", "hosts")
 #: The processes of a full run, side by side, and the tests of each.
-SIDES = {COMPUTE: (FAST, COMPUTE), WAIT: (WAIT,), HOSTS: (HOSTS,)}
+SIDES = {COMPUTE: (FAST, COMPUTE), MODELS: (MODELS,), WAIT: (WAIT,), HOSTS: (HOSTS,)}
 #: Which of them yield the cores to the others, whose tests have bounds in seconds.
-YIELDING = (COMPUTE,)
+YIELDING = (COMPUTE, MODELS)
 
 LANES = {
     "tests/attacks": WAIT,
@@ -67,8 +68,8 @@ LANES = {
     "tests/mechanism/test_noise.py": FAST,
     "tests/mechanism/test_sampling.py": FAST,
     "tests/mechanism/test_assignment.py": FAST,
-    "tests/models": COMPUTE,
-    "tests/program": COMPUTE,
+    "tests/models": MODELS,
+    "tests/program": MODELS,
     "tests/program/test_device_rates.py": FAST,
     "tests/release": WAIT,
     "tests/run": COMPUTE,
