@@ -110,5 +110,6 @@ def columns_of(table: Table, columns: dict[str, Any] | None, unit: str | None) -
     named = {name: name for name in apart if name in table} if columns is None else columns
     if set(named) - set(apart):
         return named
-    rest = [name for name in table if name not in named.values() and name not in apart]
+    # In order of name, so that another file with the same columns gives the same features.
+    rest = sorted(name for name in table if name not in named.values() and name not in apart)
     return {"features": rest} | named if rest else named

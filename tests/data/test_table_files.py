@@ -232,9 +232,9 @@ def test_a_csv_file_gives_features_and_the_label_in_one_config(tmp_path: Path) -
     rows, test = rows_of(dataset), rows_of(dataset, "test")
     assert rows["features"].dtype == np.float32
     whole = np.concatenate([rows["features"], test["features"]])
-    np.testing.assert_allclose(np.sort(whole[:, 0]), [4.9, 5, 5, 5.1, 6], rtol=1e-6)
-    assert sorted(whole[:, 1]) == [1, 2, 3, 4, 5]
-    np.testing.assert_array_equal(rows["label"], [int(petal in (2, 4, 5)) for petal in rows["features"][:, 1]])
+    np.testing.assert_allclose(np.sort(whole[:, 1]), [4.9, 5, 5, 5.1, 6], rtol=1e-6)  # in order of name: petal first
+    assert sorted(whole[:, 0]) == [1, 2, 3, 4, 5]
+    np.testing.assert_array_equal(rows["label"], [int(petal in (2, 4, 5)) for petal in rows["features"][:, 0]])
 
 
 def test_a_csv_file_of_numbers_needs_no_options(tmp_path: Path) -> None:

@@ -210,3 +210,12 @@ def test_a_number_that_would_become_infinite_is_refused_in_a_stack_too(tmp_path:
     (tmp_path / "train.csv").write_text("a,b,label\n1,1e300,0\n2,3,1\n")
     with pytest.raises(InputError, match="do not fit into float32"):
         open_dataset(Data(source="csv", path=str(tmp_path)))
+
+
+def test_features_do_not_depend_on_the_order_of_a_files_columns(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("weight,age,label\n70,30,0\n80,40,1\n")
+    (tmp_path / "test.csv").write_text("age,label,weight\n31,0,71\n41,1,81\n")
+    found = open_dataset(Data(source="csv", path=str(tmp_path)))
+    assert read_rows(found.train, np.arange(2))["features"].tolist() == [[30, 70], [40, 80]]
+    assert found.test is not None
+    assert read_rows(found.test, np.arange(2))["features"].tolist() == [[31, 71], [41, 81]]
