@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,8 @@ def _image_folder(
     )
 
 
-def _parquet(
+def _columnar(
+    open_files: Callable[..., Parts],
     data: Data,
     size: Any = None,
     mode: str = "rgb",
@@ -196,31 +198,7 @@ def _parquet(
     test: str | None = None,
 ) -> Dataset:
     reading = Reading(size=size, mode=mode, classes=classes, unit=data.unit)
-    return _dataset(open_arrow(_path(data), data, arrow.PARQUET, reading=reading, train=train, test=test), data)
-
-
-def _arrow(
-    data: Data,
-    size: Any = None,
-    mode: str = "rgb",
-    classes: Any = None,
-    train: str | None = None,
-    test: str | None = None,
-) -> Dataset:
-    reading = Reading(size=size, mode=mode, classes=classes, unit=data.unit)
-    return _dataset(open_arrow(_path(data), data, arrow.ARROW, reading=reading, train=train, test=test), data)
-
-
-def _hf(
-    data: Data,
-    size: Any = None,
-    mode: str = "rgb",
-    classes: Any = None,
-    train: str | None = None,
-    test: str | None = None,
-) -> Dataset:
-    reading = Reading(size=size, mode=mode, classes=classes, unit=data.unit)
-    return _dataset(open_hf(_path(data), data, reading=reading, train=train, test=test), data)
+    return _dataset(open_files(_path(data), data, reading=reading, train=train, test=test), data)
 
 
 def _csv(
@@ -255,9 +233,9 @@ BUILT_IN: dict[str, Callable[..., Dataset]] = {
     "cifar10": _cifar10,
     "cifar100": _cifar100,
     "image_folder": _image_folder,
-    "parquet": _parquet,
-    "arrow": _arrow,
-    "hf": _hf,
+    "parquet": partial(_columnar, partial(open_arrow, suffixes=arrow.PARQUET)),
+    "arrow": partial(_columnar, partial(open_arrow, suffixes=arrow.ARROW)),
+    "hf": partial(_columnar, open_hf),
     "csv": _csv,
     "text": _text,
 }

@@ -113,13 +113,20 @@ def _round(value: float) -> str:
 
 
 def _plots(run: RunPaths, config: Config, found: dict[str, Any]) -> list[Path]:
+    from dpdist.run.plots import over_steps  # matplotlib takes a second
+
     to = run.private / "diagnose"
     to.mkdir(mode=0o700, exist_ok=True)
     looks = [look for look in found["looks"] if look["norms"] is not None]
     made = []
 
     def plot(name: str, label: str, paint: Callable[[Any], None]) -> None:
-        made.append(_draw(to / f"{name}.png", f"{run.root.name}: PRIVATE, covered by no guarantee", label, paint))
+        figure, axes = over_steps(f"{run.root.name}: PRIVATE, covered by no guarantee", label)
+        paint(axes)
+        axes.set_xlim(left=0)
+        path = to / f"{name}.png"
+        figure.savefig(path)
+        made.append(path)
 
     if looks:
         at = [look["step"] for look in looks]
@@ -149,21 +156,3 @@ def _plots(run: RunPaths, config: Config, found: dict[str, Any]) -> list[Path]:
 
     plot("clipped", "share of a step's examples", clipped)
     return made
-
-
-def _draw(path: Path, title: str, label: str, paint: Callable[[Any], None]) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    paint(axes)
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
-    return path

@@ -80,6 +80,19 @@ def _true_points(points: Points, plans: list[dict[str, Any]]) -> Points:
     return [(step, value) for step, value in sorted(computed.items()) if step <= last]
 
 
+def over_steps(title: str, label: str) -> tuple[Figure, Any]:
+    """An empty figure over the steps of a run, and its axes."""
+    figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)  # no display and no global state: a run may end on a compute node
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
@@ -89,14 +102,9 @@ def _plot(
 ) -> Path | None:
     if not points:
         return None
-    figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)  # no display and no global state: a run may end on a compute node
-    axes = figure.add_subplot()
+    figure, axes = over_steps(f"{paths.root.resolve().name}: {label.partition(' (')[0]}", label)
     steps, values = zip(*points, strict=True)
     axes.plot(steps, values, color="#1f6f8b", linewidth=1.8, marker="o" if len(points) <= 30 else None, markersize=3.5)
-    axes.set_title(f"{paths.root.resolve().name}: {label.partition(' (')[0]}", fontsize=11)
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
     axes.set_xlim(left=0)
     if from_zero:
         axes.set_ylim(0, 1.1 * max(*values, target or 0))
@@ -105,8 +113,6 @@ def _plot(
         axes.text(
             0.01, target, f"target {target:,.4g}", color="#b04a3a", va="bottom", transform=axes.get_yaxis_transform()
         )
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     # Below the last point where a target line is close above it.
     below = target is not None and values[-1] > 0.85 * target
     place, side = ((0, -20), "top") if below else ((-4, 7), "bottom")
