@@ -29,8 +29,9 @@ FLOORS: list[dict[str, set[str]]] = [
     | {"models": {"errors", "config", "mechanism"}},
     {"program": {"errors", "config", "mechanism", "cluster", "data", "models"}}
     | {"run": {"errors", "config", "mechanism", "cluster"}},
+    {"joint": {"errors", "config", "mechanism", "run"}},
     {
-        room: {"errors", "config", "mechanism", "cluster", "data", "models", "program", "run"}
+        room: {"errors", "config", "mechanism", "cluster", "data", "models", "program", "run", "joint"}
         for room in ("trainer", "release")
     },
 ]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dpdist.config import Config
+from dpdist.joint.together import cost_together
 from dpdist.mechanism.ledger import Ledger, LedgerError
-from dpdist.release.together import cost_together
 from dpdist.run.directory import RunDirectory
 from dpdist.run.metrics import is_evaluation, metrics_of
 from dpdist.run.summary import guarantee

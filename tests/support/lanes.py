@@ -45,6 +45,7 @@ LANES = {
     "tests/docker": WAIT,
     "tests/faults": HOSTS,
     "tests/faults/test_soak.py": WAIT,
+    "tests/joint": FAST,
     "tests/launch": WAIT,
     "tests/launch/test_data_describe.py": FAST,
     "tests/launch/test_logs.py": FAST,

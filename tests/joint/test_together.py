@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from dpdist.joint.together import fixed_cost
 from dpdist.mechanism.accounting import epsilon
 from dpdist.mechanism.composition import Phase
-from dpdist.release.together import fixed_cost
 
 
 def exact_delta(mu: float, epsilon: float) -> float:

@@ -1,0 +1,1 @@
+"""What several runs over the same records cost together: composition, selection among them, a registry."""
