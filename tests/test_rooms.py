@@ -47,6 +47,7 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "elsewhere": {"plan", "measure"},
     "predict": {"paths"},
     "privacy": {"paths"},
+    "verify": {"paths"},
     "settings": set(),
     "data": {"paths"},
     "slurm": {"ranks", "training"},
@@ -54,7 +55,7 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "measure": {"paths", "local", "ranks", "slurm", "failures"},
     "cli": {"paths", "data", "local", "training", "plan", "elsewhere", "predict", "settings"}
     | {"slurm", "measure", "observe"}
-    | {"privacy"},
+    | {"privacy", "verify"},
     "__main__": {"cli"},
     "__init__": {"slurm"},
 }
