@@ -19,6 +19,7 @@ from dpdist_launch.measure.scaling import command as scaling
 from dpdist_launch.observe import logs, status
 from dpdist_launch.paths import path_argument
 from dpdist_launch.privacy import command as privacy_of_runs
+from dpdist_launch.privacy import views
 from dpdist_launch.slurm import command as submit
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
@@ -160,6 +161,7 @@ def parser() -> argparse.ArgumentParser:
             question.add_argument("--target-epsilon", type=float, required=True)
         question.set_defaults(run=run)
     privacy_of_runs.add_to(questions)
+    views.add_to(questions)
 
     diagnose = commands.add_parser(
         "diagnose",
