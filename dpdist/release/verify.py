@@ -25,6 +25,7 @@ from dpdist.config.file import parse
 from dpdist.errors import InputError
 from dpdist.joint.compose import rounded_up
 from dpdist.joint.members import VERSIONS_DIFFER, charges_of, unit_name
+from dpdist.joint.views import curve
 from dpdist.mechanism.accounting import ADJACENCY, Spent
 from dpdist.release.exported import CONFIG, PRIVACY, STATEMENT, sha256_of
 from dpdist.release.statement import as_text as statement_text
@@ -117,7 +118,7 @@ def verify(export: Path, *, expect: str | None = None) -> dict[str, Any]:
         "says": [check.says for check in checks if not check.wrong],
         "on_trust": [*ON_TRUST, *([] if expect is not None else [SENDER])],
         "statement_sha256": digest,
-        "right_guesses_at_most": _right_guesses(facts["epsilon"], facts["delta"]) if holds else None,
+        "right_guesses_at_most": _right_guesses(facts) if holds else None,
     }
 
 
@@ -259,12 +260,16 @@ def _recomputed(cost: Spent) -> dict[str, Any]:
     }
 
 
-def _right_guesses(epsilon: float, delta: float) -> float:
+def _right_guesses(facts: Mapping[str, Any]) -> float:
     """The largest share of right answers to "was this record in, or not?", asked with a coin; 0.5 is guessing.
 
-    Kairouz, Oh and Viswanath 2015 (arXiv 1311.0776): the advantage is at most (e^eps - 1 + 2 delta) / (e^eps + 1).
+    Half of one plus the advantage. That is at most (e^eps - 1 + 2 delta) / (e^eps + 1) (Kairouz, Oh and Viswanath 2015,
+    arXiv 1311.0776), and, of a run that kept to its plan, delta at epsilon 0.
     """
+    epsilon, delta, charges = float(facts["epsilon"]), float(facts["delta"]), charges_of(facts)
     advantage = math.tanh(epsilon / 2) + 2 * delta / (math.exp(min(epsilon, 700.0)) + 1)
+    if charges.kept_to_plan and charges.first.steps:
+        advantage = min(advantage, curve(charges.first).advantage())
     return min(1.0, 0.5 + advantage / 2)
 
 
