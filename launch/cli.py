@@ -18,6 +18,7 @@ from dpdist_launch.measure.bench import command as bench
 from dpdist_launch.measure.scaling import command as scaling
 from dpdist_launch.observe import logs, status
 from dpdist_launch.paths import path_argument
+from dpdist_launch.privacy import command as privacy_of_runs
 from dpdist_launch.slurm import command as submit
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
@@ -143,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--markdown", action="store_true", help="print the whole of docs/settings.md")
     settings.set_defaults(run=_settings)
 
-    privacy = commands.add_parser("privacy", help="what a plan costs, without training; prints one JSON object")
+    privacy = commands.add_parser("privacy", help="what plans and runs cost, alone and together")
     questions = privacy.add_subparsers(required=True, metavar="QUESTION")
     for name, text, run in (
         ("epsilon", "epsilon of a noise multiplier", _epsilon),
@@ -158,6 +159,7 @@ def parser() -> argparse.ArgumentParser:
         else:
             question.add_argument("--target-epsilon", type=float, required=True)
         question.set_defaults(run=run)
+    privacy_of_runs.add_to(questions)
 
     diagnose = commands.add_parser(
         "diagnose",

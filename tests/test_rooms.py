@@ -46,13 +46,15 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "plan": set(),
     "elsewhere": {"plan", "measure"},
     "predict": {"paths"},
+    "privacy": {"paths"},
     "settings": set(),
     "data": {"paths"},
     "slurm": {"ranks", "training"},
     "observe": {"paths", "noise"},
     "measure": {"paths", "local", "ranks", "slurm", "failures"},
     "cli": {"paths", "data", "local", "training", "plan", "elsewhere", "predict", "settings"}
-    | {"slurm", "measure", "observe"},
+    | {"slurm", "measure", "observe"}
+    | {"privacy"},
     "__main__": {"cli"},
     "__init__": {"slurm"},
 }

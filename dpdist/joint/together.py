@@ -10,12 +10,19 @@ distributions, at (1 - k) delta.
 Otherwise steps were added on seeing results. The Renyi filter of `dpdist.mechanism.composition` covers these too, at
 k delta, with the order that the first run chose before its first step: its proof does not ask to which run a step
 belongs. As there, the smaller of both bounds may be stated where both hold, and one delta covers it.
+
+The plain sum of the runs' epsilons holds too, at the sum of their deltas, whenever one stops: with P and Q the
+densities with and without the record of two runs, a b - c d <= max(0, a - c) b + min(a, c) max(0, b - d) for a, b =
+P1, P2 and c, d = e^E1 Q1, e^E2 Q2, also where E2 rests on what the first run has released. Stated where it is smaller,
+at that sum and the k delta of the filter it was compared with.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
@@ -27,6 +34,52 @@ from dpdist.mechanism.ledger import Ledger
 
 #: Delta that the round-off of a composition by Fourier transforms is worth, a step: see `dpdist.mechanism.accounting`.
 _ROUND_OFF = 16 * 2.0**-53
+#: The accountant's name where epsilons and deltas are added.
+SUM = "sum"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Charges:
+    """What one private run has released and has planned."""
+
+    #: Its first plan, whole.
+    first: Phase
+    #: What its earlier incarnations are charged, and the whole plan of its current one.
+    phases: tuple[Phase, ...]
+    delta: float
+    #: The Renyi order that was chosen with the first plan.
+    order: int
+
+    @classmethod
+    def of_ledger(cls, ledger: Ledger) -> Charges:
+        """Those of a run with a plan.
+
+        Raises:
+            LedgerError: a plan of it adds no noise.
+        """
+        first, current = ledger.plans[0], ledger.plans[-1]
+        terms = first.private_terms()
+        before = charged_phases(ledger, current.incarnation)
+        return cls(
+            first=phase_of(first, first.steps),
+            phases=(*before, phase_of(current, current.steps - current.start)),
+            delta=terms.delta,
+            order=terms.renyi_order,
+        )
+
+    @property
+    def kept_to_plan(self) -> bool:
+        """Whether the epsilon of the first plan covers all of it."""
+        return within(self.first, self.phases)
+
+    def alone(self) -> Spent:
+        """What the run costs by itself, as `dpdist.mechanism.composition.total_cost` of its plans."""
+        return _alone(self)
+
+
+@cache
+def _alone(run: Charges) -> Spent:
+    return composed([run], delta=run.delta, orders=[run.order], at_once=True)
 
 
 def cost_together(ledgers: Sequence[Ledger], *, at_once: bool) -> Spent:
@@ -39,22 +92,45 @@ def cost_together(ledgers: Sequence[Ledger], *, at_once: bool) -> Spent:
     Returns:
         epsilon at the largest delta of the runs.
     """
-    deltas, orders = zip(*((run.plans[0].private_terms().delta, _order(run)) for run in ledgers), strict=True)
-    delta, plans, done = max(deltas), [], []
-    for ledger in ledgers:
-        first, current = ledger.plans[0], ledger.plans[-1]
-        plan = phase_of(first, first.steps)
-        phases = [*charged_phases(ledger, current.incarnation), phase_of(current, current.steps - current.start)]
-        at_once = at_once and within(plan, phases)
-        plans.append(plan)
-        done += phases
-    adaptive = adaptive_epsilon(done, order=orders[0], delta=delta)
+    runs = [Charges.of_ledger(ledger) for ledger in ledgers]
+    return composed(runs, delta=max(run.delta for run in runs), orders=[runs[0].order], at_once=at_once)
+
+
+def composed(runs: Sequence[Charges], *, delta: float, orders: Sequence[int], at_once: bool) -> Spent:
+    """Bound the epsilon of all runs at `delta` from above, by distributions or the filter.
+
+    Args:
+        orders: the Renyi order chosen before the first step of all; several where it is not known which was.
+        at_once: whether all were asked for before any result of one was seen.
+    """
+    phases = [phase for run in runs for phase in run.phases]
+    adaptive = max(adaptive_epsilon(phases, order=order, delta=delta) for order in orders)
     stated = Spent(adaptive, delta, adaptive, ADAPTIVE)
-    return min(fixed_cost(plans, delta), stated, key=lambda spent: spent.epsilon) if at_once else stated
+    if not at_once or not all(run.kept_to_plan for run in runs):
+        return stated
+    return min(fixed_cost([run.first for run in runs], delta), stated, key=lambda spent: spent.epsilon)
 
 
-def _order(ledger: Ledger) -> int:
-    return ledger.plans[0].private_terms().renyi_order
+def joint_cost(
+    runs: Sequence[Charges], stated: Sequence[Spent], *, delta: float, orders: Sequence[int], at_once: bool
+) -> Spent:
+    """The least of the bounds that hold for all runs: never above the sum of theirs, never below the largest.
+
+    Args:
+        stated: what each of the runs costs by itself, at its own delta.
+        delta: where the plain sum is smaller, that is stated, at a larger one.
+        orders, at_once: as in `composed`.
+    """
+    if len(runs) == 1:
+        return stated[0]
+    cost = composed(runs, delta=delta, orders=orders, at_once=at_once)
+    least = max((one.epsilon for one in stated if one.delta >= delta), default=0.0)
+    cost = replace(cost, epsilon=max(cost.epsilon, least))
+    total = sum(one.epsilon for one in stated)
+    if total >= cost.epsilon:
+        return cost
+    deltas = sum(one.delta for one in stated) + KEPT * delta
+    return Spent(total, deltas, sum(one.epsilon_rdp for one in stated), SUM)
 
 
 def fixed_cost(phases: Sequence[Phase], delta: float) -> Spent:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpdist.config import Config
+from dpdist.joint.members import unit_name
 from dpdist.mechanism.composition import ADAPTIVE, charged_phases, phase_of, total_cost
 from dpdist.mechanism.ledger import Ledger, Plan
 from dpdist.run.summary import guarantee
@@ -118,6 +119,7 @@ def statement(config: Config, ledger: Ledger, *, step: int, finite: bool) -> dic
         "mechanism": MECHANISM,
         "adjacency": plan.adjacency,
         "unit": unit_of(config),
+        "unit_name": unit_name(config),
         "noise_multiplier": record["noise_multiplier"],
         "clip_norm": record["clip_norm"],
         "grid": record["grid"],
@@ -142,13 +144,14 @@ def statement(config: Config, ledger: Ledger, *, step: int, finite: bool) -> dic
     cost = total_cost(first, charged_phases(ledger, plan.incarnation), phase_of(plan, plan.steps - plan.start))
     if terms.epsilon < cost.epsilon * (1 - _VERSIONS_DIFFER):
         raise ValueError(f"the ledger states epsilon {terms.epsilon:.6g}, but what it charges costs {cost.epsilon:.6g}")
-    return facts | {"epsilon_pld": terms.epsilon if terms.accountant == "pld" else None}
+    pld = terms.epsilon if terms.accountant == "pld" else None
+    return facts | {"epsilon_pld": pld, "renyi_order": first.private_terms().renyi_order}
 
 
 def _incarnation(plan: Plan, ledger: Ledger) -> dict[str, Any]:
     names = (
-        "incarnation", "start", "reasons", "sampling_probability", "noise_multiplier", "clip_norm", "grid",
-        "dataset_size", "environment",
+        "incarnation", "nonce", "start", "steps", "reasons", "sampling_probability", "noise_multiplier", "clip_norm",
+        "grid", "dataset_size", "environment",
     )  # fmt: skip
     record = plan.to_record()
     return {name: record[name] for name in names} | {"charged_steps": ledger.charged_to(plan.incarnation)}

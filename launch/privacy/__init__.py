@@ -1,0 +1,1 @@
+"""`dpdist privacy`: what plans and runs cost, alone and together."""
