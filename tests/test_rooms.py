@@ -34,6 +34,7 @@ FLOORS: list[dict[str, set[str]]] = [
         room: {"errors", "config", "mechanism", "cluster", "data", "models", "program", "run", "joint"}
         for room in ("trainer", "release")
     },
+    {"report": {"errors", "config", "mechanism", "run", "joint", "release"}},
 ]
 MAY_IMPORT = {room: others for floor in FLOORS for room, others in floor.items()}
 LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
@@ -46,13 +47,14 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "plan": set(),
     "elsewhere": {"plan", "measure"},
     "predict": {"paths"},
+    "report": {"paths"},
     "privacy": {"paths"},
     "settings": set(),
     "data": {"paths"},
     "slurm": {"ranks", "training"},
     "observe": {"paths", "noise"},
     "measure": {"paths", "local", "ranks", "slurm", "failures"},
-    "cli": {"paths", "data", "local", "training", "plan", "elsewhere", "predict", "settings"}
+    "cli": {"paths", "data", "local", "training", "plan", "elsewhere", "predict", "report", "settings"}
     | {"slurm", "measure", "observe"}
     | {"privacy"},
     "__main__": {"cli"},

@@ -8,7 +8,6 @@ on apart are charged in full each.
 from __future__ import annotations
 
 import json
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from dpdist.mechanism.accounting import Spent
 from dpdist.mechanism.composition import Phase
 from dpdist.mechanism.ledger import Ledger, LedgerError
 from dpdist.run.layout import RunPaths
-from dpdist.run.summary import guarantee
+from dpdist.run.summary import exposed_secret, guarantee
 
 PRIVACY, SWEEP = "privacy.json", "sweep.json"
 #: Relative difference that two versions of the accountant may have.
@@ -142,8 +141,8 @@ def _broken(paths: RunPaths, config: Config, ledger: Ledger) -> str | None:
         return "none: it adds no noise (privacy.enabled is false)"
     if any(plan.insecure for plan in ledger.plans):
         return "void: privacy.insecure_seed makes sampling and noise known to everyone"
-    if paths.secret.exists() and stat.S_IMODE(paths.secret.stat().st_mode) & 0o077:
-        return "void: private/secret.key can be read by others, who could subtract the noise"
+    if (why := exposed_secret(paths)) is not None:
+        return why
     told = guarantee(config, finite=True)
     try:
         told = json.loads(paths.summary.read_text())["guarantee"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from dpdist.release.trained import TrainedRun
 from dpdist.release.trained_run import load_run
 from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import params_digest
+from dpdist.run.summary import exposed_secret
 
 #: Sections that say where and how the run ran, not what was trained.
 _LEFT_OUT = ("run", "checkpoint", "cluster")
@@ -78,10 +78,7 @@ def export(
         raise InputError("--to", str(to), "is there already; name a new or empty directory.")
     trained = load_run(run.root)
     privacy = dict(trained.privacy)
-    if run.secret.exists() and (mode := stat.S_IMODE(run.secret.stat().st_mode)) & 0o077:
-        privacy["guarantee"] = (
-            f"void: private/secret.key can be read by others (mode {mode:o}), who could subtract the noise"
-        )
+    privacy["guarantee"] = exposed_secret(run) or privacy["guarantee"]
     if not privacy["guarantee"].startswith("holds") and not without_guarantee:
         raise InputError(
             "guarantee",

@@ -73,6 +73,7 @@ LANES = {
     "tests/program": MODELS,
     "tests/program/test_device_rates.py": FAST,
     "tests/release": WAIT,
+    "tests/report": FAST,
     "tests/run": COMPUTE,
     "tests/run/test_calibration.py": FAST,
     "tests/run/test_events.py": FAST,
