@@ -72,8 +72,8 @@ def require_memory(world: World, *, each: int, found: Memory | None = None) -> N
     for node, (size, whose) in zip(world.nodes, told, strict=True):
         left[node] = min((size, whose), left.get(node, (size, whose)))
     faults = {
-        node: f"{whose} has {_size(size)} of memory left, and {(count := world.nodes.count(node))} process(es) there need at "
-        f"least {_size(count * each)}"
+        node: f"{whose} has {_size(size)} of memory left, and {world.nodes.count(node)} process(es) there need at least "
+        f"{_size(world.nodes.count(node) * each)}"
         for node, (size, whose) in left.items()
         if size < world.nodes.count(node) * each
     }
