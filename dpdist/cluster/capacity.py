@@ -71,12 +71,12 @@ def require_memory(world: World, *, each: int, found: Memory | None = None) -> N
     left: dict[str, tuple[float, str]] = {}
     for node, (size, whose) in zip(world.nodes, told, strict=True):
         left[node] = min((size, whose), left.get(node, (size, whose)))
-    faults = {
-        node: f"{whose} has {_size(size)} of memory left, and {world.nodes.count(node)} process(es) there need at least "
-        f"{_size(world.nodes.count(node) * each)}"
-        for node, (size, whose) in left.items()
-        if size < world.nodes.count(node) * each
-    }
+    faults = {}
+    for node, (size, whose) in left.items():
+        processes = world.nodes.count(node)
+        if size < processes * each:
+            needed = f"{processes} process(es) there need at least {_size(processes * each)}"
+            faults[node] = f"{whose} has {_size(size)} of memory left, and {needed}"
     if not faults:
         return
     node, fault = next(iter(faults.items()))
