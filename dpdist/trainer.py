@@ -35,6 +35,7 @@ from dpdist.data.feed import Feed
 from dpdist.data.sources import Source
 from dpdist.data.units import UnitSource
 from dpdist.errors import InputError
+from dpdist.joint import charging
 from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.step import TrainState, accumulate_sample, noisy_update
 from dpdist.models.families import settled
@@ -115,6 +116,7 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
                 coordinates=opened.coordinates,
             )
             start = agree_on_start(request, writer, world)
+            decide(world, lambda: charging.require_room(config, run, writer.ledger, start.plan))
 
             # Build: compile every shape that can occur; place the state, new or restored, on the devices.
             with writer.phase("compile"):
@@ -132,6 +134,9 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
             with writer.phase("compile"):
                 decide(world, lambda: _try_out(setup, state, start, dataset.train, writer))
             decide(world, lambda: writer.begin(start, checkpoints))
+            decide(
+                world, lambda: charging.charge(config, run, writer.ledger), timeout=charging.PATIENCE + world.timeout
+            )
             meta = {
                 "config": config_module.to_dict(replace(config, model=settled(config.model))),
                 "plan": start.plan.to_record(),

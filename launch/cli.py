@@ -13,12 +13,13 @@ from dpdist.cluster.core_files import forbid_core_files
 from dpdist.cluster.streams import open_missing_streams
 from dpdist.config.nearest import did_you_mean
 from dpdist.errors import InputError
-from dpdist_launch import data, predict, report
+from dpdist_launch import data, predict, report, verify
 from dpdist_launch.measure.bench import command as bench
 from dpdist_launch.measure.scaling import command as scaling
 from dpdist_launch.observe import logs, status
 from dpdist_launch.paths import path_argument
 from dpdist_launch.privacy import command as privacy_of_runs
+from dpdist_launch.privacy import views
 from dpdist_launch.slurm import command as submit
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
@@ -160,6 +161,7 @@ def parser() -> argparse.ArgumentParser:
             question.add_argument("--target-epsilon", type=float, required=True)
         question.set_defaults(run=run)
     privacy_of_runs.add_to(questions)
+    views.add_to(questions)
 
     diagnose = commands.add_parser(
         "diagnose",
@@ -200,6 +202,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_to(commands)
     predict.add_to(commands)
     report.add_to(commands)
+    verify.add_to(commands)
     status.add_to(commands)
     logs.add_to(commands)
     bench.add_to(commands)
@@ -302,7 +305,7 @@ def _export(options: argparse.Namespace) -> int:
         merge_lora=options.merge_lora,
         library=options.library,
     )
-    names = ("guarantee", "epsilon", "delta", "released_after_step", "params_sha256")
+    names = ("guarantee", "epsilon", "delta", "released_after_step", "params_sha256", "statement_sha256")
     print(json.dumps({"to": str(options.to)} | {name: told[name] for name in names}))
     return EXIT_DONE
 

@@ -49,6 +49,7 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "predict": {"paths"},
     "report": {"paths"},
     "privacy": {"paths"},
+    "verify": {"paths"},
     "settings": set(),
     "data": {"paths"},
     "slurm": {"ranks", "training"},
@@ -56,7 +57,7 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "measure": {"paths", "local", "ranks", "slurm", "failures"},
     "cli": {"paths", "data", "local", "training", "plan", "elsewhere", "predict", "report", "settings"}
     | {"slurm", "measure", "observe"}
-    | {"privacy"},
+    | {"privacy", "verify"},
     "__main__": {"cli"},
     "__init__": {"slurm"},
 }

@@ -6,6 +6,7 @@ it, and what concerns several values in `check_together`. `docs/settings.md` is 
 
 from __future__ import annotations
 
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -334,8 +335,19 @@ class Run(Section):
     #: Called when the run ends, fails, or is started again for the third time: the words of a command, or the URL of a
     #: webhook. It gets the event as JSON (docs/observing.md), has 10 seconds, and a failure of it is a warning.
     on_event: list[str] | str | None = None
+    #: The directory of a registry that every private run on a dataset is charged to before its first step, and whose
+    #: budget no run may pass: docs/composing.md. All nodes and all who train on the data must share it.
+    registry: Annotated[str | None, IsPath()] = None
+    #: What the registry calls the dataset.
+    registry_dataset: str | None = None
 
     def check_together(self) -> None:
+        both = (self.registry is None) == (self.registry_dataset is None)
+        self.require(
+            "registry_dataset", both, "give run.registry and run.registry_dataset together: where, and which data."
+        )
+        plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", self.registry_dataset or "plain") is not None
+        self.require("registry_dataset", plain, "give a plain name of at most 80 letters, digits, dots, _ and -.")
         if isinstance(self.on_event, str):
             web = self.on_event.startswith(("http://", "https://"))
             self.require("on_event", web, 'give a URL (http:// or https://), or a command as a list: ["notify.sh"].')

@@ -133,6 +133,23 @@ def joint_cost(
     return Spent(total, deltas, sum(one.epsilon_rdp for one in stated), SUM)
 
 
+def wall_cost(runs: Sequence[Charges], *, order: int, delta: float) -> float:
+    """Bound the epsilon, at `delta`, of runs that are added one by one, each perhaps on seeing what others released.
+
+    The filter has k delta, and (1 - k) delta is for the plain sum of the runs' epsilons, which holds as long as their
+    deltas fit in; a run that kept to its plan uses (1 - k) of its own. The smaller is stated: one delta covers both.
+    (Runs may go on side by side: composition holds for concurrent ones too, Haney et al. 2023.)
+
+    Args:
+        order, delta: chosen before the first of them began.
+    """
+    adaptive = adaptive_epsilon([phase for run in runs for phase in run.phases], order=order, delta=delta)
+    shares = math.fsum(run.delta * (1 - KEPT if run.kept_to_plan else 1) for run in runs)
+    if shares > (1 - KEPT) * delta * (1 + 1e-12):
+        return adaptive
+    return min(adaptive, math.fsum(run.alone().epsilon for run in runs))
+
+
 def fixed_cost(phases: Sequence[Phase], delta: float) -> Spent:
     """Bound the epsilon of phases that were all fixed before the first step, from above.
 

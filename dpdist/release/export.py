@@ -29,6 +29,7 @@ from dpdist.release.exported import (
     STATEMENT,
     load_export,
     removed_options,
+    sha256_of,
 )
 from dpdist.release.foreign import without_adapters, write_foreign
 from dpdist.release.statement import as_text
@@ -66,7 +67,7 @@ def export(
             two files.
 
     Returns:
-        The statement, as in `privacy.json`.
+        The statement, as in `privacy.json`, whose own SHA-256 is its `statement_sha256`.
 
     Raises:
         InputError: there is nothing to export, `to` holds something, no guarantee holds, or what was written cannot be
@@ -108,18 +109,21 @@ def export(
             _write_model(made / MODEL, trained)
         else:
             write_foreign(made, trained, library, metadata)
-        (made / PRIVACY).write_text(json.dumps(privacy, indent=2) + "\n")
         (made / STATEMENT).write_text(as_text(privacy))
+        # Last, since it vouches for all others.
+        privacy |= {"files": {path.name: sha256_of(path) for path in sorted(made.iterdir())}}
+        (made / PRIVACY).write_text(json.dumps(privacy, indent=2) + "\n")
         if library is None and not removed_options(shared["model"]["options"]):
             load_export(made, allow_code=True)
         for path in made.iterdir():
             path.chmod(0o644)
         made.chmod(0o755)
+        stated = sha256_of(made / PRIVACY)
         made.replace(to)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
-    return privacy
+    return privacy | {"statement_sha256": stated}
 
 
 def _write_model(path: Path, trained: TrainedRun) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -81,6 +82,12 @@ def _read(path: Path, meaning: Callable[[str], Any]) -> Any:
         raise InputError(str(path), error.field, f"cannot be used: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
         raise InputError(str(path), type(error).__name__, "is damaged; get the export again.") from None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def removed_options(options: Mapping[str, Any]) -> list[str]:

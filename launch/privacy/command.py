@@ -1,4 +1,4 @@
-"""The questions of `dpdist privacy` about runs: compose."""
+"""The questions of `dpdist privacy` about several runs: compose and registry."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from dpdist.errors import InputError
 from dpdist_launch.paths import path_argument
 
 
@@ -35,6 +36,21 @@ def add_to(questions: Any) -> None:
     compose.add_argument("--json", action="store_true", help="print one JSON object")
     compose.set_defaults(run=_compose)
 
+    registry = questions.add_parser(
+        "registry",
+        help="what was spent on each dataset of a registry (run.registry), or make one with a budget",
+        description="Show the runs that are charged to the registries in DIR, what each costs, and the joint epsilon. "
+        "With --create, the owner of a dataset writes its first line, once, before any run: its delta, and the epsilon "
+        "that no run may pass.",
+    )
+    registry.add_argument("folder", type=path_argument, metavar="DIR")
+    registry.add_argument("--dataset", metavar="NAME", help="this one alone")
+    registry.add_argument("--create", metavar="NAME", help="make the registry of this dataset")
+    registry.add_argument("--delta", type=float, help="of the joint guarantee; with --create")
+    registry.add_argument("--budget", type=float, metavar="EPSILON", help="not to be passed; with --create (none)")
+    registry.add_argument("--json", action="store_true", help="print one JSON object")
+    registry.set_defaults(run=_registry)
+
 
 def _compose(options: argparse.Namespace) -> int:
     from dpdist.joint.compose import as_text, compose
@@ -47,3 +63,41 @@ def _compose(options: argparse.Namespace) -> int:
     found = compose(options.runs, at_once=options.at_once, delta=options.delta, same_data=same)
     print(json.dumps(found) if options.json else as_text(found))
     return 0
+
+
+def _registry(options: argparse.Namespace) -> int:
+    from dpdist.config import from_dict
+    from dpdist.joint.registry import create, datasets, standing
+
+    if options.create is not None:
+        if options.delta is None:
+            raise InputError("--delta", None, "--create needs it: the delta of the joint guarantee, such as 1e-5.")
+        run = {"registry": str(options.folder), "registry_dataset": options.create}
+        from_dict({"privacy": {"enabled": False}, "training": {"steps": 1}, "run": run})  # a name that a run can give
+        create(options.folder, options.create, delta=options.delta, budget=options.budget)
+    for name in ("delta", "budget"):
+        if options.create is None and (value := getattr(options, name)) is not None:
+            raise InputError(f"--{name}", value, "belongs to --create: the first line of a registry stays as it is.")
+    there = datasets(options.folder)
+    wanted = options.dataset or options.create
+    if wanted is not None and wanted not in there:
+        raise InputError("--dataset", wanted, f"{options.folder} has {', '.join(there)}.")
+    found = [standing(options.folder, name) for name in there if wanted in (None, name)]
+    print(json.dumps({"datasets": found}) if options.json else "\n\n".join(map(_registry_text, found)))
+    return 0
+
+
+def _registry_text(found: dict[str, Any]) -> str:
+    from dpdist.joint.compose import rounded_up
+
+    rows = [("run", "steps", "N", "epsilon", "delta")]
+    for run in found["runs"]:
+        numbers = (str(run["steps"]), str(run["dataset_size"]), rounded_up(run["epsilon"]), f"{run['delta']:g}")
+        rows.append((run["run_dir"], *numbers))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    spent = f"{found['dataset']}: joint epsilon {rounded_up(found['epsilon'])} at delta {found['delta']:g}"
+    spent += f" of {len(found['runs'])} runs" + (f", for {found['runs'][0]['unit']}" if found["runs"] else "")
+    budget = "no budget" if found["budget"] is None else f"budget {found['budget']:g}"
+    torn = ["the last line is torn: it was never charged, and the next charge replaces it"] if found["torn"] else []
+    return "\n".join([*(lines if found["runs"] else []), f"{spent}; {budget}", *torn])

@@ -65,7 +65,11 @@ def test_each_command_prints_the_same_settings(capsys: pytest.CaptureFixture[str
         ("CLIP_norm", {"privacy.clip_norm"}),
         ("clip", {"privacy.clip_norm", "training.clipping", "training.clipping_strategies"}),
         ("*.steps", {"training.steps"}),
-        ("run.*", {"run.dir", "run.log_every", "run.progress", "run.plots", "run.on_event"}),
+        (
+            "run.*",
+            {"run.dir", "run.log_every", "run.progress", "run.plots", "run.on_event"}
+            | {"run.registry", "run.registry_dataset"},
+        ),
         ("optimizer.b[12]", {"optimizer.b1", "optimizer.b2"}),
     ],
 )

@@ -46,6 +46,8 @@ LANES = {
     "tests/faults": HOSTS,
     "tests/faults/test_soak.py": WAIT,
     "tests/joint": FAST,
+    "tests/joint/test_registry.py": WAIT,
+    "tests/joint/test_views.py": COMPUTE,
     "tests/launch": WAIT,
     "tests/launch/test_data_describe.py": FAST,
     "tests/launch/test_logs.py": FAST,

@@ -1,0 +1,132 @@
+"""How a run is charged to the registry of its dataset, before its first step.
+
+Order of writing: the ledger's plan, the charge, then the first step. Killed after the first, a run is charged when it
+is started again; after the second, it finds its charge. The run notes the digest of its line under `private/`, and goes
+on with no registry that lacks it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpdist.config import Config
+from dpdist.errors import InputError
+from dpdist.mechanism.ledger import Ledger, Plan
+from dpdist.run.directory import write_atomically
+from dpdist.run.layout import RunPaths
+
+if TYPE_CHECKING:
+    from dpdist.joint.registry import Registry
+
+#: Seconds to wait for others who write to the same registry.
+PATIENCE = 60.0
+
+
+def charge_of(config: Config, run_dir: Path, ledger: Ledger, plan: Plan) -> dict[str, Any]:
+    """The charge of a run whose current incarnation is, or is to be, `plan`.
+
+    Raises:
+        InputError: it adds no noise, or its secret is a known seed: no budget covers that.
+    """
+    plans = [*(each for each in ledger.plans if each.nonce != plan.nonce), plan]
+    for each in plans:
+        if each.privacy is None or each.insecure:
+            what = "adds no noise" if each.privacy is None else "has a known seed for a secret"
+            remedy = f"this run {what}, and no budget covers it; train it on public data, with run.registry=null."
+            raise InputError("run.registry", config.run.registry, remedy)
+    from dpdist.joint.members import unit_name  # the accountant takes a second to import, and one process needs it
+
+    first, terms = plans[0], plans[0].private_terms()
+    kinds = [(each.nonce, each.sampling_probability, each.private_terms().noise_multiplier) for each in plans]
+    steps = [ledger.charged_to(each.incarnation) for each in plans[:-1]] + [plan.steps - plan.start]
+    return {
+        "record": "charge",
+        "run": first.nonce,
+        "run_dir": str(run_dir.absolute()),
+        "delta": terms.delta,
+        "order": terms.renyi_order,
+        "unit": unit_name(config),
+        "dataset_size": plan.dataset_size,
+        "first": [first.sampling_probability, terms.noise_multiplier, first.steps - first.start],
+        "incarnations": [[*kind, count] for kind, count in zip(kinds, steps, strict=True)],
+    }
+
+
+def require_room(config: Config, run: RunPaths, ledger: Ledger, plan: Plan) -> None:
+    """Check, before anything is compiled, that the registry has room for `plan`. For process 0; writes nothing.
+
+    Raises:
+        InputError: it has not, is damaged, lacks what this run was charged, or is not the one that it is charged to.
+    """
+    where = _named(config, run)
+    if where is not None:
+        from dpdist.joint.registry import Registry
+
+        registry = Registry(*where)
+        _require_own_line(run, registry)
+        registry.require_room(charge_of(config, run.root, ledger, plan))
+
+
+def charge(config: Config, run: RunPaths, ledger: Ledger) -> None:
+    """Charge the run to its registry, if it has one, after its ledger holds the plan and before the first step.
+
+    For process 0. Nothing to do where it is charged already.
+
+    Raises:
+        InputError: as `require_room`: another run may have come first.
+    """
+    where = _named(config, run)
+    if where is None:
+        return
+    from dpdist.joint.registry import header, locked
+
+    with locked(*where, PATIENCE) as registry:
+        _require_own_line(run, registry)
+        record = charge_of(config, run.root, ledger, ledger.plans[-1])
+        registry.require_room(record)
+        if registry.holds(record):
+            return
+        if registry.delta is None:
+            registry.append(header(where[1], delta=record["delta"], order=record["order"], budget=None))
+        digest = registry.append(record)
+    note = {"registry": str(where[0].absolute()), "dataset": where[1], "line": digest}
+    write_atomically(_note(run), json.dumps(note) + "\n", mode=0o600)
+
+
+def _note(run: RunPaths) -> Path:
+    return run.private / "registry.json"
+
+
+def _named(config: Config, run: RunPaths) -> tuple[Path, str] | None:
+    """The registry that the config names.
+
+    Raises:
+        InputError: the run is charged to another one.
+    """
+    folder, dataset = config.run.registry, config.run.registry_dataset
+    if (before := _read_note(run)) is not None and dataset != before["dataset"]:
+        remedy = f"the run is charged to {before['dataset']} in {before['registry']}; resume it with these."
+        raise InputError("run.registry_dataset", dataset, remedy)
+    return None if folder is None or dataset is None else (Path(folder), dataset)
+
+
+def _read_note(run: RunPaths) -> dict[str, str] | None:
+    try:
+        return dict(json.loads(_note(run).read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        remedy = "is not whole, so where this run is charged is unknown; remove it if the registry has the run."
+        raise InputError("run.registry", str(_note(run)), remedy) from None
+
+
+def _require_own_line(run: RunPaths, registry: Registry) -> None:
+    note = _read_note(run)
+    if note is not None and note["line"] not in registry.digests:
+        remedy = (
+            "has not the line that this run was charged with: it was cut, or is another file. Bring it back as it was "
+            "last; until then, what was spent is unknown, and no step is taken."
+        )
+        raise InputError("run.registry", str(registry.path), remedy)

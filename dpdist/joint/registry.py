@@ -1,0 +1,313 @@
+"""What all private runs on a dataset cost together: an append-only file, with a budget that no run may pass.
+
+`DIR/NAME.jsonl` begins with a `registry` line: the dataset's name, the delta and Renyi order of the joint guarantee,
+and the epsilon that is not to be passed, if there is one. The owner of the data writes it once (`dpdist privacy
+registry --create`); else the first run does, without a budget. So no run's config can move the wall. Each `charge` line
+after it holds the incarnations of one run, by nonce, with the steps that they plan or were charged. Every line has the
+digest of the one before it, so that a line that is changed or taken out of the middle shows. A line taken off the end
+shows to the run that it belongs to (`dpdist.joint.charging`), and to nobody else: file permissions have to see to that.
+
+What counts of an incarnation is the most that any line says. Nothing is ever given back: where a run is changed on its
+way, the rest of its former plan stays charged, since a copy of its directory may be taking it.
+
+Lines are appended under a lock that ends with its process, fsynced, after a check that the file still ends where it was
+read. A torn last line was followed by no step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpdist.errors import InputError
+from dpdist.joint.charging import PATIENCE
+from dpdist.joint.together import Charges, wall_cost
+from dpdist.mechanism.accounting import KEPT, ORDERS
+from dpdist.mechanism.composition import Phase
+
+_FIRST = "0" * 64
+
+
+@dataclass
+class Charged:
+    """One run and its copies, as the registry has them."""
+
+    run_dir: str
+    delta: float
+    #: The Renyi order that the run chose with its first plan.
+    order: int
+    unit: str
+    dataset_size: int
+    first: Phase
+    #: By nonce.
+    incarnations: dict[str, Phase] = field(default_factory=dict)
+
+    @property
+    def charges(self) -> Charges:
+        phases = tuple(self.incarnations.values())
+        return Charges(first=self.first, phases=phases, delta=self.delta, order=self.order)
+
+
+class Registry:
+    """The registry of one dataset, as it is on disk.
+
+    Args:
+        folder: `run.registry`.
+        dataset: `run.registry_dataset`.
+
+    Raises:
+        InputError: a line other than a torn last one cannot be read, or was changed.
+    """
+
+    def __init__(self, folder: Path, dataset: str) -> None:
+        self.folder, self.dataset = folder, dataset
+        self.path = folder / f"{dataset}.jsonl"
+        #: By the nonce of their first incarnation, in the order in which they came.
+        self.runs: dict[str, Charged] = {}
+        #: Of the joint guarantee; None as long as there is no file.
+        self.delta: float | None = None
+        self.order: int | None = None
+        #: The epsilon that is not to be passed; None is no wall.
+        self.budget: float | None = None
+        #: Digests of all lines.
+        self.digests: list[str] = []
+        self._size = self._seen = 0
+        self._read()
+
+    def _read(self) -> None:
+        try:
+            raw = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise InputError("run.registry", str(self.path), f"cannot be read ({error.strerror}).") from None
+        self._seen, self._size = len(raw), raw.rfind(b"\n") + 1
+        for number, line in enumerate(raw[: self._size].splitlines(), 1):
+            try:
+                record = json.loads(line)
+                if record["previous"] != (self.digests[-1] if self.digests else _FIRST):
+                    raise ValueError("the line before it was changed or taken out")
+                if record["record"] == "registry" and number == 1:
+                    self._take_header(record)
+                elif record["record"] == "charge" and number > 1:
+                    self._take(record)
+                else:
+                    raise ValueError(f"{record['record']!r} is not what stands there")
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                remedy = (
+                    f"line {number} is damaged ({error}), so what was spent on {self.dataset} is unknown, and no run "
+                    "may start; bring the file back as it was last: an older copy lacks what was spent since."
+                )
+                raise InputError("run.registry", str(self.path), remedy) from None
+            self.digests.append(hashlib.sha256(line).hexdigest())
+
+    def _take_header(self, record: dict[str, Any]) -> None:
+        if record["dataset"] != self.dataset:
+            raise ValueError(f"it is that of {record['dataset']!r}")
+        self.delta, self.order, budget = float(record["delta"]), int(record["order"]), record["budget"]
+        self.budget = None if budget is None else float(budget)
+        if not 0 < self.delta < 1 or self.order < 2 or (budget is not None and not float(budget) > 0):
+            raise ValueError("its numbers make no sense")
+
+    def _take(self, record: dict[str, Any]) -> None:
+        """Count a charge: the most that any line says of an incarnation."""
+        phases = {nonce: Phase(float(q), float(sigma), int(steps)) for nonce, q, sigma, steps in record["incarnations"]}
+        first = Phase(float(record["first"][0]), float(record["first"][1]), int(record["first"][2]))
+        sound = all(0 < p.sampling_probability <= 1 and p.noise_multiplier > 0 for p in (first, *phases.values()))
+        if not sound or any(p.steps < 0 for p in (first, *phases.values())) or not 0 < float(record["delta"]) < 1:
+            raise ValueError("its numbers make no sense")
+        run = self.runs.setdefault(
+            record["run"],
+            Charged(
+                run_dir=str(record["run_dir"]),
+                delta=float(record["delta"]),
+                order=int(record["order"]),
+                unit=str(record["unit"]),
+                dataset_size=int(record["dataset_size"]),
+                first=first,
+            ),
+        )
+        for nonce, phase in phases.items():
+            before = run.incarnations.get(nonce)
+            if before is not None and not before.alike(phase):
+                raise ValueError("an incarnation has two kinds of steps")
+            if before is None or before.steps < phase.steps:
+                run.incarnations[nonce] = phase
+
+    @property
+    def torn(self) -> bool:
+        """Whether a last line is not whole: it was never charged, and the next one replaces it."""
+        return self._seen > self._size
+
+    def cost(self) -> float:
+        """The joint epsilon of all that is charged, at the registry's delta; 0 without any."""
+        if self.delta is None or self.order is None or not self.runs:
+            return 0.0
+        return wall_cost([run.charges for run in self.runs.values()], order=self.order, delta=self.delta)
+
+    def holds(self, record: dict[str, Any]) -> bool:
+        """Whether all of a charge is in it already."""
+        run = self.runs.get(record["run"])
+        return run is not None and all(
+            nonce in run.incarnations and run.incarnations[nonce].steps >= steps
+            for nonce, _, _, steps in record["incarnations"]
+        )
+
+    def require_room(self, record: dict[str, Any]) -> None:
+        """Check that a charge would not pass the budget. What is charged already has been checked.
+
+        Raises:
+            InputError: it would, or the run promises to another unit than those before it.
+        """
+        if self.holds(record):
+            return
+        for run in self.runs.values():
+            if run.unit != record["unit"]:
+                remedy = (
+                    f"the registry's runs promise to {run.unit}, this one to {record['unit']}; no joint epsilon covers "
+                    "both. Keep to one unit, or give the other one a registry_dataset and a budget of its own."
+                )
+                raise InputError("run.registry_dataset", self.dataset, remedy)
+        if self.budget is None:
+            return
+        spent, with_it = self.cost(), Registry(self.folder, self.dataset)
+        with_it._take(record)
+        cost = with_it.cost()
+        if cost > self.budget:
+            remedy = (
+                f"its budget is epsilon {self.budget:g} at delta {self.delta:g}; {len(self.runs)} runs have spent "
+                f"{spent:.4g}, and with this one it would be {cost:.4g}. No step was taken. Ask for fewer steps or "
+                "more noise; who owns the data decides on the budget."
+            )
+            raise InputError("run.registry_dataset", self.dataset, remedy)
+
+    def append(self, record: dict[str, Any]) -> str:
+        """Add a line, durably; within `locked`. Returns its digest."""
+        line = json.dumps(record | {"previous": self.digests[-1] if self.digests else _FIRST}).encode()
+        try:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o664)
+            try:
+                if os.fstat(descriptor).st_size != self._seen:
+                    raise OSError(errno.EBUSY, "it was changed by somebody who does not keep to its lock")
+                if self._seen > self._size:  # a line torn by a crash
+                    os.ftruncate(descriptor, self._size)
+                if os.write(descriptor, line + b"\n") != len(line) + 1:
+                    os.ftruncate(descriptor, self._size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if not self.digests:  # the name of a new file is not safe on disk until its directory is
+                directory = os.open(self.folder, os.O_RDONLY)
+                try:
+                    os.fsync(directory)
+                finally:
+                    os.close(directory)
+        except OSError as error:
+            remedy = f"cannot be extended ({error.strerror}), and no step may run uncharged; mend that and start again."
+            raise InputError("run.registry", str(self.path), remedy) from error
+        self.digests.append(digest := hashlib.sha256(line).hexdigest())
+        self._size = self._seen = self._size + len(line) + 1
+        return digest
+
+
+@contextlib.contextmanager
+def locked(folder: Path, dataset: str, patience: float = PATIENCE) -> Iterator[Registry]:
+    """The registry, which nobody else writes to within the block.
+
+    Raises:
+        InputError: somebody else holds it for longer than `patience` seconds, or the directory cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / f"{dataset}.lock", os.O_RDWR | os.O_CREAT, 0o664)
+    except OSError as error:
+        raise InputError("run.registry", str(folder), f"cannot be written ({error.strerror}).") from None
+    try:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN) or time.monotonic() > deadline:
+                    remedy = f"its lock cannot be taken ({error.strerror}); locks must work on its file system."
+                    raise InputError("run.registry", str(folder), remedy) from None
+                time.sleep(0.05)
+        yield Registry(folder, dataset)
+    finally:
+        os.close(descriptor)
+
+
+def create(folder: Path, dataset: str, *, delta: float, budget: float | None) -> None:
+    """Write the first line of a registry, for the owner of the data.
+
+    Raises:
+        InputError: there is one already, which nobody may change, or a number makes no sense.
+    """
+    if not 0 < delta < 1:
+        raise InputError("--delta", delta, "give a number between 0 and 1.")
+    if budget is not None and not (budget > 0 and math.isfinite(budget)):
+        raise InputError("--budget", budget, "give a positive, finite epsilon.")
+    with locked(folder, dataset) as registry:
+        if registry.delta is not None:
+            raise InputError("--create", dataset, f"{registry.path} is there already, and its first line stays.")
+        registry.append(header(dataset, delta=delta, order=_order_for(budget, delta), budget=budget))
+
+
+def _order_for(budget: float | None, delta: float) -> int:
+    """A Renyi order at which plans that fill the budget are cheap: the best one where divergences are rho alpha."""
+    wanted = 1 - 2 * (math.log(KEPT) + math.log(delta)) / (8.0 if budget is None else budget)
+    return min(ORDERS, key=lambda order: abs(order - wanted))
+
+
+def header(dataset: str, *, delta: float, order: int, budget: float | None) -> dict[str, Any]:
+    return {"record": "registry", "dataset": dataset, "delta": delta, "order": order, "budget": budget}
+
+
+def datasets(folder: Path) -> Sequence[str]:
+    """The names of all registries in a directory.
+
+    Raises:
+        InputError: there is none.
+    """
+    names = sorted(path.stem for path in folder.glob("*.jsonl"))
+    if not names:
+        raise InputError("DIR", str(folder), "holds no registry; --create NAME makes one, or a run with run.registry.")
+    return names
+
+
+def standing(folder: Path, dataset: str) -> dict[str, Any]:
+    """What was spent on one dataset, as JSON."""
+    registry = Registry(folder, dataset)
+    cost, budget = registry.cost(), registry.budget
+    return {
+        "dataset": dataset,
+        "epsilon": cost,
+        "delta": registry.delta,
+        "order": registry.order,
+        "budget": budget,
+        "left": None if budget is None else max(0.0, budget - cost),
+        "runs": [
+            {
+                "run_dir": run.run_dir,
+                "epsilon": run.charges.alone().epsilon,
+                "delta": run.delta,
+                "steps": sum(phase.steps for phase in run.incarnations.values()),
+                "dataset_size": run.dataset_size,
+                "unit": run.unit,
+            }
+            for run in registry.runs.values()
+        ],
+        "torn": registry.torn,
+    }
