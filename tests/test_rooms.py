@@ -53,10 +53,12 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "data": {"paths"},
     "slurm": {"ranks", "training"},
     "observe": {"paths", "noise"},
+    "tune": {"paths", "local", "ranks", "slurm"},
     "measure": {"paths", "local", "ranks", "slurm", "failures"},
     "cli": {"paths", "data", "local", "training", "plan", "elsewhere", "predict", "report", "settings"}
     | {"slurm", "measure", "observe"}
-    | {"privacy"},
+    | {"privacy"}
+    | {"tune"},
     "__main__": {"cli"},
     "__init__": {"slurm"},
 }

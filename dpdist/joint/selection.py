@@ -27,8 +27,10 @@ for round-off); a test compares them.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from dp_accounting.rdp.rdp_privacy_accountant import compute_delta, compute_epsilon
@@ -77,6 +79,16 @@ class Law:
         """The distribution's name."""
         known = {shape: name for name, shape in SHAPES.items()}
         return known.get(self.shape, f"truncated negative binomial of shape {self.shape:g}")
+
+    def to_record(self) -> dict[str, Any]:
+        """The law as JSON, which has no infinity: the shape of the Poisson distribution is null."""
+        shape = None if self.shape == math.inf else self.shape
+        return {"distribution": self.name, "expected_trials": self.mean, "shape": shape}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Law:
+        """The inverse of `to_record`."""
+        return cls(record["expected_trials"], math.inf if record["shape"] is None else record["shape"])
 
     @cached_property
     def parameter(self) -> float:
@@ -183,16 +195,34 @@ def calibrate_search(
     return least_noise([cost], target_epsilon, too_little)
 
 
-def noise_within(most: np.ndarray, *, sampling_probability: float, steps: int) -> float:
-    """Find the least noise multiplier at which a trial's divergences are at most `most` at every one of `ORDERS`.
+def binding_orders(trial: np.ndarray, law: Law, delta: float) -> tuple[int, ...]:
+    """The orders, of `ORDERS`, on whose divergences alone `search_cost` rests: one or two.
+
+    Trials whose divergences are at most `trial` at these cost no more in a search, whatever they are elsewhere.
+    """
+    orders = np.asarray(ORDERS, dtype=np.float64)
+    costs = selection_divergences(trial, law)
+    order = int(compute_epsilon(ORDERS, costs, delta)[1])
+    if law.shape == math.inf:
+        return tuple({order, int(compute_delta(orders, trial, math.log1p(1 / (order - 1)))[1])})
+    missing = -math.log(law.parameter * (1 - _ROUNDING))
+    second = int(orders[np.argmin((1 - 1 / orders) * trial + missing / orders)])
+    # The cost at `order` may be that of a larger one, as divergences do not fall.
+    first = int(orders[np.flatnonzero(costs == costs[ORDERS.index(order)])[-1]])
+    return tuple({first, second})
+
+
+def noise_within(most: Mapping[int, float], *, sampling_probability: float, steps: int) -> float:
+    """Find the least noise multiplier at which a trial's divergences are at most `most`, by order.
 
     So candidates of other batch sizes and lengths have one bound in common.
 
     Raises:
         UnreachableBudgetError: as `calibrate_search`.
     """
+    orders, bounds = list(most), np.array(list(most.values()))
 
     def share(noise_multiplier: float) -> float:
-        return float(np.max(trial_divergences(Phase(sampling_probability, noise_multiplier, steps)) / most))
+        return float(np.max(divergences(sampling_probability, noise_multiplier, steps, orders) / bounds))
 
     return least_noise([share], 1.0, f"no noise brings {steps} steps within what a trial may cost")

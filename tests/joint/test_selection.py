@@ -15,6 +15,7 @@ from dpdist.joint.selection import (
     SHAPES,
     Law,
     best_of_fixed,
+    binding_orders,
     calibrate_search,
     noise_within,
     search_cost,
@@ -109,13 +110,17 @@ def test_noise_is_calibrated_for_the_whole_search() -> None:
     assert 3.0 * (1 - 1e-3) <= spent.epsilon <= 3.0
 
 
+@pytest.mark.parametrize("law", [Law(8.0, shape) for shape in SHAPES.values()], ids=lambda law: law.name)
 @pytest.mark.parametrize(("q", "steps"), [(0.1, 60), (0.3, 200), (0.9, 10)])
-def test_a_candidate_of_another_rate_or_length_never_passes_the_common_bound(q: float, steps: int) -> None:
+def test_a_candidate_of_another_rate_or_length_never_makes_the_search_cost_more(q: float, steps: int, law: Law) -> None:
     most = trial_divergences(Phase(0.3, 4.0, 60))
-    sigma = noise_within(most, sampling_probability=q, steps=steps)
+    orders = [ORDERS.index(order) for order in binding_orders(most, law, 1e-5)]
+    sigma = noise_within({ORDERS[at]: most[at] for at in orders}, sampling_probability=q, steps=steps)
     own = trial_divergences(Phase(q, sigma, steps))
-    assert (own <= most).all()
-    assert (own > most * 0.998).any(), "it has more noise than it needs"
+    assert (own[orders] > most[orders] * 0.998).any(), "it has more noise than it needs"
+    # A bound of both kinds of trial, at every order.
+    mixed = search_cost(np.maximum(most, own), law, 1e-5)
+    assert mixed.epsilon == search_cost(most, law, 1e-5).epsilon
 
 
 @pytest.mark.parametrize(("mean", "shape"), [(0.5, 1.0), (math.nan, 1.0), (501.0, 1.0), (8.0, -0.5), (8.0, math.nan)])
