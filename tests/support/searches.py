@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from jobs import CONFIG
+from jobs import CONFIG, Jobs, Run, Running, lines
 
 from dpdist import config as config_module
 from dpdist.joint.selection import Law
@@ -39,3 +39,22 @@ def keep_secret(private: Path, *, law: Law, number: int) -> None:
         if law.number(uniform(secret, "number of trials")) == number:
             write_atomically(private / "secret.key", secret.reveal(), mode=0o600)
             return
+
+
+#: Public: what any search of these tests draws from.
+SPACE = "optimizer.learning_rate: {log_uniform: [0.05, 1.0]}\nprivacy.clip_norm: [0.5, 1.0]\n"
+#: `small`, in a search that meets epsilon 2.
+SETTINGS = ("privacy.insecure_seed=null", "privacy.noise_multiplier=null", "data.prefetch=1")
+
+
+def tune(jobs: Jobs, root: Path, *options: str, **environ: str) -> Running:
+    space = jobs.root / "space.yaml"
+    space.write_text(SPACE)
+    asked = ("--space", str(space), "--trials", "2", "--target-epsilon", "2", "--run-dir", str(root))
+    return jobs.command("tune", str(jobs.config), *SETTINGS, *asked, *options, **environ)
+
+
+def begun(root: Path) -> list[Run]:
+    """The trials that have begun, in this order."""
+    noted = [record for record in lines(root / "private/trials.jsonl") if record["record"] == "begun"]
+    return [Run(root / "private/trials" / record["trial"]) for record in noted]
