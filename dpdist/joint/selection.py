@@ -226,3 +226,24 @@ def noise_within(most: Mapping[int, float], *, sampling_probability: float, step
         return float(np.max(divergences(sampling_probability, noise_multiplier, steps, orders) / bounds))
 
     return least_noise([share], 1.0, f"no noise brings {steps} steps within what a trial may cost")
+
+
+def stated_cost(record: Mapping[str, Any], *, released: Phase, delta: float) -> Spent:
+    """Bound the epsilon of a search from what a statement says of it.
+
+    Args:
+        record: `distribution`, `expected_trials`, `shape`, `trial` and `orders`, as `dpdist tune` writes them.
+        released: the trial that was released.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is no such record, or the released trial is not one that it bounds.
+    """
+    bound = Phase(**record["trial"])
+    orders = [int(order) for order in record["orders"]]
+    law, losses = Law.from_record(record), trial_divergences(bound)
+    if not set(binding_orders(losses, law, delta)) <= set(orders):
+        raise ValueError("the orders are not those that its epsilon rests on")
+    own = trial_divergences(released)
+    if any(own[ORDERS.index(order)] > losses[ORDERS.index(order)] * (1 + _ROUNDING) for order in orders):
+        raise ValueError("the released trial costs more than any trial may")
+    return search_cost(losses, law, delta)

@@ -12,8 +12,8 @@ from typing import Any
 
 from dpdist.config import Config
 from dpdist.joint.members import unit_name
-from dpdist.joint.selection import SELECTION
-from dpdist.mechanism.composition import ADAPTIVE, charged_phases, phase_of, total_cost
+from dpdist.joint.selection import SELECTION, stated_cost
+from dpdist.mechanism.composition import ADAPTIVE, Phase, charged_phases, phase_of, total_cost
 from dpdist.mechanism.ledger import Ledger, Plan
 from dpdist.run.summary import guarantee
 
@@ -116,7 +116,15 @@ class SearchedFor:
 
 
 def of_search(facts: dict[str, Any], searched: SearchedFor) -> dict[str, Any]:
-    """The statement of a trial as that of the search which has chosen it."""
+    """The statement of a trial as that of the search which has chosen it.
+
+    Raises:
+        ValueError: the search states less than its constants cost.
+    """
+    released = Phase(facts["sampling_probability"], facts["noise_multiplier"], facts["steps"])
+    cost = stated_cost(searched.record, released=released, delta=searched.delta)
+    if searched.epsilon < cost.epsilon * (1 - _VERSIONS_DIFFER):
+        raise ValueError(f"the search states epsilon {searched.epsilon:.6g}, but it costs {cost.epsilon:.6g}")
     rest = [item for item in facts["not_covered"] if item != _CHOSEN]
     return facts | {
         "epsilon": searched.epsilon,

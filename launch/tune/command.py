@@ -149,7 +149,7 @@ def run(options: argparse.Namespace) -> int:
             say(
                 f"dpdist: a search of {question.law.mean:g} expected trials ({question.law.name}), which costs epsilon "
                 f"{terms.epsilon:.4g} at delta {terms.delta:g} (one trial alone: {terms.epsilon_of_one_trial:.4g}); "
-                f"each has noise multiplier {terms.trial.noise_multiplier:.4g}. Until it ends, nothing of it is shown."
+                f"noise multiplier {terms.trial.noise_multiplier:.4g}. Until it ends, nothing of it is shown."
             )
             try:
                 if not _search(options, search):

@@ -15,6 +15,7 @@ from dpdist.mechanism.accounting import ORDERS
 from dpdist.mechanism.composition import Phase
 from dpdist.mechanism.incarnation import step_settings
 from dpdist.run.calibration import UnreachableBudgetError
+from dpdist.run.fingerprints import environment, step_code_digest
 from dpdist.run.plan import rate_and_steps
 from dpdist_launch.tune.metric import Metric
 from dpdist_launch.tune.space import Space
@@ -40,6 +41,9 @@ class Question:
             "law": self.law.to_record(),
             "metric": self.metric.to_record(),
             "dataset_size": self.dataset_size,
+            # All trials must be of one kind: the bound is not one of the best of several.
+            "code": step_code_digest(self.config),
+            "environment": environment(self.config.cluster.platform),
         }
 
 
@@ -89,6 +93,11 @@ def settle(question: Question) -> Terms:
         raise InputError("privacy.enabled", False, "a search without privacy costs nothing: dpdist submit --sweep.")
     if privacy.insecure_seed is not None:
         raise InputError("privacy.insecure_seed", privacy.insecure_seed, "it would void the guarantee; leave it out.")
+    if (registry := config_module.flatten(question.config).get("run.registry")) is not None:
+        remedy = (
+            "it charges runs, and a search costs more than each of its trials; leave it out, and charge it yourself."
+        )
+        raise InputError("run.registry", registry, remedy)
     if question.config.checkpoint.resume_step is not None:
         raise InputError("checkpoint.resume_step", question.config.checkpoint.resume_step, "no trial has begun yet.")
     q, steps = rate_and_steps(question.config, question.dataset_size)

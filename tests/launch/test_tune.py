@@ -16,7 +16,7 @@ from searches import AXES, begin, keep_secret, question
 from dpdist.errors import InputError
 from dpdist.joint.selection import Law, search_cost, trial_divergences
 from dpdist.mechanism.ledger import Ledger, Plan, PrivacyTerms
-from dpdist_launch.tune import best
+from dpdist_launch.tune import best, terms
 from dpdist_launch.tune.metric import Metric
 from dpdist_launch.tune.search import ATTEMPTS, Search, Trial, open_directory
 
@@ -123,6 +123,14 @@ def test_what_was_fixed_before_the_first_trial_cannot_be_changed(
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["step_code_digest", "environment"])
+def test_all_trials_are_of_one_code(search: Search, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The bound is of the best of trials of one kind."""
+    monkeypatch.setattr(terms, name, lambda _: "other")
+    with pytest.raises(InputError, match=r"is another \(.* -> other\)"):
+        begin(search.root)
+
+
 @pytest.mark.parametrize("gone", ["secret.key", "trials.jsonl"])
 def test_without_its_private_part_a_search_does_not_go_on(search: Search, gone: str) -> None:
     (search.private / gone).unlink()
@@ -143,7 +151,7 @@ def test_what_is_private_is_for_the_owner_alone_and_nothing_public_tells_of_it(s
     files = [path for path in search.private.rglob("*") if path.is_file()]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
     assert json.loads(search.description.read_text()).keys() == {
-        *("format", "settings", "space", "law", "metric", "dataset_size", "terms")
+        *("format", "settings", "space", "law", "metric", "dataset_size", "code", "environment", "terms")
     }
 
 
