@@ -21,6 +21,7 @@ from dpdist_launch.paths import path_argument
 from dpdist_launch.privacy import command as privacy_of_runs
 from dpdist_launch.privacy import views
 from dpdist_launch.slurm import command as submit
+from dpdist_launch.tune import command as tune
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
@@ -106,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     submit.add_to(commands)
+    tune.add_to(commands)
 
     run_dir = commands.add_parser(
         "run-dir",
@@ -130,6 +132,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--devices", type=int, metavar="N", help="how many of them")
     plan.add_argument("--examples", type=int, metavar="N", help="with --device, without the data: training examples")
     plan.add_argument("--columns", metavar="NAME=DTYPE[SHAPE],...", help="with --device, without the data")
+    tune.add_law(plan, required=False)
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(run=_plan)
 
@@ -270,6 +273,8 @@ def _plan(options: argparse.Namespace) -> int:
             examples=options.examples,
             columns=options.columns,
         )
+    if options.trials is not None:
+        report |= {"search": tune.cost_of(report, options)}
     print(json.dumps(report) if options.json else text(report))
     return EXIT_DONE
 

@@ -54,10 +54,11 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "data": {"paths"},
     "slurm": {"ranks", "training"},
     "observe": {"paths", "noise"},
+    "tune": {"paths", "local", "ranks", "slurm"},
     "measure": {"paths", "local", "ranks", "slurm", "failures"},
     "cli": {"paths", "data", "local", "training", "plan", "elsewhere", "predict", "report", "settings"}
     | {"slurm", "measure", "observe"}
-    | {"privacy", "verify"},
+    | {"privacy", "tune", "verify"},
     "__main__": {"cli"},
     "__init__": {"slurm"},
 }

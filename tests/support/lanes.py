@@ -61,6 +61,8 @@ LANES = {
     "tests/launch/test_scaling_report.py": FAST,
     "tests/launch/test_status.py": FAST,
     "tests/launch/test_status.py::test_it_answers_at_once_without_jax_or_numpy": WAIT,
+    "tests/launch/test_tune.py": FAST,
+    "tests/launch/test_tune_asked.py": FAST,
     "tests/mechanism": COMPUTE,
     "tests/mechanism/test_accounting.py": FAST,
     "tests/mechanism/test_composition.py": FAST,
