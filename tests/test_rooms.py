@@ -32,7 +32,7 @@ FLOORS: list[dict[str, set[str]]] = [
     {"joint": {"errors", "config", "mechanism", "run"}},
     {
         room: {"errors", "config", "mechanism", "cluster", "data", "models", "program", "run", "joint"}
-        for room in ("trainer", "release")
+        for room in ("trainer", "release", "audit")
     },
 ]
 MAY_IMPORT = {room: others for floor in FLOORS for room, others in floor.items()}
@@ -48,10 +48,11 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "predict": {"paths"},
     "settings": set(),
     "data": {"paths"},
+    "audit": {"paths", "local", "ranks"},
     "slurm": {"ranks", "training"},
     "observe": {"paths", "noise"},
     "measure": {"paths", "local", "ranks", "slurm", "failures"},
-    "cli": {"paths", "data", "local", "training", "plan", "elsewhere", "predict", "settings"}
+    "cli": {"paths", "data", "audit", "local", "training", "plan", "elsewhere", "predict", "settings"}
     | {"slurm", "measure", "observe"},
     "__main__": {"cli"},
     "__init__": {"slurm"},
