@@ -69,7 +69,8 @@ def audit(*, short: bool, processes: int, devices: int, confidence: float) -> di
     Raises:
         RuntimeError: a job failed; its output says why.
     """
-    from dpdist.audit.checks import TRAININGS, Check, confidence_each, report
+    import dpdist
+    from dpdist.audit.checks import TRAININGS, Check, check_training, confidence_each, report
 
     each = confidence_each(confidence)
     with tempfile.TemporaryDirectory(prefix="dpdist-audit-") as name:
@@ -77,9 +78,10 @@ def audit(*, short: bool, processes: int, devices: int, confidence: float) -> di
         given = {"short": short, "devices": devices, "confidence": each, "to": str(folder / "mechanism.json")}
         _run_ranks("dpdist_launch.audit", [json.dumps(given)], processes, devices)
         checks = [Check(**record) for record in json.loads((folder / "mechanism.json").read_text())]
-        for plan in TRAININGS:
-            (folder / plan.name).mkdir()
-            checks.append(_train(plan, folder / plan.name, processes, devices, each))
+        trained = [_train(plan, folder / plan.name, processes, devices) for plan in TRAININGS]
+        for plan, (parts, epsilon) in zip(TRAININGS, trained, strict=True):  # JAX starts here: no fork may follow
+            released = [dpdist.load(part).params for part in parts]
+            checks.append(check_training(plan, folder / plan.name, released, epsilon_claimed=epsilon, confidence=each))
             _say(checks[-1])
     return report(checks, confidence=confidence) | {"processes": processes, "devices_per_process": devices}
 
@@ -92,14 +94,13 @@ def _run_ranks(module: str, argv: list[str], processes: int, devices: int) -> No
         raise RuntimeError(f"the audit's job ended with code {code}")
 
 
-def _train(plan: TrainingPlan, folder: Path, processes: int, devices: int, confidence: float) -> Check:
-    """Train as the plan says with `dpdist train`, and check what was released."""
+def _train(plan: TrainingPlan, folder: Path, processes: int, devices: int) -> tuple[list[Path], float]:
+    """Train as the plan says with `dpdist train`; returns a copy of the run after each part, and the epsilon stated."""
     import yaml
 
-    import dpdist
-    from dpdist.audit.checks import check_training
     from dpdist.run.directory import RunDirectory
 
+    folder.mkdir()
     run_dir, parts, epsilon = folder / "run", [], 0.0
     for part, settings in enumerate(plan.configs(folder)):
         file = folder / f"part-{part}.yaml"
@@ -111,8 +112,7 @@ def _train(plan: TrainingPlan, folder: Path, processes: int, devices: int, confi
             raise RuntimeError(f"the training {plan.name!r} did not finish")
         parts.append(Path(shutil.copytree(run_dir, folder / f"released-{part}")))
         epsilon = summary["epsilon"]
-    released = [dpdist.load(part).params for part in parts]
-    return check_training(plan, folder, released, epsilon_claimed=epsilon, confidence=confidence)
+    return parts, epsilon
 
 
 def _say(check: Check) -> None:

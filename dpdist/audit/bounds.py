@@ -17,7 +17,7 @@ from scipy import stats
 
 #: Share of the runs that choose the event.
 CHOOSING = 1 / 3
-_THRESHOLDS = 200
+_THRESHOLDS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def epsilon_lower(
     if np.isnan(present).any() or np.isnan(absent).any():
         raise ValueError("a score is NaN")
     cuts = round(CHOOSING * len(present)), round(CHOOSING * len(absent))
-    event = _choose(present[: cuts[0]], absent[: cuts[1]], delta)
+    event = _choose(present[: cuts[0]], absent[: cuts[1]], delta, confidence)
     present, absent = present[cuts[0] :], absent[cuts[1] :]
     likelier, other = (present, absent) if event.with_canary else (absent, present)
     happened, runs = (event.count(likelier), event.count(other)), (len(likelier), len(other))
@@ -94,7 +94,9 @@ def epsilon_lower(
     )
 
 
-def _choose(present: Float64[np.ndarray, " n"], absent: Float64[np.ndarray, " m"], delta: float) -> _Event:
+def _choose(
+    present: Float64[np.ndarray, " n"], absent: Float64[np.ndarray, " m"], delta: float, confidence: float
+) -> _Event:
     """The event with the largest bound on these runs, as if they were the ones that count."""
     both = np.concatenate([present, absent])
     thresholds = np.unique(np.quantile(both, np.linspace(0, 1, _THRESHOLDS), method="nearest"))
@@ -105,7 +107,7 @@ def _choose(present: Float64[np.ndarray, " n"], absent: Float64[np.ndarray, " m"
                 event = _Event(above, float(threshold), with_canary)
                 likelier, other = (present, absent) if with_canary else (absent, present)
                 counts = (event.count(likelier), len(likelier)), (event.count(other), len(other))
-                epsilon = epsilon_of_counts(*counts, delta=delta, confidence=0.9)
+                epsilon = epsilon_of_counts(*counts, delta=delta, confidence=confidence)
                 if epsilon > best:
                     best, found = epsilon, event
     return found

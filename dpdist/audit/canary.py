@@ -21,8 +21,6 @@ from dpdist.models import Model
 
 #: What a config names the model and the data source by.
 MODEL, COINS = "dpdist.audit.canary:pairs", "dpdist.audit.canary:with_coins"
-#: Norm of a canary's gradient before it is clipped; C is far below it.
-LENGTH = 16.0
 
 
 def pairs(*, example: dict[str, jax.ShapeDtypeStruct], width: int) -> Model:
@@ -59,6 +57,9 @@ def projection(params: Mapping[str, Any], place: int) -> float:
 
 
 def with_coins(path: str) -> tuple[ArraySource, None]:
-    """A data source: for each coin (bool[m], .npy) in the file, a canary at a place of its own, or a null record."""
+    """A data source: for each coin (bool[m], .npy) in the file, a canary at a place of its own, or a null record.
+
+    The canary's gradient is far longer than any clipping norm that the audit trains with.
+    """
     coins = np.load(path)
-    return records(np.where(coins, LENGTH, 0.0), np.arange(len(coins))), None
+    return records(np.where(coins, 16.0, 0.0), np.arange(len(coins))), None

@@ -36,8 +36,6 @@ from dpdist.program.build import TrainingSetup, build_setup, open_model
 from dpdist.program.update import placed
 from dpdist.run.plan import plan_run
 
-#: Parameters of each leaf: a block of noise, so that the second leaf draws from keys of its own.
-WIDTH = 4096
 #: The canary's place.
 PLACE = 7
 
@@ -57,6 +55,11 @@ class Setting:
     others: Literal["silent", "opposed"] = "silent"
     #: `released`: the parameters after each step. `integers`: the noisy sum of the only step, in units of the grid.
     shows: Literal["released", "integers"] = "released"
+    #: The norm of the canary's gradient before it is clipped; C is 1.
+    length: float = 16.0
+    #: Parameters of each of the two leaves: fewer are faster, 4096 fill a block of noise, so that the second leaf has
+    #: keys of its own.
+    width: int = 64
     #: N, the canary included.
     records: int = 8
     physical_batch_size: int = 4
@@ -66,7 +69,7 @@ class Setting:
         return config_module.from_dict(
             {
                 "data": {"source": "python"},
-                "model": {"name": canary.MODEL, "options": {"width": WIDTH}, "task": "none"},
+                "model": {"name": canary.MODEL, "options": {"width": self.width}, "task": "none"},
                 "optimizer": {"name": "sgd", "learning_rate": 1.0},
                 "privacy": {
                     "noise_multiplier": self.noise_multiplier,
@@ -99,7 +102,7 @@ def build(setting: Setting, world: World) -> Bench:
     """Plan and compile a setting. Collective."""
     config = setting.config(setting.deltas[0])
     other = {"silent": 0.0, "opposed": -1.0}[setting.others]
-    values = canary.LENGTH * np.append(np.full(setting.records - 1, other), 1.0)
+    values = setting.length * np.append(np.full(setting.records - 1, other), 1.0)
     dataset = open_dataset(config, (canary.records(values, np.full(setting.records, PLACE)), None))
     opened = open_model(config, dataset)
     plan = _plan(setting, opened.coordinates, setting.deltas[0])
@@ -175,7 +178,7 @@ def _low_bits(bench: Bench, feed: Feed, keys: Keys) -> float:
     sums = _clipped_sums(bench, feed, keys, state.params, sums, 0)
     clipped = np.array(sums).reshape(programs.devices, -1).sum(axis=0)
     draw = noisy_update(programs, state, sums, keys, 0)[3]
-    pair = [PLACE, WIDTH + PLACE]
+    pair = [PLACE, bench.setting.width + PLACE]
     noisy = clipped[pair] + np.asarray(draw)[pair]
     return float(sum(_trailing_zeros(int(value)) for value in noisy))
 
