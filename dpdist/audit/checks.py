@@ -45,7 +45,7 @@ SETTINGS: tuple[tuple[Setting, int, int], ...] = (
         600,
     ),
     (
-        Setting(name="four steps", noise_multiplier=2.0, sampling_probability=0.5, steps=4, deltas=(0.05,)),
+        Setting(name="four steps", noise_multiplier=1.0, sampling_probability=0.5, steps=4, deltas=(0.05,)),
         3000,
         300,
     ),

@@ -56,7 +56,7 @@ def trained(name: str, folder: Path) -> Check:
         (planted.one_key_for_two_leaves, "one step", 100, 1),
         (planted.realised_batch_normaliser, "one step", 400, 1),
         (planted.shuffling_instead_of_poisson, "sampled step", 500, 1),
-        (planted.clipping_after_averaging, "loud step", 450, 1),
+        (planted.clipping_after_averaging, "loud step", 550, 1),
         (planted.padding_with_real_examples, "one step", 400, 1),
         (planted.float32_scaling_of_the_draw, "lowest bits", 90, 1),
         (planted.layer_that_mixes_examples, "one step", 400, 1),
