@@ -13,7 +13,7 @@ from dpdist.cluster.core_files import forbid_core_files
 from dpdist.cluster.streams import open_missing_streams
 from dpdist.config.nearest import did_you_mean
 from dpdist.errors import InputError
-from dpdist_launch import data, predict, report, verify
+from dpdist_launch import audit, data, predict, report, verify
 from dpdist_launch.measure.bench import command as bench
 from dpdist_launch.measure.scaling import command as scaling
 from dpdist_launch.observe import logs, status
@@ -206,6 +206,7 @@ def parser() -> argparse.ArgumentParser:
     predict.add_to(commands)
     report.add_to(commands)
     verify.add_to(commands)
+    audit.add_to(commands)
     status.add_to(commands)
     logs.add_to(commands)
     bench.add_to(commands)

@@ -32,7 +32,7 @@ FLOORS: list[dict[str, set[str]]] = [
     {"joint": {"errors", "config", "mechanism", "run"}},
     {
         room: {"errors", "config", "mechanism", "cluster", "data", "models", "program", "run", "joint"}
-        for room in ("trainer", "release")
+        for room in ("trainer", "release", "audit")
     },
     {"report": {"errors", "config", "mechanism", "run", "joint", "release"}},
 ]
@@ -52,13 +52,13 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "verify": {"paths"},
     "settings": set(),
     "data": {"paths"},
+    "audit": {"paths", "local", "ranks"},
     "slurm": {"ranks", "training"},
     "observe": {"paths", "noise"},
     "tune": {"paths", "local", "ranks", "slurm"},
     "measure": {"paths", "local", "ranks", "slurm", "failures"},
-    "cli": {"paths", "data", "local", "training", "plan", "elsewhere", "predict", "report", "settings"}
-    | {"slurm", "measure", "observe"}
-    | {"privacy", "tune", "verify"},
+    "cli": {"audit", "data", "elsewhere", "local", "measure", "observe", "paths", "plan", "predict", "privacy"}
+    | {"report", "settings", "slurm", "training", "tune", "verify"},
     "__main__": {"cli"},
     "__init__": {"slurm"},
 }
