@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array
 
 from dpdist import config as config_module
 from dpdist.cluster.agreement import barrier, decide, require_same
+from dpdist.cluster.capacity import require_disk, require_memory
 from dpdist.cluster.join import join
 from dpdist.cluster.lease import LeaseLostError
 from dpdist.cluster.preemption import interruptible, preempted
@@ -124,6 +126,7 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
             if setup.evaluator is not None:
                 cleanup.callback(setup.evaluator.close)
             if config.cluster.preflight:
+                _check_capacity(config, checkpoints, setup, world)
                 _check_network(config, start, setup, world)
             state = placed(setup.initial, setup.step_programs.replicated)
             if start.step is not None:
@@ -172,6 +175,17 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
             leaving=leaving,
         )
         return trainer.run()
+
+
+def _check_capacity(config: Config, checkpoints: Checkpoints, setup: TrainingSetup, world: World) -> None:
+    """Whether disk and memory hold the state: it is about to be placed, and each process reads or saves a copy."""
+    state = sum(leaf.nbytes for leaf in jax.tree.leaves(setup.initial))
+    require_memory(world, each=state * (len(world.mesh.local_devices) if world.platform == "cpu" else 1))
+    more = max(1, config.checkpoint.keep + 1 - len(checkpoints.steps()))  # an old one goes when a new one is whole
+    warnings = require_disk(Path(config.run.dir), world, checkpoint=state, more=more)
+    if world.is_main:
+        for warning in warnings:
+            say(f"preflight: {warning}")
 
 
 def _check_network(config: Config, start: Start, setup: TrainingSetup, world: World) -> None:

@@ -13,7 +13,7 @@ from dpdist.cluster.core_files import forbid_core_files
 from dpdist.cluster.streams import open_missing_streams
 from dpdist.config.nearest import did_you_mean
 from dpdist.errors import InputError
-from dpdist_launch import data, predict, verify
+from dpdist_launch import audit, data, predict, report, verify
 from dpdist_launch.measure.bench import command as bench
 from dpdist_launch.measure.scaling import command as scaling
 from dpdist_launch.observe import logs, status
@@ -21,6 +21,7 @@ from dpdist_launch.paths import path_argument
 from dpdist_launch.privacy import command as privacy_of_runs
 from dpdist_launch.privacy import views
 from dpdist_launch.slurm import command as submit
+from dpdist_launch.tune import command as tune
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
@@ -106,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     submit.add_to(commands)
+    tune.add_to(commands)
 
     run_dir = commands.add_parser(
         "run-dir",
@@ -130,6 +132,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--devices", type=int, metavar="N", help="how many of them")
     plan.add_argument("--examples", type=int, metavar="N", help="with --device, without the data: training examples")
     plan.add_argument("--columns", metavar="NAME=DTYPE[SHAPE],...", help="with --device, without the data")
+    tune.add_law(plan, required=False)
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(run=_plan)
 
@@ -201,7 +204,9 @@ def parser() -> argparse.ArgumentParser:
 
     data.add_to(commands)
     predict.add_to(commands)
+    report.add_to(commands)
     verify.add_to(commands)
+    audit.add_to(commands)
     status.add_to(commands)
     logs.add_to(commands)
     bench.add_to(commands)
@@ -269,6 +274,8 @@ def _plan(options: argparse.Namespace) -> int:
             examples=options.examples,
             columns=options.columns,
         )
+    if options.trials is not None:
+        report |= {"search": tune.cost_of(report, options)}
     print(json.dumps(report) if options.json else text(report))
     return EXIT_DONE
 

@@ -143,11 +143,11 @@ def _start(command: list[str], environ: dict[str, str]) -> subprocess.Popen[byte
         stderr=subprocess.PIPE,
         # Out of the terminal's foreground group: Ctrl-C comes to the launcher alone, which asks to save.
         process_group=0,
-        preexec_fn=_die_with(os.getpid()),
+        preexec_fn=die_with(os.getpid()),
     )
 
 
-def _die_with(launcher: int) -> Callable[[], None] | None:
+def die_with(launcher: int) -> Callable[[], None] | None:
     """What a child does between fork and exec so that it never outlives the launcher."""
     if sys.platform != "linux":
         return None

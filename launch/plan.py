@@ -123,6 +123,8 @@ def text(report: dict[str, Any]) -> str:
             f"{privacy['epsilon_rdp']:.4g} by Renyi DP), noise multiplier {privacy['noise_multiplier']:.4g}, "
             f"clip norm {privacy['clip_norm']:g}"
         )
+    if (search := report.get("search")) is not None:
+        lines += _of_search(search)
     lines += [
         f"devices     {report['devices']} on {report['nodes']} node(s), each {report['microbatches_per_step']:.1f} "
         f"microbatches a step of {report['physical_batch_size']} and {report['tail_batch_size']} examples; "
@@ -149,6 +151,18 @@ def text(report: dict[str, Any]) -> str:
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
     lines += ["  " + "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _of_search(search: dict[str, Any]) -> list[str]:
+    """What it costs to choose among several such runs, in two ways."""
+    trials, one, sigma = search["expected_trials"], search["epsilon_of_one_run"], search["noise_multiplier_of_search"]
+    same = "no noise multiplier" if sigma is None else f"noise multiplier {sigma:.4g}"
+    return [
+        f"search      {trials:g} expected trials ({search['distribution']}), the best alone released: epsilon "
+        f"{search['epsilon_of_search']:.4g}; {search['runs_released']} runs, all released: "
+        f"{search['epsilon_of_all_released']:.4g}; one run: {one:.4g}",
+        f"            {same} would make the whole search cost {one:.4g} (`dpdist tune`)",
+    ]
 
 
 def grouped(rows: Sequence[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:

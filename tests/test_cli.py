@@ -131,6 +131,7 @@ def test_overrides_may_stand_on_either_side_of_options(capsys: pytest.CaptureFix
         (["settings"], ("PATTERN", "--json", "--markdown")),
         (["train"], ("CONFIG", "key=value", "--run-dir", "--processes", "75", "preempted", "2 bad input")),
         (["plan"], ("CONFIG", "key=value", "--nodes", "--gpus-per-node", "--json")),
+        (["tune"], ("CONFIG", "--space", "--trials", "--distribution", "--run-dir", "--target-epsilon", "--at-most")),
         (["privacy"], ("epsilon", "calibrate")),
         (["privacy", "epsilon"], ("--noise-multiplier", "--sampling-probability", "--steps", "--delta")),
         (["privacy", "calibrate"], ("--target-epsilon",)),

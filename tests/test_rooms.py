@@ -32,8 +32,9 @@ FLOORS: list[dict[str, set[str]]] = [
     {"joint": {"errors", "config", "mechanism", "run"}},
     {
         room: {"errors", "config", "mechanism", "cluster", "data", "models", "program", "run", "joint"}
-        for room in ("trainer", "release")
+        for room in ("trainer", "release", "audit")
     },
+    {"report": {"errors", "config", "mechanism", "run", "joint", "release"}},
 ]
 MAY_IMPORT = {room: others for floor in FLOORS for room, others in floor.items()}
 LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
@@ -46,16 +47,18 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "plan": set(),
     "elsewhere": {"plan", "measure"},
     "predict": {"paths"},
+    "report": {"paths"},
     "privacy": {"paths"},
     "verify": {"paths"},
     "settings": set(),
     "data": {"paths"},
+    "audit": {"paths", "local", "ranks"},
     "slurm": {"ranks", "training"},
     "observe": {"paths", "noise"},
+    "tune": {"paths", "local", "ranks", "slurm"},
     "measure": {"paths", "local", "ranks", "slurm", "failures"},
-    "cli": {"paths", "data", "local", "training", "plan", "elsewhere", "predict", "settings"}
-    | {"slurm", "measure", "observe"}
-    | {"privacy", "verify"},
+    "cli": {"audit", "data", "elsewhere", "local", "measure", "observe", "paths", "plan", "predict", "privacy"}
+    | {"report", "settings", "slurm", "training", "tune", "verify"},
     "__main__": {"cli"},
     "__init__": {"slurm"},
 }

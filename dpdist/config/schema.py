@@ -310,7 +310,8 @@ class Cluster(Section):
     watchdog_timeout: Annotated[int, Positive("give a positive number.")] = 1800
     #: Seconds without a sign of life after which a job's hold on its run directory ends, so that another may go on.
     lease_timeout: Annotated[int, Positive("give a positive number.")] = 60
-    #: Test the machines before the first step: the run directory from every process, and the all-reduce of a step.
+    #: Test the machines before the first step: the run directory from every process, its disk, memory, and the
+    #: all-reduce of a step.
     preflight: bool = True
     #: GB/s of the all-reduce, for each device, below which the preflight ends the job and names the slow node; null
     #: measures alone.

@@ -10,7 +10,7 @@ from typing import Any
 
 from dpdist.errors import InputError
 from dpdist.joint.members import Member, apart, read
-from dpdist.joint.together import SUM, joint_cost
+from dpdist.joint.together import SUM, added, joint_cost
 from dpdist.mechanism.composition import ADAPTIVE
 
 _HOW = {
@@ -51,13 +51,19 @@ def compose(
     elif at_once and not (kept := all(member.charges.kept_to_plan for member in members)):
         notes.append("--at-once is not used: a run has gone beyond its first plan")
         fixed = kept
-    spent = joint_cost(
-        [member.charges for member in members],
-        [member.stated for member in members],
-        delta=min(member.stated.delta for member in members) if delta is None else delta,
-        orders=orders_of(members),
-        at_once=fixed,
-    )
+    if len(members) > 1 and any(member.kind == "search" for member in members):
+        if delta is not None:
+            remedy = "leave it out: a search is composed by adding epsilons and deltas."
+            raise InputError("--delta", delta, remedy)
+        spent, fixed = added([member.stated for member in members]), False
+    else:
+        spent = joint_cost(
+            [member.charges for member in members],
+            [member.stated for member in members],
+            delta=min(member.stated.delta for member in members) if delta is None else delta,
+            orders=orders_of(members),
+            at_once=fixed,
+        )
     return {
         "epsilon": spent.epsilon,
         "delta": spent.delta,

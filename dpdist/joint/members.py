@@ -8,7 +8,6 @@ on apart are charged in full each.
 from __future__ import annotations
 
 import json
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +17,15 @@ from dpdist import config as config_module
 from dpdist.config import Config
 from dpdist.config import file as configfile
 from dpdist.errors import InputError
+from dpdist.joint.selection import stated_cost
 from dpdist.joint.together import Charges
 from dpdist.mechanism.accounting import Spent
 from dpdist.mechanism.composition import Phase
 from dpdist.mechanism.ledger import Ledger, LedgerError
 from dpdist.run.layout import RunPaths
-from dpdist.run.summary import guarantee
+from dpdist.run.summary import exposed_secret, guarantee
 
-PRIVACY, SWEEP = "privacy.json", "sweep.json"
+PRIVACY, SWEEP, SEARCH = "privacy.json", "sweep.json", "search.json"
 #: Relative difference that two versions of the accountant may have.
 VERSIONS_DIFFER = 1e-6
 #: How exports from before there was `unit_name` say that the unit is a record.
@@ -38,7 +38,7 @@ class Member:
 
     #: The path that it was read from.
     path: Path
-    #: `run` or `export`.
+    #: `run`, `export`, or `search`: the export of the best trial of one, which states what the whole search costs.
     kind: str
     charges: Charges
     #: What it states of itself, at its own delta; no less than its constants cost.
@@ -83,6 +83,8 @@ def read(paths: Sequence[Path]) -> tuple[list[Member], list[str], bool]:
         if (path / SWEEP).exists():
             points, said, fixed = _sweep(path)
             found, notes, at_once = [*found, *points], [*notes, *said], at_once and fixed
+        elif (path / SEARCH).exists():
+            found.append(_search(path))
         elif path.name == PRIVACY or (path / PRIVACY).exists():
             found.append(_export(path if path.name == PRIVACY else path / PRIVACY))
         else:
@@ -105,6 +107,14 @@ def _sweep(root: Path) -> tuple[list[Member], list[str], bool]:
     waiting = [name for name in names if not RunPaths(root / name).ledger.exists()]
     notes = [f"{root / name} has not begun: it has cost nothing yet" for name in waiting]
     return [_run(root / name) for name in names if name not in waiting], notes, len(asked) == 1 and not waiting
+
+
+def _search(root: Path) -> Member:
+    """A search's directory stands for the model that it has released, with the epsilon of the whole."""
+    if not (root / "best" / PRIVACY).exists():
+        remedy = "is a search that has released no model (yet); what it costs all the same is in its search.json."
+        raise InputError("RUN", str(root), remedy)
+    return _export(root / "best" / PRIVACY)
 
 
 def _run(root: Path) -> Member:
@@ -142,8 +152,8 @@ def _broken(paths: RunPaths, config: Config, ledger: Ledger) -> str | None:
         return "none: it adds no noise (privacy.enabled is false)"
     if any(plan.insecure for plan in ledger.plans):
         return "void: privacy.insecure_seed makes sampling and noise known to everyone"
-    if paths.secret.exists() and stat.S_IMODE(paths.secret.stat().st_mode) & 0o077:
-        return "void: private/secret.key can be read by others, who could subtract the noise"
+    if (why := exposed_secret(paths)) is not None:
+        return why
     told = guarantee(config, finite=True)
     try:
         summary = json.loads(paths.summary.read_text())
@@ -161,11 +171,14 @@ def _export(file: Path) -> Member:
     try:
         facts = json.loads(file.read_text())
         _require_guarantee(file.parent, None if str(facts["guarantee"]).startswith("holds") else facts["guarantee"])
+        searched = facts.get("search")
         return Member(
             path=file.parent,
-            kind="export",
+            kind="search" if "search" in facts else "export",
             charges=(charges := charges_of(facts)),
-            stated=_checked(file.parent, charges, facts["epsilon"], facts["epsilon_rdp"], facts["accountant"]),
+            stated=_checked(
+                file.parent, charges, facts["epsilon"], facts["epsilon_rdp"], facts["accountant"], searched
+            ),
             unit=facts.get("unit_name") or _old_unit(file, facts),
             dataset_size=facts["dataset_size"],
             born=None,
@@ -216,13 +229,23 @@ def _require_guarantee(path: Path, why: str | None) -> None:
         raise InputError("RUN", str(path), remedy)
 
 
-def _checked(path: Path, charges: Charges, epsilon: float, epsilon_rdp: float, accountant: str) -> Spent:
-    """What a run states of itself.
+def _checked(
+    path: Path,
+    charges: Charges,
+    epsilon: float,
+    epsilon_rdp: float,
+    accountant: str,
+    searched: Mapping[str, Any] | None = None,
+) -> Spent:
+    """What a run states of itself, or of the search that it is the best trial of.
 
     Raises:
         InputError: that is less than what it charges costs.
     """
-    cost = charges.alone().epsilon
+    alone = charges.alone()
+    if searched is not None:
+        alone = stated_cost(searched, released=charges.first, delta=charges.delta)
+    cost = alone.epsilon
     if not epsilon >= cost * (1 - VERSIONS_DIFFER):
         remedy = f"states epsilon {epsilon:.6g}, but what it charges costs {cost:.6g}: it was changed."
         raise InputError("RUN", str(path), remedy)
@@ -261,8 +284,12 @@ def _each_once(found: Sequence[Member]) -> tuple[list[Member], list[str]]:
 
 def _covers(other: Member, member: Member) -> bool:
     """Whether everything that `member` charges is charged to `other` too."""
-    return bool(member.nonces) and all(
-        charged <= other.nonces.get(nonce, -1) for nonce, charged in member.nonces.items()
+    # The best trial of a search is one of its runs, and costs more where the search was released as such.
+    alike = (member.kind == "search") == (other.kind == "search")
+    return (
+        alike
+        and bool(member.nonces)
+        and all(charged <= other.nonces.get(nonce, -1) for nonce, charged in member.nonces.items())
     )
 
 

@@ -150,6 +150,12 @@ def wall_cost(runs: Sequence[Charges], *, order: int, delta: float) -> float:
     return min(adaptive, math.fsum(run.alone().epsilon for run in runs))
 
 
+def added(stated: Sequence[Spent]) -> Spent:
+    """The sum of what each costs by itself: holds whatever they are, also for a search."""
+    epsilon, delta, rdp = (sum(getattr(one, name) for one in stated) for name in ("epsilon", "delta", "epsilon_rdp"))
+    return Spent(epsilon, delta, rdp, SUM)
+
+
 def fixed_cost(phases: Sequence[Phase], delta: float) -> Spent:
     """Bound the epsilon of phases that were all fixed before the first step, from above.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,12 @@ from dpdist.release.exported import (
     sha256_of,
 )
 from dpdist.release.foreign import without_adapters, write_foreign
-from dpdist.release.statement import as_text
+from dpdist.release.statement import SearchedFor, as_text, of_search
 from dpdist.release.trained import TrainedRun
 from dpdist.release.trained_run import load_run
 from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import params_digest
+from dpdist.run.summary import exposed_secret
 
 #: Sections that say where and how the run ran, not what was trained.
 _LEFT_OUT = ("run", "checkpoint", "cluster")
@@ -55,6 +55,7 @@ def export(
     without_guarantee: bool = False,
     merge_lora: bool = False,
     library: str | None = None,
+    searched: SearchedFor | None = None,
 ) -> dict[str, Any]:
     """Write `params.safetensors`, `model.json`, `config.yaml`, `privacy.json` and `PRIVACY.md` into a new directory.
 
@@ -65,6 +66,7 @@ def export(
         merge_lora: merge the adapters of `model.lora` into the kernels, so that the export is of the plain model.
         library: `transformers` or `timm`: weights and config as it reads them, adapters merged, instead of the first
             two files.
+        searched: the search that this run is the best trial of; the statement is then of the whole search.
 
     Returns:
         The statement, as in `privacy.json`, whose own SHA-256 is its `statement_sha256`.
@@ -78,11 +80,8 @@ def export(
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError("--to", str(to), "is there already; name a new or empty directory.")
     trained = load_run(run.root)
-    privacy = dict(trained.privacy)
-    if run.secret.exists() and (mode := stat.S_IMODE(run.secret.stat().st_mode)) & 0o077:
-        privacy["guarantee"] = (
-            f"void: private/secret.key can be read by others (mode {mode:o}), who could subtract the noise"
-        )
+    privacy = dict(trained.privacy) if searched is None else of_search(trained.privacy, searched)
+    privacy["guarantee"] = exposed_secret(run) or privacy["guarantee"]
     if not privacy["guarantee"].startswith("holds") and not without_guarantee:
         raise InputError(
             "guarantee",

@@ -6,11 +6,14 @@ ledger's constants, so that an edited number is noticed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dpdist.config import Config
 from dpdist.joint.members import unit_name
-from dpdist.mechanism.composition import ADAPTIVE, charged_phases, phase_of, total_cost
+from dpdist.joint.selection import SELECTION, stated_cost
+from dpdist.mechanism.composition import ADAPTIVE, Phase, charged_phases, phase_of, total_cost
 from dpdist.mechanism.ledger import Ledger, Plan
 from dpdist.run.summary import guarantee
 
@@ -83,6 +86,57 @@ ASSUMPTIONS = (
 )
 #: Of incarnations that began before there was a grid.
 WITHOUT_GRID = "for the incarnations without a grid, float32 stands for real numbers in noise and sums"
+
+
+#: What is released of a search, in place of `COVERED`.
+COVERED_BY_SEARCH = (
+    "the parameters of the best trial of a search, which hyper-parameters it had, its test metrics, and whatever is "
+    "computed from these without the training data"
+)
+#: What stands in `NOT_COVERED` of the hyper-parameters of a model that no search has chosen.
+_CHOSEN = next(item for item in NOT_COVERED if item.startswith("hyper-parameters"))
+NOT_COVERED_BY_SEARCH = (
+    "how many trials the search had, for whoever knows it, and whatever else of the other trials somebody has seen, "
+    "such as a metric, a failure or how many jobs there were; how long the search took tells something of their number",
+    "hyper-parameters that were chosen otherwise on results over the same records: every run and every search has an "
+    "epsilon of its own, and all of them compose",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchedFor:
+    """The search that a model is the best result of."""
+
+    #: Of the whole search.
+    epsilon: float
+    delta: float
+    #: What epsilon was computed from: `distribution`, `expected_trials` and `shape` of the number of trials; q, sigma
+    #: and T of a `trial` whose Renyi divergence no trial exceeds at `orders`; `epsilon_of_one_trial`; `metric`.
+    record: Mapping[str, Any]
+
+
+def of_search(facts: dict[str, Any], searched: SearchedFor) -> dict[str, Any]:
+    """The statement of a trial as that of the search which has chosen it.
+
+    Raises:
+        ValueError: the search states less than its constants cost.
+    """
+    released = Phase(facts["sampling_probability"], facts["noise_multiplier"], facts["steps"])
+    cost = stated_cost(searched.record, released=released, delta=searched.delta)
+    if searched.epsilon < cost.epsilon * (1 - _VERSIONS_DIFFER):
+        raise ValueError(f"the search states epsilon {searched.epsilon:.6g}, but it costs {cost.epsilon:.6g}")
+    rest = [item for item in facts["not_covered"] if item != _CHOSEN]
+    return facts | {
+        "epsilon": searched.epsilon,
+        "delta": searched.delta,
+        "accountant": SELECTION,
+        "epsilon_pld": None,
+        "epsilon_rdp": searched.epsilon,
+        "target_epsilon": None,
+        "covered": COVERED_BY_SEARCH,
+        "not_covered": [*NOT_COVERED_BY_SEARCH, *rest],
+        "search": dict(searched.record),
+    }
 
 
 def unit_of(config: Config) -> str:
@@ -201,6 +255,17 @@ def as_text(facts: dict[str, Any]) -> str:
 
 
 def _by_accountants(facts: dict[str, Any]) -> str:
+    if facts["accountant"] == SELECTION:
+        search = facts["search"]
+        trial, metric = search["trial"], search["metric"]["name"]
+        return (
+            f"{facts['epsilon']:.6g} for the whole search, of which this is the best trial by {metric}: the number of "
+            f"trials was drawn at random ({search['distribution']}, mean {search['expected_trials']:g}), and no other "
+            "trial is released (Papernot and Steinke 2022, arXiv 2110.03620, on the Renyi divergences of "
+            f"q = {trial['sampling_probability']:.6g}, sigma = {trial['noise_multiplier']:.6g}, T = {trial['steps']}, "
+            f"which no trial exceeds at the orders {', '.join(map(str, search['orders']))}); one trial alone would "
+            f"cost {search['epsilon_of_one_trial']:.6g}."
+        )
     if facts["accountant"] == ADAPTIVE:
         return (
             f"{facts['epsilon']:.6g} by a Renyi filter of fixed order, as the plan was changed while the run went on: "

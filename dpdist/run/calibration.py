@@ -55,7 +55,7 @@ def calibrate(*, target_epsilon: float, sampling_probability: float, steps: int,
         raise ValueError(f"the target epsilon must be positive, not {target_epsilon!r}")
     if steps < 1:
         raise ValueError(f"the number of steps must be at least 1, not {steps!r}")
-    return _least_noise(
+    return least_noise(
         [partial(cost, intervals=intervals) for intervals in (*_COARSE, INTERVALS)],
         target_epsilon,
         f"even noise_multiplier={LARGEST_NOISE_MULTIPLIER:g} costs more than epsilon={target_epsilon:g} at "
@@ -82,7 +82,7 @@ def calibrate_further_steps(
         further = Phase(sampling_probability, noise_multiplier, steps)
         return adaptive_epsilon([*before, further], order=order, delta=delta)
 
-    return _least_noise(
+    return least_noise(
         [cost],
         target_epsilon,
         f"what was charged so far costs {adaptive_epsilon(before, order=order, delta=delta):.4g} at delta={delta:g}, "
@@ -90,8 +90,16 @@ def calibrate_further_steps(
     )
 
 
-def _least_noise(costs: Sequence[Callable[[float], float]], target: float, too_little: str) -> float:
-    """Search between the least and the most noise by the last of `costs`; quick, rough ones before it say where."""
+def least_noise(costs: Sequence[Callable[[float], float]], target: float, too_little: str) -> float:
+    """Find the least noise multiplier whose cost, by the last of `costs`, is at most `target`, and within 0.1% of it.
+
+    Args:
+        costs: functions of a noise multiplier that fall as it grows; quick, rough ones before the last say where.
+        too_little: what the error says where the most noise there is costs more.
+
+    Raises:
+        UnreachableBudgetError: it does, or the least noise there is already meets the target.
+    """
     low, high = SMALLEST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER
     if (at_high := costs[-1](high)) > target:
         raise UnreachableBudgetError(too_little)

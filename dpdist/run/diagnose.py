@@ -26,11 +26,17 @@ NOT_COVERED = (
 
 
 def diagnose(root: Path) -> dict[str, Any]:
+    """`read` a run and plot it, under `private/diagnose`: `plots` are the paths of the pictures."""
+    found = read(root)
+    return found | {"plots": [str(path) for path in _plots(RunPaths(root), found)]}
+
+
+def read(root: Path) -> dict[str, Any]:
     """What the private files of a run tell, as JSON.
 
     Returns:
-        `clip_norm`; `looks`: the records of `private/probe.jsonl`; `steps`: for each step taken its number, examples
-        and the shares of them that were `clipped` and `not_finite`; `advice`: sentences; `plots`: paths of pictures.
+        `clip_norm`, None in a plain run; `looks`: the records of `private/probe.jsonl`; `steps`: for each step taken
+        its number, examples and the shares of them that were `clipped` and `not_finite`; `advice`: sentences.
 
     Raises:
         InputError: there is no run, or it has taken no step.
@@ -42,8 +48,8 @@ def diagnose(root: Path) -> dict[str, Any]:
     looks, steps = _lines(run.probe), [_shares(record) for record in _lines(run.diagnostics)]
     if not steps:
         raise InputError("RUN", str(root), "has taken no step yet.")
-    found = {"clip_norm": config.privacy.clip_norm, "looks": looks, "steps": steps}
-    return found | {"advice": advice(config, looks, steps), "plots": [str(path) for path in _plots(run, config, found)]}
+    bound = config.privacy.clip_norm if config.privacy.enabled else None
+    return {"clip_norm": bound, "looks": looks, "steps": steps, "advice": advice(config, looks, steps)}
 
 
 def advice(config: Config, looks: list[dict[str, Any]], steps: list[dict[str, Any]]) -> list[str]:
@@ -112,7 +118,7 @@ def _round(value: float) -> str:
     return f"{float(f'{value:.1g}'):g}"
 
 
-def _plots(run: RunPaths, config: Config, found: dict[str, Any]) -> list[Path]:
+def _plots(run: RunPaths, found: dict[str, Any]) -> list[Path]:
     from dpdist.run.plots import over_steps  # matplotlib takes a second
 
     to = run.private / "diagnose"
@@ -138,8 +144,8 @@ def _plots(run: RunPaths, config: Config, found: dict[str, Any]) -> list[Path]:
             low, middle, high = ([look["norms"][name] for look in looks] for name in ("p10", "p50", "p90"))
             axes.fill_between(at, low, high, color="#1f6f8b", alpha=0.2, label="10% to 90%")
             axes.plot(at, middle, color="#1f6f8b", label="median")
-            if config.privacy.enabled:
-                axes.axhline(config.privacy.clip_norm, color="#c0392b", linestyle="--", label="clip norm C")
+            if found["clip_norm"] is not None:
+                axes.axhline(found["clip_norm"], color="#c0392b", linestyle="--", label="clip norm C")
             axes.set_yscale("log")
             axes.legend(frameon=False)
 

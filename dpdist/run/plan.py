@@ -85,7 +85,12 @@ def spending(ledger: Ledger) -> Callable[[int], float] | None:
     return lambda steps: curve.at(sum(phase.steps for phase in before) + steps)
 
 
-def _plain_plan(config: Config, *, dataset_size: int, coordinates: int, nonce: bytes, environment: str) -> Plan:
+def rate_and_steps(config: Config, dataset_size: int) -> tuple[float, int]:
+    """The sampling probability q and the number of steps T that a config asks for.
+
+    Raises:
+        InputError: q > 1, no whole step, or delta >= 1/N.
+    """
     batch = config.sampling.expected_batch_size
     if batch > dataset_size:
         raise InputError(
@@ -111,6 +116,11 @@ def _plain_plan(config: Config, *, dataset_size: int, coordinates: int, nonce: b
             f"must be below 1/N = {1 / dataset_size:.2g}, or publishing a "
             "random record outright would count as private; privacy.allow_large_delta=true accepts it.",
         )
+    return q, steps
+
+
+def _plain_plan(config: Config, *, dataset_size: int, coordinates: int, nonce: bytes, environment: str) -> Plan:
+    q, steps = rate_and_steps(config, dataset_size)
     return Plan(
         incarnation=0,
         nonce=nonce.hex(),
@@ -119,10 +129,10 @@ def _plain_plan(config: Config, *, dataset_size: int, coordinates: int, nonce: b
         dataset_size=dataset_size,
         coordinates=coordinates,
         sampling_probability=q,
-        expected_batch_size=batch,
+        expected_batch_size=config.sampling.expected_batch_size,
         steps=steps,
         steps_asked=steps,
-        insecure=privacy.insecure_seed is not None,
+        insecure=config.privacy.insecure_seed is not None,
     )
 
 

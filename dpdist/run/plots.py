@@ -2,82 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dpdist.mechanism.composition import ADAPTIVE
-from dpdist.run import metrics
-from dpdist.run.calibration import stride_of
+from dpdist.run.curves import EPSILON, THROUGHPUT, Points, curves_of, label_of
 from dpdist.run.layout import RunPaths
-
-Points = list[tuple[int, float]]
-
-#: What an axis is called, with its unit, where the name alone does not tell.
-_LABELS = {
-    "accuracy": "test accuracy (fraction)",
-    "token_accuracy": "test token accuracy (fraction)",
-    "loss": "test loss (mean per example)",
-    "perplexity": "test perplexity (per token)",
-    "auroc": "test AUROC",
-    "mse": "test MSE (squared units of the target)",
-    "mae": "test MAE (units of the target)",
-    "r2": "test R²",
-}
 
 
 def plot_run(root: Path) -> list[Path]:
     """Write `plots/NAME.png` of every test metric, `epsilon.png` and `throughput.png`, those that have data."""
-    paths = RunPaths(root)
-    records, plans = metrics.read(paths.metrics), _plans(paths.ledger)
+    paths, drawn = RunPaths(root), curves_of(root)
     paths.plots.mkdir(exist_ok=True)
-    tested = [record for record in records if metrics.is_evaluation(record)]
     made = []
-    for name in dict.fromkeys(name for record in tested for name in metrics.metrics_of(record)):
+    for name, points in drawn.tested.items():
         file = re.sub(r"[^\w.-]", "_", name)
-        points = _points(tested, name)
-        made.append(_plot(paths, file, points, _LABELS.get(name, f"test {name}"), from_zero=False))
-    target = None if not plans else plans[-1].get("target_epsilon") or plans[-1].get("epsilon")
-    spent = _true_points(_points(records, "epsilon"), plans)
-    made.append(_plot(paths, "epsilon", spent, "epsilon spent (upper bound)", target=target))
-    rates = _points(records, "examples_per_second")
-    made.append(_plot(paths, "throughput", rates, "throughput (examples/s: B · steps / time)"))
+        made.append(_plot(paths, file, points, label_of(name), from_zero=False))
+    made.append(_plot(paths, "epsilon", drawn.epsilon, EPSILON, target=drawn.target))
+    made.append(_plot(paths, "throughput", drawn.throughput, THROUGHPUT))
     return [path for path in made if path is not None]
-
-
-def _points(records: Sequence[dict[str, Any]], name: str) -> Points:
-    """(step, value) of every finite value, one a step."""
-    found = {r["step"]: r[name] for r in records if isinstance(r.get(name), int | float) and math.isfinite(r[name])}
-    return sorted(found.items())
-
-
-def _plans(ledger: Path) -> list[dict[str, Any]]:
-    """The plans of all incarnations, as the ledger has them."""
-    try:
-        records = [json.loads(line) for line in ledger.read_text().splitlines()]
-    except (OSError, ValueError):
-        return []
-    return [record for record in records if record.get("record") == "plan"]
-
-
-def _true_points(points: Points, plans: list[dict[str, Any]]) -> Points:
-    """Epsilon where it was computed, of a run that kept to one plan.
-
-    In between, the records hold the value of the next such step, an upper bound: drawn at their own steps, the curve
-    would have kinks.
-    """
-    if len(plans) != 1 or plans[0]["accountant"] == ADAPTIVE or not points:
-        return points
-    steps, last = plans[0]["steps"], points[-1][0]
-    stride = stride_of(steps)
-    computed = {min(steps, -(-step // stride) * stride): value for step, value in points}
-    return [(step, value) for step, value in sorted(computed.items()) if step <= last]
 
 
 def over_steps(title: str, label: str) -> tuple[Figure, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from dpdist.cluster.world import World
 from dpdist.config import Config
 from dpdist.mechanism.ledger import Plan
 from dpdist.run import goodput
+from dpdist.run.layout import RunPaths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,13 @@ def guarantee(config: Config, *, finite: bool) -> str:
     if config.privacy.allow_large_delta:
         return "holds, but privacy.allow_large_delta lets delta reach 1/N: a random record may be published outright"
     return "holds"
+
+
+def exposed_secret(run: RunPaths) -> str | None:
+    """Why the guarantee is void where others than the owner can read the run's secret; None where they cannot."""
+    if not run.secret.exists() or not (mode := stat.S_IMODE(run.secret.stat().st_mode)) & 0o077:
+        return None
+    return f"void: private/secret.key can be read by others (mode {mode:o}), who could subtract the noise"
 
 
 def opening_line(plan: Plan, world: World, *, insecure: bool) -> str:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from jobs import CONFIG, Ended, Jobs
 
-from dpdist_launch.plan import _size
+from dpdist_launch.plan import _size, text
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +165,19 @@ def test_examples_and_columns_stand_in_for_data(jobs: Jobs) -> None:
     ended = jobs.command("plan", str(jobs.config), *ELSEWHERE, "--examples=5000", COLUMNS).wait()
     assert ended.code == 0, ended.err
     assert json.loads(ended.out)["dataset_size"] == 5000
+
+
+def test_it_shows_what_a_search_costs_beside_one_run_and_beside_all_runs_released(jobs: Jobs) -> None:
+    found = jobs.command("plan", str(jobs.config), "--json", "--trials", "8").wait()
+    assert found.code == 0, found.err
+    report = json.loads(found.out)
+    search, privacy = report["search"], report["privacy"]
+    assert search["epsilon_of_one_run"] == privacy["epsilon"]
+    assert (search["distribution"], search["expected_trials"], search["runs_released"]) == ("geometric", 8, 8)
+    assert privacy["epsilon"] < search["epsilon_of_search"] < search["epsilon_of_all_released"]
+    assert search["noise_multiplier_of_search"] > privacy["noise_multiplier"]
+    shown = text(report)
+    assert f"the best alone released: epsilon {search['epsilon_of_search']:.4g}; 8 runs, all released: " in shown
+    plain = jobs.command("plan", str(jobs.config), "privacy.enabled=false", "--trials", "8").wait()
+    assert plain.code == 2
+    assert "has no privacy" in plain.err

@@ -120,11 +120,13 @@ class Batch:
 def start_requeued(job_id: str, environ: Mapping[str, str], *, called: str | None = None) -> None:
     """Spare a requeued job the two minutes that SLURM holds it, once its former start is gone from the nodes.
 
-    Started while that is still leaving one, it fails without a word. A job of an array is `called` 12_0, say.
+    Started while that is still leaving one, it fails without a word. So it does in the second in which its former
+    credential was revoked ("already killed, do not launch"), which is not over yet: not before the next one, then. A
+    job of an array is `called` 12_0, say.
     """
     former = rf"slurmstepd: \[{job_id}\."
     wait_for(lambda: subprocess.run(["pgrep", "-f", former], check=False).returncode == 1, LIMIT, every=0.1)
-    subprocess.run(["scontrol", "update", f"JobId={called or job_id}", "StartTime=now"], env=environ, check=True)
+    subprocess.run(["scontrol", "update", f"JobId={called or job_id}", "StartTime=now+1"], env=environ, check=True)
 
 
 def sbatch(
