@@ -244,6 +244,9 @@ def _checked(
     """
     alone = charges.alone()
     if searched is not None:
+        if not charges.kept_to_plan:
+            remedy = "is the best trial of a search, and has left its plan: no bound of the search covers that."
+            raise InputError("RUN", str(path), remedy)
         alone = stated_cost(searched, released=charges.first, delta=charges.delta)
     cost = alone.epsilon
     if not epsilon >= cost * (1 - VERSIONS_DIFFER):
