@@ -49,6 +49,8 @@ LANES = {
     "tests/faults": HOSTS,
     "tests/faults/test_soak.py": WAIT,
     "tests/joint": FAST,
+    "tests/joint/test_registry.py": COMPUTE,
+    "tests/joint/test_views.py": COMPUTE,
     "tests/joint/test_registry.py": WAIT,
     "tests/joint/test_views.py": COMPUTE,
     "tests/launch": WAIT,
