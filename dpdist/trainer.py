@@ -134,9 +134,7 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
             with writer.phase("compile"):
                 decide(world, lambda: _try_out(setup, state, start, dataset.train, writer))
             decide(world, lambda: writer.begin(start, checkpoints))
-            decide(
-                world, lambda: charging.charge(config, run, writer.ledger), timeout=charging.PATIENCE + world.timeout
-            )
+            decide(world, lambda: charging.charge(config, run, writer.ledger), timeout=2 * charging.PATIENCE)
             meta = {
                 "config": config_module.to_dict(replace(config, model=settled(config.model))),
                 "plan": start.plan.to_record(),

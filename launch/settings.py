@@ -49,6 +49,8 @@ _MORE = {
     "optimizer.average_decay": (NEW, "refused from 0 to more, or back"),
     "privacy.insecure_seed": (REFUSED, "where it was not set, or is not any more; another seed is a new incarnation"),
     "run.dir": (KEPT, "it names the run: another directory holds another one"),
+    "run.registry": (KEPT, "refused for a run that is charged to another one"),
+    "run.registry_dataset": (KEPT, "refused for a run that is charged to another"),
 }
 
 _HEAD = """\

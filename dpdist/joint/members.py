@@ -156,7 +156,10 @@ def _broken(paths: RunPaths, config: Config, ledger: Ledger) -> str | None:
         return why
     told = guarantee(config, finite=True)
     try:
-        told = json.loads(paths.summary.read_text())["guarantee"]
+        summary = json.loads(paths.summary.read_text())
+        told = summary["guarantee"]
+        if (summary.get("epsilon") or 0.0) > ledger.plans[-1].private_terms().epsilon * (1 + VERSIONS_DIFFER):
+            return "unknown: summary.json says that it has cost more than its ledger does, which was cut"
     except FileNotFoundError:
         pass  # it goes on
     except (OSError, ValueError, KeyError, TypeError):
@@ -206,7 +209,8 @@ def charges_of(facts: Mapping[str, Any]) -> Charges:
     kinds = [(float(each["sampling_probability"]), float(each["noise_multiplier"])) for each in told]
     first = Phase(*kinds[0], int(told[0].get("steps", facts["steps"])))
     delta, last = float(facts["delta"]), int(facts["steps"]) - int(told[-1]["start"])
-    if not 0 < delta < 1 or last < 0 or not all(0 < q <= 1 and sigma > 0 for q, sigma in kinds):
+    counts = [last, first.steps, *(int(each["charged_steps"]) for each in told)]
+    if not 0 < delta < 1 or min(counts) < 0 or not all(0 < q <= 1 and sigma > 0 for q, sigma in kinds):
         raise ValueError("its constants make no sense")
     charged = [Phase(*kind, int(each["charged_steps"])) for kind, each in zip(kinds[:-1], told, strict=False)]
     order = int(facts["renyi_order"]) if "renyi_order" in facts else best_order(first, delta)
@@ -240,6 +244,9 @@ def _checked(
     """
     alone = charges.alone()
     if searched is not None:
+        if not charges.kept_to_plan:
+            remedy = "is the best trial of a search, and has left its plan: no bound of the search covers that."
+            raise InputError("RUN", str(path), remedy)
         alone = stated_cost(searched, released=charges.first, delta=charges.delta)
     cost = alone.epsilon
     if not epsilon >= cost * (1 - VERSIONS_DIFFER):

@@ -4,8 +4,9 @@
 and the epsilon that is not to be passed, if there is one. The owner of the data writes it once (`dpdist privacy
 registry --create`); else the first run does, without a budget. So no run's config can move the wall. Each `charge` line
 after it holds the incarnations of one run, by nonce, with the steps that they plan or were charged. Every line has the
-digest of the one before it, so that a line that is changed or taken out of the middle shows. A line taken off the end
-shows to the run that it belongs to (`dpdist.joint.charging`), and to nobody else: file permissions have to see to that.
+digest of the one before it, so that a line that is changed or taken out of the middle shows. One that is taken off the
+end, or the whole file, shows by `NAME.head`, which has the digest of a line that must be there, and to the run that it
+belongs to (`dpdist.joint.charging`). Against somebody who rewrites all of these, only file permissions help.
 
 What counts of an incarnation is the most that any line says. Nothing is ever given back: where a run is changed on its
 way, the rest of its former plan stays charged, since a copy of its directory may be taking it.
@@ -34,6 +35,7 @@ from dpdist.joint.charging import PATIENCE
 from dpdist.joint.together import Charges, wall_cost
 from dpdist.mechanism.accounting import KEPT, ORDERS
 from dpdist.mechanism.composition import Phase
+from dpdist.run.directory import write_atomically
 
 _FIRST = "0" * 64
 
@@ -82,7 +84,28 @@ class Registry:
         #: Digests of all lines.
         self.digests: list[str] = []
         self._size = self._seen = 0
+        # The head first: by the time it is written, its line is in the file.
+        head = self._head()
         self._read()
+        if head is not None and head not in self.digests:
+            remedy = (
+                f"lacks a line that {self.head.name} says was written: the file was cut or is gone, so what was spent "
+                f"on {self.dataset} is unknown. Bring it back as it was last; an older copy lacks what was spent since."
+            )
+            raise InputError("run.registry", str(self.path), remedy)
+
+    @property
+    def head(self) -> Path:
+        """The file with the digest of the newest line, or of one before it."""
+        return self.folder / f"{self.dataset}.head"
+
+    def _head(self) -> str | None:
+        try:
+            return self.head.read_text().strip()
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise InputError("run.registry", str(self.head), f"cannot be read ({error}).") from None
 
     def _read(self) -> None:
         try:
@@ -185,9 +208,9 @@ class Registry:
         cost = with_it.cost()
         if cost > self.budget:
             remedy = (
-                f"its budget is epsilon {self.budget:g} at delta {self.delta:g}; {len(self.runs)} runs have spent "
-                f"{spent:.4g}, and with this one it would be {cost:.4g}. No step was taken. Ask for fewer steps or "
-                "more noise; who owns the data decides on the budget."
+                f"its budget is epsilon {self.budget:g} at delta {self.delta:g}; {spent:.4g} is spent on "
+                f"{len(self.runs)} run(s), and with this one it would be {cost:.4g}. No step was taken. Ask for fewer "
+                "steps or more noise; who owns the data decides on the budget."
             )
             raise InputError("run.registry_dataset", self.dataset, remedy)
 
@@ -195,7 +218,7 @@ class Registry:
         """Add a line, durably; within `locked`. Returns its digest."""
         line = json.dumps(record | {"previous": self.digests[-1] if self.digests else _FIRST}).encode()
         try:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o664)
+            descriptor = _open_shared(self.path, os.O_WRONLY | os.O_APPEND)
             try:
                 if os.fstat(descriptor).st_size != self._seen:
                     raise OSError(errno.EBUSY, "it was changed by somebody who does not keep to its lock")
@@ -213,12 +236,29 @@ class Registry:
                     os.fsync(directory)
                 finally:
                     os.close(directory)
+            digest = hashlib.sha256(line).hexdigest()
+            write_atomically(self.head, digest + "\n", mode=_mode_in(self.folder))
         except OSError as error:
             remedy = f"cannot be extended ({error.strerror}), and no step may run uncharged; mend that and start again."
             raise InputError("run.registry", str(self.path), remedy) from error
-        self.digests.append(digest := hashlib.sha256(line).hexdigest())
+        self.digests.append(digest)
         self._size = self._seen = self._size + len(line) + 1
         return digest
+
+
+def _mode_in(folder: Path) -> int:
+    """For a new file: whoever may make files in the directory may write it."""
+    return 0o664 if folder.stat().st_mode & 0o020 else 0o644
+
+
+def _open_shared(path: Path, flags: int) -> int:
+    """Open a file, or make one that all who may write the directory may write."""
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        descriptor = os.open(path, flags | os.O_CREAT, 0o600)
+        os.fchmod(descriptor, _mode_in(path.parent))
+        return descriptor
 
 
 @contextlib.contextmanager
@@ -230,7 +270,7 @@ def locked(folder: Path, dataset: str, patience: float = PATIENCE) -> Iterator[R
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / f"{dataset}.lock", os.O_RDWR | os.O_CREAT, 0o664)
+        descriptor = _open_shared(folder / f"{dataset}.lock", os.O_RDWR)
     except OSError as error:
         raise InputError("run.registry", str(folder), f"cannot be written ({error.strerror}).") from None
     try:

@@ -25,6 +25,8 @@ from dpdist.config.file import parse
 from dpdist.errors import InputError
 from dpdist.joint.compose import rounded_up
 from dpdist.joint.members import VERSIONS_DIFFER, charges_of, unit_name
+from dpdist.joint.selection import stated_cost
+from dpdist.joint.views import curve
 from dpdist.mechanism.accounting import ADJACENCY, Spent
 from dpdist.release.exported import CONFIG, PRIVACY, STATEMENT, sha256_of
 from dpdist.release.statement import as_text as statement_text
@@ -117,7 +119,7 @@ def verify(export: Path, *, expect: str | None = None) -> dict[str, Any]:
         "says": [check.says for check in checks if not check.wrong],
         "on_trust": [*ON_TRUST, *([] if expect is not None else [SENDER])],
         "statement_sha256": digest,
-        "right_guesses_at_most": _right_guesses(facts["epsilon"], facts["delta"]) if holds else None,
+        "right_guesses_at_most": _right_guesses(facts) if holds else None,
     }
 
 
@@ -167,8 +169,12 @@ def _weights(export: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _epsilon(facts: Mapping[str, Any]) -> Spent:
-    stated, rdp, cost = float(facts["epsilon"]), float(facts["epsilon_rdp"]), charges_of(facts).alone()
-    wrong = []
+    stated, rdp, charges = float(facts["epsilon"]), float(facts["epsilon_rdp"]), charges_of(facts)
+    cost, wrong = charges.alone(), []
+    if "search" in facts:
+        cost = stated_cost(facts["search"], released=charges.first, delta=charges.delta)
+        if not charges.kept_to_plan:
+            raise _WrongError("the best trial of a search has left its plan, and no bound of the search covers that")
     for name, value, again in (("epsilon", stated, cost.epsilon), ("epsilon_rdp", rdp, cost.epsilon_rdp)):
         if not value >= again * (1 - VERSIONS_DIFFER):
             wrong.append(f"{name} is stated as {value:.6g}, but what is stated of the training costs {again:.6g}")
@@ -259,12 +265,16 @@ def _recomputed(cost: Spent) -> dict[str, Any]:
     }
 
 
-def _right_guesses(epsilon: float, delta: float) -> float:
+def _right_guesses(facts: Mapping[str, Any]) -> float:
     """The largest share of right answers to "was this record in, or not?", asked with a coin; 0.5 is guessing.
 
-    Kairouz, Oh and Viswanath 2015 (arXiv 1311.0776): the advantage is at most (e^eps - 1 + 2 delta) / (e^eps + 1).
+    Half of one plus the advantage. That is at most (e^eps - 1 + 2 delta) / (e^eps + 1) (Kairouz, Oh and Viswanath 2015,
+    arXiv 1311.0776), and, of a run that kept to its plan, delta at epsilon 0.
     """
+    epsilon, delta, charges = float(facts["epsilon"]), float(facts["delta"]), charges_of(facts)
     advantage = math.tanh(epsilon / 2) + 2 * delta / (math.exp(min(epsilon, 700.0)) + 1)
+    if charges.kept_to_plan and charges.first.steps and "search" not in facts:
+        advantage = min(advantage, curve(charges.first).advantage())
     return min(1.0, 0.5 + advantage / 2)
 
 
@@ -289,6 +299,9 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines += ["", "Checked here:", *(f"  yes  {said}" for said in found["says"])]
     if (cost := found["recomputed"]) is not None:
         by = "privacy loss distributions" if cost["epsilon_pld"] is not None else cost["accountant"]
-        lines.append(f"       {cost['epsilon']:.6g} by {by}, {cost['epsilon_rdp']:.6g} by Renyi differential privacy")
+        told = f"{cost['epsilon']:.6g} by {by}"
+        if cost["accountant"] in ("pld", "rdp"):
+            told += f", {cost['epsilon_rdp']:.6g} by Renyi differential privacy"
+        lines.append(f"       {told}")
     lines += ["", "Taken on trust:", *(f"  - {item}" for item in found["on_trust"])]
     return "\n".join([*lines, "", f"SHA-256 of {PRIVACY}: {found['statement_sha256']}"])

@@ -97,7 +97,10 @@ def _registry_text(found: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     spent = f"{found['dataset']}: joint epsilon {rounded_up(found['epsilon'])} at delta {found['delta']:g}"
-    spent += f" of {len(found['runs'])} runs" + (f", for {found['runs'][0]['unit']}" if found["runs"] else "")
+    count = len(found["runs"])
+    spent += f" of {count} run{'s' if count != 1 else ''}" + (
+        f", for {found['runs'][0]['unit']}" if found["runs"] else ""
+    )
     budget = "no budget" if found["budget"] is None else f"budget {found['budget']:g}"
     torn = ["the last line is torn: it was never charged, and the next charge replaces it"] if found["torn"] else []
     return "\n".join([*(lines if found["runs"] else []), f"{spent}; {budget}", *torn])

@@ -69,7 +69,7 @@ def _answer(options: argparse.Namespace) -> int:
         "noise_multiplier": plan.noise_multiplier,
         "steps": plan.steps,
         "delta": delta,
-        "for": unit if options.records == 1 else f"{options.records} times {unit}",
+        "for": _for_whom(unit, options.records),
     }
     for_records = options.records == 1 and member is not None and unit.startswith("all records")
     if options.question == "zcdp":
@@ -102,6 +102,12 @@ def _answer(options: argparse.Namespace) -> int:
         told["attacks"] = {name: attack(each, rates) for name, each in seen.items()}
     print(json.dumps(told))
     return 0
+
+
+def _for_whom(unit: str, records: int) -> str:
+    if records == 1:
+        return unit
+    return f"somebody with {records} records" if unit == "a record" else f"{records} units, each {unit}"
 
 
 def _plan(options: argparse.Namespace) -> tuple[Phase, float, str, Member | None]:

@@ -168,6 +168,10 @@ def torn_summary(run: Path) -> None:
     (run / "summary.json").write_text('{"status": "fin')
 
 
+def cut_ledger(run: Path) -> None:
+    (run / "summary.json").write_text(json.dumps({"status": "finished", "guarantee": "holds", "epsilon": 9.0}))
+
+
 def nothing_in_it(run: Path) -> None:
     (run / "ledger.jsonl").write_text("")
 
@@ -189,6 +193,7 @@ def damaged(run: Path) -> None:
         (key_for_all, "can be read by others"),
         (not_finite, "not finite"),
         (torn_summary, "not whole"),
+        (cut_ledger, "which was cut"),
         (nothing_in_it, "has not begun"),
         (no_ledger, "is no run"),
         (damaged, "damaged"),
@@ -213,7 +218,11 @@ def test_an_export_that_states_too_little_or_nothing_is_refused(tmp_path: Path) 
     edit(given, epsilon=99.0, guarantee="void: x")
     with pytest.raises(InputError, match="void: x"):
         compose([given])
-    edit(given, guarantee="holds", steps=None)
+    told = json.loads(given.read_text())["incarnations"]
+    edit(given, guarantee="holds", incarnations=[told[0] | {"charged_steps": -5}])
+    with pytest.raises(InputError, match="make no sense"):
+        compose([given])
+    edit(given, incarnations=told, steps=None)
     with pytest.raises(InputError, match="damaged"):
         compose([given])
 

@@ -126,16 +126,20 @@ def test_killed_at_any_byte_of_the_line_a_run_is_charged_once_when_it_is_started
     first, run = (registered(tmp_path / name, tmp_path / "reg") for name in "ab")
     path = tmp_path / "reg" / "people.jsonl"
     charged(first)
-    before = path.read_bytes()
+    before, old = path.read_bytes(), (tmp_path / "reg" / "people.head").read_text()
     note = run / "private" / "registry.json"
     charged(run)
     after = path.read_bytes()
+    head = (tmp_path / "reg" / "people.head").read_text()
     for size in (*range(len(before), len(after), 7), len(after) - 1, len(after)):
         path.write_bytes(after[:size])
         note.unlink()
+        (tmp_path / "reg" / "people.head").write_text(old)
         assert standing(tmp_path / "reg", "people")["torn"] == (len(before) < size < len(after))
         charged(run)
         assert path.read_bytes() == after, size
+        if size < len(after):
+            assert (tmp_path / "reg" / "people.head").read_text() == head
 
 
 def test_killed_in_the_first_line_the_registry_begins_anew(tmp_path: Path) -> None:
@@ -185,12 +189,12 @@ def gone(lines: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (cut_last, "has not the line"),
+        (cut_last, "lacks a line"),
         (cut_middle, "changed or taken out"),
         (cheaper, "changed or taken out"),
         (negative, "make no sense"),
         (richer, "changed or taken out"),
-        (gone, "has not the line"),
+        (gone, "lacks a line"),
     ],
 )
 def test_a_line_that_was_changed_or_cut_stops_the_run_it_belongs_to(
@@ -206,6 +210,40 @@ def test_a_line_that_was_changed_or_cut_stops_the_run_it_belongs_to(
     path.write_text("".join(harm(lines)))
     with pytest.raises(InputError, match=words):
         charged(runs[1])
+
+
+def test_a_registry_that_was_cut_or_is_gone_stops_new_runs_too(tmp_path: Path) -> None:
+    create(tmp_path / "reg", "people", delta=1e-5, budget=50.0)
+    charged(registered(tmp_path / "a", tmp_path / "reg"))
+    path, new = tmp_path / "reg" / "people.jsonl", registered(tmp_path / "b", tmp_path / "reg")
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(InputError, match="was cut or is gone"):
+        charged(new)
+    path.unlink()
+    with pytest.raises(InputError, match="was cut or is gone"):
+        charged(new)
+
+
+def test_a_run_finds_its_line_gone_where_the_head_was_removed_too(tmp_path: Path) -> None:
+    runs = [registered(tmp_path / name, tmp_path / "reg") for name in "ab"]
+    for run in runs:
+        charged(run)
+    path = tmp_path / "reg" / "people.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    (tmp_path / "reg" / "people.head").unlink()
+    charged(runs[0])
+    with pytest.raises(InputError, match="has not the line"):
+        charged(runs[1])
+
+
+def test_who_may_write_the_directory_may_charge_whoever_made_the_files(tmp_path: Path) -> None:
+    for name, mode, expected in (("own", 0o755, 0o644), ("group", 0o775, 0o664)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(mode)
+        charged(registered(tmp_path / f"run-{name}", tmp_path / name))
+        files = sorted((tmp_path / name).iterdir())
+        assert [path.name for path in files] == ["people.head", "people.jsonl", "people.lock"]
+        assert {path.stat().st_mode & 0o777 for path in files} == {expected}
 
 
 def test_a_run_cannot_leave_its_registry(tmp_path: Path) -> None:

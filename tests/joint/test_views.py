@@ -148,7 +148,7 @@ def test_the_commands_print_one_object_and_draw(tmp_path: Path, capsys: pytest.C
     rates = asked(capsys, "attack", *NUMBERS, "--false-positive-rate", "0.02")["attacks"]["a record"]["rates"]  # type: ignore[index]
     assert [rate["false_positive"] for rate in rates] == [0.02]
     plain = ("--sampling-probability", "1", "--noise-multiplier", "20", "--steps", "100", "--delta", "1e-5")
-    assert "2 times a record" in asked(capsys, "attack", *plain, "--records", "2")["attacks"]  # type: ignore[operator]
+    assert "somebody with 2 records" in asked(capsys, "attack", *plain, "--records", "2")["attacks"]  # type: ignore[operator]
 
 
 def test_a_run_with_a_unit_is_seen_for_the_unit_and_for_a_record_of_it(

@@ -15,7 +15,10 @@ from jobs import Jobs
 from safetensors.numpy import load_file, save_file
 
 from dpdist.errors import InputError
+from dpdist.joint.selection import Law, binding_orders, search_cost, trial_divergences
 from dpdist.mechanism.accounting import epsilon
+from dpdist.mechanism.composition import Phase
+from dpdist.release.statement import SearchedFor, of_search
 from dpdist.release.statement import as_text as statement_text
 from dpdist.release.verify import as_text, verify
 from dpdist_launch.cli import main
@@ -255,6 +258,40 @@ def test_parameters_that_are_not_finite_are_found(export: Path) -> None:
     save_file(arrays, path, metadata={"params_sha256": facts["params_sha256"], "guarantee": "holds"})
     redigest(export)
     assert set(wrong(export)) == {"weights"}
+
+
+def as_search(facts: dict[str, Any], *, bound: float = 4.0) -> None:
+    law, trial = Law(8.0, 1.0), Phase(facts["sampling_probability"], bound, facts["steps"])
+    losses = trial_divergences(trial)
+    terms = {
+        "trial": {"sampling_probability": trial.sampling_probability, "noise_multiplier": bound, "steps": trial.steps},
+        "orders": list(binding_orders(losses, law, facts["delta"])),
+        "epsilon_of_one_trial": facts["epsilon"],
+        "metric": {"name": "accuracy", "best": "highest"},
+    }
+    cost = search_cost(losses, law, facts["delta"]).epsilon
+    searched = SearchedFor(epsilon=cost, delta=facts["delta"], record=law.to_record() | terms)
+    facts |= of_search(facts, searched)
+
+
+def test_the_best_of_a_search_holds_at_what_the_whole_search_costs(given: Path, export: Path) -> None:
+    rewrite(export, as_search)
+    found = verify(export)
+    assert found["holds"], found["checks"]
+    assert found["epsilon"] > verify(given)["epsilon"]
+    assert found["right_guesses_at_most"] > verify(given)["right_guesses_at_most"]
+    rewrite(export, lambda facts: facts.update(epsilon=1.0, epsilon_rdp=1.0))
+    assert "epsilon" in wrong(export)
+
+
+def test_a_search_that_says_fewer_trials_or_a_dearer_one_is_found(export: Path) -> None:
+    rewrite(export, as_search)
+    rewrite(export, lambda facts: facts["search"].update(expected_trials=2.0))
+    assert "epsilon" in wrong(export)
+    rewrite(export, lambda facts: facts["search"].update(expected_trials=8.0))
+    assert not wrong(export)
+    rewrite(export, lambda facts: facts["search"]["trial"].update(noise_multiplier=9.0))
+    assert "epsilon" in wrong(export)
 
 
 def test_whoever_changes_all_consistently_is_found_by_the_senders_digest_alone(given: Path, export: Path) -> None:
