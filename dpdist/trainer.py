@@ -180,9 +180,8 @@ def _check_capacity(config: Config, checkpoints: Checkpoints, setup: TrainingSet
     state = sum(leaf.nbytes for leaf in jax.tree.leaves(setup.initial))
     require_memory(world, each=state * (len(world.mesh.local_devices) if world.platform == "cpu" else 1))
     more = max(1, config.checkpoint.keep + 1 - len(checkpoints.steps()))  # an old one goes when a new one is whole
-    warnings = require_disk(Path(config.run.dir), world, checkpoint=state, more=more)
-    if world.is_main:
-        for warning in warnings:
+    for warning in require_disk(Path(config.run.dir), world, checkpoint=state, more=more):
+        if world.is_main:
             say(f"preflight: {warning}")
 
 

@@ -27,7 +27,7 @@ from dpdist.config import file as configfile
 from dpdist.errors import InputError
 from dpdist.mechanism.composition import Phase
 from dpdist.mechanism.keys import SECRET_BYTES, Secret
-from dpdist.mechanism.ledger import Ledger, LedgerError
+from dpdist.mechanism.ledger import Ledger, LedgerError, file_identity
 from dpdist.run.directory import RunDirectory, write_atomically
 from dpdist.run.metrics import Stream
 from dpdist_launch.tune.space import uniform
@@ -91,13 +91,14 @@ class Search:
             self.terms = self._begin()
         self.number = self._secret_number()
         self._records = _read_log(self._log)
+        self._require_original()
 
     def _begin(self) -> Terms:
         """Fix everything; `search.json` is written last, and says that the rest is there."""
         terms = settle(self.question)
         require_space(self.question, lambda settings: candidate(self.question, terms, settings))
         self._directory.create_secret()
-        record = {"record": "number", "number": self._secret_number()}
+        record = {"record": "number", "number": self._secret_number()} | file_identity(self._directory.secret)
         write_atomically(self._log, json.dumps(record) + "\n", mode=0o600)
         whole = {"format": FORMAT} | self.question.to_record() | {"terms": terms.to_record()}
         write_atomically(self.description, json.dumps(whole, indent=2) + "\n")
@@ -127,6 +128,13 @@ class Search:
                 )
                 raise InputError("--run-dir", str(path), remedy)
         return terms
+
+    def _require_original(self) -> None:
+        """A copy would release a second result of the same draw, and the two together have no bound of one search."""
+        told, now = self._records[0], file_identity(self._directory.secret)
+        if any(None not in (told[name], now[name]) and told[name] != now[name] for name in now):
+            remedy = "is a copy of a search, or was restored: go on with the original, or name a new --run-dir."
+            raise InputError("--run-dir", str(self.root), remedy)
 
     def _secret_number(self) -> int:
         return self.question.law.number(uniform(self._secret, "number of trials"))

@@ -15,7 +15,7 @@ from searches import AXES, begin, keep_secret, question
 
 from dpdist.errors import InputError
 from dpdist.joint.selection import Law, search_cost, trial_divergences
-from dpdist.mechanism.ledger import Ledger, Plan, PrivacyTerms
+from dpdist.mechanism.ledger import Ledger, Plan, PrivacyTerms, file_identity
 from dpdist_launch.tune import best, terms
 from dpdist_launch.tune.metric import Metric
 from dpdist_launch.tune.search import ATTEMPTS, Search, Trial, open_directory
@@ -33,8 +33,11 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def search(template: Path, tmp_path: Path) -> Search:
     """A search of its own of six trials."""
-    shutil.copytree(template, tmp_path / "s")
-    return begin(tmp_path / "s")
+    copied = shutil.copytree(template, tmp_path / "s")
+    log = copied / "private/trials.jsonl"
+    record = json.loads(log.read_text()) | file_identity(copied / "private/secret.key")
+    log.write_text(json.dumps(record) + "\n")  # for the original
+    return begin(copied)
 
 
 def train(search: Search, trial: Trial, accuracy: float | None, *, sigma: float = 1.0, **more: Any) -> None:
@@ -121,6 +124,14 @@ def test_what_was_fixed_before_the_first_trial_cannot_be_changed(
     with pytest.raises(InputError) as caught:
         begin(search.root, question(**changes))
     assert words in str(caught.value)
+
+
+def test_a_copy_of_a_search_does_not_go_on_beside_it(search: Search, tmp_path: Path) -> None:
+    copied = shutil.copytree(search.root, tmp_path / "copy")
+    with pytest.raises(InputError, match="is a copy of a search"):
+        begin(copied)
+    search.root.rename(tmp_path / "moved")
+    assert begin(tmp_path / "moved").trials[0].name == search.trials[0].name
 
 
 @pytest.mark.parametrize("name", ["step_code_digest", "environment"])
