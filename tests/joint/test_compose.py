@@ -17,6 +17,7 @@ from dpdist.joint.members import read, unit_name
 from dpdist.joint.together import composed
 from dpdist.mechanism.accounting import epsilon
 from dpdist.mechanism.composition import adaptive_epsilon
+from dpdist.mechanism.ledger import Ledger
 from dpdist_launch.cli import main
 from dpdist_launch.privacy.same_data import compared
 
@@ -126,6 +127,24 @@ def test_copies_that_went_on_apart_are_charged_in_full_and_never_as_if_planned(t
     assert len(found["runs"]) == 2
     assert not found["at_once"]
     assert any("went on apart" in note for note in found["notes"])
+
+
+def test_a_copy_that_stays_within_the_plan_is_not_taken_as_planned_either(tmp_path: Path) -> None:
+    run = private_run(tmp_path / "a", steps=200, done=False)
+    Ledger(run / "ledger.jsonl").reserve(0, 100)
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    more(copy, steps=200, sigma=2.0, start=100)
+    Ledger(run / "ledger.jsonl").reserve(100, 200)
+    found = compose([run, copy], at_once=True)
+    assert [each["steps"] for each in found["runs"]] == [200, 200]
+    assert not found["at_once"]
+
+
+def test_a_run_that_states_more_than_it_costs_is_not_joined_below_that(tmp_path: Path) -> None:
+    given = export_of(private_run(tmp_path / "a"), tmp_path / "given")
+    edit(given / "privacy.json", epsilon=7.0)
+    other = private_run(tmp_path / "b")
+    assert 7.0 <= compose([given, other], at_once=True)["epsilon"] <= 7.0 + compose([other])["epsilon"]
 
 
 def test_an_old_export_that_may_be_the_run_is_refused_and_one_that_cannot_be_is_not(tmp_path: Path) -> None:

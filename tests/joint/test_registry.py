@@ -113,10 +113,12 @@ def test_added_steps_are_charged_and_a_former_plan_is_not_given_back(tmp_path: P
 
 def test_a_copy_that_goes_on_is_charged_beside_the_original(tmp_path: Path) -> None:
     run = registered(tmp_path / "a", tmp_path / "reg", steps=200, done=False)
+    Ledger(run / "ledger.jsonl").reserve(0, 100)
     charged(run)
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     more(copy, steps=200, sigma=2.0, start=100)
     charged(copy)
+    assert [each["steps"] for each in standing(tmp_path / "reg", "people")["runs"]] == [200 + 100]
     more(run, steps=300, sigma=2.0, start=200)
     charged(run)
     assert [each["steps"] for each in standing(tmp_path / "reg", "people")["runs"]] == [200 + 100 + 100]
