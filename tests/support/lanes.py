@@ -46,6 +46,7 @@ LANES = {
     "tests/data": FAST,
     "tests/data/test_datasets.py::test_digits_are_those_of_scikit_learn_read_without_importing_it": WAIT,
     "tests/docker": WAIT,
+    "tests/docs": FAST,
     "tests/faults": HOSTS,
     "tests/faults/test_soak.py": WAIT,
     "tests/joint": FAST,
