@@ -39,7 +39,7 @@ _STATED_ABOVE = 1e-3
 _LARGEST_RHO = 1e-3
 #: Relative room for numbers that are products of others.
 _CLOSE = 1e-9
-_BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, OSError)
+_BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, OSError)
 ON_TRUST = (
     "that the training was as the statement says: its noise, sampling, number of steps and of records are the sender's "
     "word, and no file of an export can prove them",
@@ -91,7 +91,7 @@ def verify(export: Path, *, expect: str | None = None) -> dict[str, Any]:
         facts = json.loads(file.read_text())
         if not isinstance(facts, dict):
             raise ValueError("no object")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         facts, unread = {}, (f"{PRIVACY} cannot be read ({type(error).__name__})",)
     checks = [Check("statement", unread, f"{PRIVACY} can be read")]
     if expect is not None:

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dpdist.errors import InputError
+from dpdist.joint.compose import rounded_up
 
 if TYPE_CHECKING:
     from dpdist.joint.views import Curve
@@ -31,8 +32,8 @@ def plot_curves(path: Path, curves: Mapping[str, Curve], epsilon: float, delta: 
     for (name, found), color in zip(curves.items(), _COLORS, strict=False):
         axes.semilogy(found.epsilons, found.deltas, color=color, linewidth=1.8, label=f"for {name}")
     axes.plot([epsilon], [delta], "o", color=_COLORS[0], markersize=5)
-    label = f"epsilon {epsilon:.4g} at delta {delta:g}"
-    axes.annotate(label, (epsilon, delta), textcoords="offset points", xytext=(8, 6))
+    label = f"epsilon {rounded_up(epsilon)} at delta {delta:g}"  # to the left and below: the curve falls
+    axes.annotate(label, (epsilon, delta), textcoords="offset points", xytext=(-8, -14), ha="right")
     least = delta * _BELOW
     ends = [min(float(found.epsilons[-1]), found.epsilon(least)) for found in curves.values()]
     axes.set_xlim(0, max(*ends, epsilon))

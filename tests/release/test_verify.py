@@ -238,11 +238,25 @@ def test_a_number_that_was_changed_with_care_is_found(
 
 
 def test_what_is_no_number_is_wrong_and_no_crash(export: Path) -> None:
-    facts = json.loads((export / "privacy.json").read_text())
-    for name in facts:
-        for value in (None, "many", [], -1):
+    facts, unnoticed = json.loads((export / "privacy.json").read_text()), set()
+    for name, right in facts.items():
+        for value in (None, "many", [], -1, 0):
             (export / "privacy.json").write_text(json.dumps(facts | {name: value}))
-            assert isinstance(verify(export)["holds"], bool), (name, value)
+            if value != right and not as_text(verify(export)).startswith("DOES NOT HOLD"):
+                unnoticed.add(name)
+    assert unnoticed <= {"dataset_size_is_public", "environment", "renyi_order"}, "words, and an order that is not used"
+    (export / "privacy.json").write_text("[" * 100_000)
+    assert as_text(verify(export)).startswith("DOES NOT HOLD")
+
+
+def test_no_code_that_an_export_names_is_run(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = export / "config.yaml"
+    path.write_text(path.read_text().replace("userland:small", "evil:small"))
+    redigest(export)
+    assert verify(export)["holds"]
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_void_guarantee_is_none(export: Path) -> None:
