@@ -33,6 +33,7 @@ LANES = {
     "tests/attacks/test_threat_model.py": FAST,
     "tests/attacks/test_mixing_primitives.py": COMPUTE,
     "tests/audit": COMPUTE,
+    "tests/audit/test_audit_command.py": WAIT,
     "tests/audit/test_bounds.py": FAST,
     "tests/audit/test_one_run.py": FAST,
     "tests/cluster": WAIT,
