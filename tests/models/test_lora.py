@@ -173,7 +173,7 @@ def test_frozen_matrices_are_kept_in_bfloat16(name: str) -> None:
 
 def test_adapters_of_which_none_trains_are_refused() -> None:
     _, params, _ = adapted("gpt2")
-    with pytest.raises(InputError, match="no adapter of model.lora is among these"):
+    with pytest.raises(InputError, match="no adapter of"):
         frozen_paths(section("gpt2", lora=LORA, trainable=["norm/*"]), params)
     assert "norm/scale" not in frozen_paths(section("gpt2", lora=LORA, trainable=["norm/*", "*lora_a"]), params)
 
