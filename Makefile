@@ -19,9 +19,11 @@ lint: .venv ## format, lint and types, as CI checks them
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
-docs: .venv ## write again what of docs/ is made from the code
+docs: .venv ## what of docs/ is made from the code, and the site in docs/_site
 	.venv/bin/dpdist settings --markdown > docs/settings.md.new
 	mv docs/settings.md.new docs/settings.md
+	.venv/bin/python docs/pictures/draw.py
+	.venv/bin/python -m sphinx -q -W --keep-going -b html docs docs/_site
 
 lock: ## the newest versions that pyproject.toml allows, as requirements/test-pyXYZ.txt of this Python
 	bash requirements/lock.sh

@@ -70,13 +70,18 @@ def audit(*, short: bool, processes: int, devices: int, confidence: float) -> di
         RuntimeError: a job failed; its output says why.
     """
     import dpdist
-    from dpdist.audit.checks import TRAININGS, Check, check_training, confidence_each, report
+    from dpdist.audit.checks import TRAININGS, Check, check_training, confidence_each, report, runs_of_settings
 
     each = confidence_each(confidence)
     with tempfile.TemporaryDirectory(prefix="dpdist-audit-") as name:
         folder = Path(name)
-        given = {"short": short, "devices": devices, "confidence": each, "to": str(folder / "mechanism.json")}
-        _run_ranks("dpdist_launch.audit", [json.dumps(given)], processes, devices)
+        given = {
+            "runs": runs_of_settings(short=short),
+            "devices": devices,
+            "confidence": each,
+            "to": str(folder / "mechanism.json"),
+        }
+        run_ranks("dpdist_launch.audit", [json.dumps(given)], processes, devices)
         checks = [Check(**record) for record in json.loads((folder / "mechanism.json").read_text())]
         trained = [_train(plan, folder / plan.name, processes, devices) for plan in TRAININGS]
         for plan, (parts, epsilon) in zip(TRAININGS, trained, strict=True):  # JAX starts here: no fork may follow
@@ -86,7 +91,7 @@ def audit(*, short: bool, processes: int, devices: int, confidence: float) -> di
     return report(checks, confidence=confidence) | {"processes": processes, "devices_per_process": devices}
 
 
-def _run_ranks(module: str, argv: list[str], processes: int, devices: int) -> None:
+def run_ranks(module: str, argv: list[str], processes: int, devices: int) -> None:
     from dpdist_launch.local import run_local
     from dpdist_launch.ranks import PYTHON
 
@@ -106,7 +111,7 @@ def _train(plan: TrainingPlan, folder: Path, processes: int, devices: int) -> tu
         file = folder / f"part-{part}.yaml"
         cluster = {"cluster": {"platform": "cpu", "devices_per_process": devices}}
         file.write_text(yaml.safe_dump(settings | cluster))
-        _run_ranks("dpdist_launch", ["train", str(file)], processes, devices)
+        run_ranks("dpdist_launch", ["train", str(file)], processes, devices)
         summary = RunDirectory(run_dir).read_summary()
         if summary is None or summary["status"] != "finished":
             raise RuntimeError(f"the training {plan.name!r} did not finish")
@@ -147,7 +152,7 @@ def _rank(given: dict[str, Any]) -> None:
 
     world = join(Cluster(platform="cpu", devices_per_process=given["devices"]))
     checks = []
-    for check in mechanism_checks(world, short=given["short"], confidence=given["confidence"]):
+    for check in mechanism_checks(world, given["runs"], confidence=given["confidence"]):
         checks.append(check)
         if world.is_main:
             _say(check)

@@ -56,6 +56,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _runs_of(given: Path) -> list[Path]:
     """The runs that a path stands for: those points of a sweep that have begun, or the run itself."""
+    if (given / "search.json").exists():
+        remedy = "holds a search: its trials are private, and its best model has a statement (best/PRIVACY.md)."
+        raise InputError("RUN", str(given), remedy)
     try:
         asked = json.loads((given / "sweep.json").read_text())["asked"]
     except FileNotFoundError:

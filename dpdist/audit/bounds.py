@@ -8,8 +8,8 @@ is chosen on runs that are then set aside, so that the confidence needs no corre
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
@@ -45,22 +45,31 @@ class _Event:
         return f"score {'>=' if self.above else '<='} {self.threshold:.4g}"
 
     def count(self, scores: Float64[np.ndarray, " n"]) -> int:
-        return int(np.sum(scores >= self.threshold if self.above else scores <= self.threshold))
+        return int(_times(scores, np.array([self.threshold]), above=self.above)[0])
 
 
-def clopper_pearson(successes: int, trials: int, confidence: float) -> tuple[float, float]:
-    """Limits of a binomial probability: each, on its own, holds with `confidence` (Clopper and Pearson 1934)."""
-    wrong = 1 - confidence
-    low = float(stats.beta.ppf(wrong, successes, trials - successes + 1)) if successes > 0 else 0.0
-    high = float(stats.beta.isf(wrong, successes + 1, trials - successes)) if successes < trials else 1.0
+def clopper_pearson(successes: Any, trials: int, confidence: float) -> tuple[Any, Any]:
+    """Limits of a binomial probability: each, on its own, holds with `confidence` (Clopper and Pearson 1934).
+
+    Args:
+        successes: a number, or an array of numbers.
+    """
+    wrong, failures = 1 - confidence, trials - np.asarray(successes)
+    with np.errstate(invalid="ignore"):
+        low = np.where(successes > 0, stats.beta.ppf(wrong, np.maximum(successes, 1), failures + 1), 0.0)
+        high = np.where(failures > 0, stats.beta.isf(wrong, successes + 1, np.maximum(failures, 1)), 1.0)
     return low, high
 
 
-def epsilon_of_counts(likelier: tuple[int, int], other: tuple[int, int], *, delta: float, confidence: float) -> float:
-    """Lower bound on epsilon where an event happened (times, of runs) in the likelier dataset and in the other one."""
+def epsilon_of_counts(likelier: tuple[Any, int], other: tuple[Any, int], *, delta: float, confidence: float) -> Any:
+    """Lower bound on epsilon where an event happened (times, of runs) in the likelier dataset and in the other one.
+
+    Args:
+        likelier: a number of times or an array of them, and the runs; `other` likewise.
+    """
     each = 1 - (1 - confidence) / 2  # two limits, each of which may fail
     low, high = clopper_pearson(*likelier, each)[0], clopper_pearson(*other, each)[1]
-    return max(0.0, math.log((low - delta) / high)) if low > delta else 0.0
+    return np.log(np.maximum((low - delta) / high, 1.0))
 
 
 def epsilon_lower(
@@ -83,8 +92,8 @@ def epsilon_lower(
     likelier, other = (present, absent) if event.with_canary else (absent, present)
     happened, runs = (event.count(likelier), event.count(other)), (len(likelier), len(other))
     return Bound(
-        epsilon_lower=epsilon_of_counts(
-            (happened[0], runs[0]), (happened[1], runs[1]), delta=delta, confidence=confidence
+        epsilon_lower=float(
+            epsilon_of_counts((happened[0], runs[0]), (happened[1], runs[1]), delta=delta, confidence=confidence)
         ),
         confidence=confidence,
         event=str(event),
@@ -101,13 +110,19 @@ def _choose(
     both = np.concatenate([present, absent])
     thresholds = np.unique(np.quantile(both, np.linspace(0, 1, _THRESHOLDS), method="nearest"))
     best, found = -1.0, _Event(True, float(np.median(both)), True)
-    for threshold in thresholds:
-        for above in (True, False):
-            for with_canary in (True, False):
-                event = _Event(above, float(threshold), with_canary)
-                likelier, other = (present, absent) if with_canary else (absent, present)
-                counts = (event.count(likelier), len(likelier)), (event.count(other), len(other))
-                epsilon = epsilon_of_counts(*counts, delta=delta, confidence=confidence)
-                if epsilon > best:
-                    best, found = epsilon, event
+    for above in (True, False):
+        times = [_times(scores, thresholds, above=above) for scores in (present, absent)]
+        counts = (times[0], len(present)), (times[1], len(absent))
+        for with_canary in (True, False):
+            likelier, other = counts if with_canary else counts[::-1]
+            epsilon = epsilon_of_counts(likelier, other, delta=delta, confidence=confidence)
+            if epsilon.max() > best:
+                best, found = epsilon.max(), _Event(above, float(thresholds[epsilon.argmax()]), with_canary)
     return found
+
+
+def _times(scores: Float64[np.ndarray, " n"], thresholds: Float64[np.ndarray, " k"], *, above: bool) -> Any:
+    """How many scores are at or above (or at or below) each threshold: int[k]."""
+    ordered = np.sort(scores)
+    below = np.searchsorted(ordered, thresholds, side="left" if above else "right")
+    return len(scores) - below if above else below

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dpdist.cluster.world import World
 #: canary, at the usual delta too; `sampled step` the same with a random sample; `four steps` are composed; in `lowest
 #: bits` the canary is far too short to be seen but by a bit pattern.
 SETTINGS: tuple[tuple[Setting, int, int], ...] = (
-    (Setting(name="loud step", noise_multiplier=0.5, sampling_probability=1.0, steps=1, deltas=(0.1,)), 5000, 2000),
+    (Setting(name="loud step", noise_multiplier=0.5, sampling_probability=1.0, steps=1, deltas=(0.1,)), 5000, 1000),
     (
         Setting(
             name="one step",
@@ -42,12 +42,12 @@ SETTINGS: tuple[tuple[Setting, int, int], ...] = (
             others="opposed",
         ),
         4000,
-        600,
+        500,
     ),
     (
         Setting(name="four steps", noise_multiplier=1.0, sampling_probability=0.5, steps=4, deltas=(0.05,)),
         3000,
-        300,
+        100,
     ),
     (
         Setting(
@@ -60,7 +60,7 @@ SETTINGS: tuple[tuple[Setting, int, int], ...] = (
             length=1.1e-3,
         ),
         2000,
-        300,
+        100,
     ),
 )
 TRAININGS = (
@@ -104,16 +104,21 @@ def confidence_each(confidence: float) -> float:
     return 1 - (1 - confidence) / BOUNDS
 
 
-def mechanism_checks(world: World, *, short: bool, confidence: float) -> Iterator[Check]:
-    """Run every setting. Collective.
+def runs_of_settings(*, short: bool) -> dict[str, int]:
+    """How often each setting is run with the canary, and as often without, by its name."""
+    return {setting.name: few if short else full for setting, full, few in SETTINGS}
+
+
+def mechanism_checks(world: World, runs: Mapping[str, int], *, confidence: float) -> Iterator[Check]:
+    """Run the settings that `runs` names. Collective.
 
     Args:
         confidence: of each bound.
     """
-    for setting, full, few in SETTINGS:
-        if setting.shows == "integers" and world.num_processes > 1:
-            continue  # they are on other processes
-        yield from check_setting(setting, world, runs=few if short else full, confidence=confidence)
+    for setting, _, _ in SETTINGS:
+        elsewhere = setting.shows == "integers" and world.num_processes > 1  # other processes hold parts of the sum
+        if setting.name in runs and not elsewhere:
+            yield from check_setting(setting, world, runs=runs[setting.name], confidence=confidence)
 
 
 def check_setting(setting: Setting, world: World, *, runs: int, confidence: float) -> Iterator[Check]:

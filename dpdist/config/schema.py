@@ -326,7 +326,7 @@ class Run(Section):
 
     #: The run directory, where an existing run is resumed; unless it is set, `runs/` and the config file's name.
     dir: Annotated[str, NonEmpty("name a directory."), IsPath()] = "runs/default"
-    #: Steps between public metric records.
+    #: Steps between public metric records; times in them are of ten steps together or more, or they would tell samples.
     log_every: Annotated[int, AtLeast(1)] = 10
     #: A `bar` on a terminal, `lines` elsewhere, by `auto`.
     progress: Literal["auto", "bar", "lines", "off"] = "auto"

@@ -96,6 +96,12 @@ def _images(path: Path, classes: list[str], size: Any, mode: str) -> EncodedSour
         # Sorted, because the order of a directory listing differs between machines.
         for folder, folders, names in os.walk(path / name):
             folders.sort()
+            if any(Path(folder, each).is_symlink() for each in folders):
+                remedy = (
+                    "has a link to a folder within a class folder, whose images would be left out, or be there twice; "
+                    "put the images there, or link the class folder itself."
+                )
+                raise InputError("data.path", str(path), remedy)
             for file in sorted(names):
                 if not file.startswith("."):
                     files.append(os.path.relpath(f"{folder}/{file}", path))

@@ -24,15 +24,19 @@ def frozen_paths(chosen: config_module.Model, params: Any) -> frozenset[str]:
     and behind it nothing would have a gradient.
 
     Raises:
-        InputError: a pattern matches no parameter.
+        InputError: a pattern matches no parameter, or there are adapters of which none trains.
     """
     paths, patterns = frozenset(paths_of(params)), chosen.trainable
     if chosen.lora is not None and patterns == ALL:
         patterns = ["*lora_a", "*lora_b", *(["head/*"] if any(path.startswith("head/") for path in paths) else [])]
     try:
-        return paths - matching(params, patterns)
+        moving = matching(params, patterns)
     except ValueError as error:
         raise InputError("model.trainable", patterns, f"{error}.") from None
+    if chosen.lora is not None and not any(path.endswith(("lora_a", "lora_b")) for path in moving):
+        remedy = "no adapter of model.lora is among these; add '*lora_a' and '*lora_b', or leave model.lora out."
+        raise InputError("model.trainable", patterns, remedy)
+    return paths - moving
 
 
 def with_frozen_in(model: Model, dtype: Any, chosen: config_module.Model) -> Model:

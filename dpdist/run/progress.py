@@ -47,7 +47,7 @@ class ProgressLine:
         for name, value in list(metrics.items())[:1]:
             self._metric = f" | {_SHORT.get(name, name)} {'-' if value is None else f'{value:.4g}'}"
 
-    def update(self, step: int, epsilon: float | None, examples_per_second: float) -> None:
+    def update(self, step: int, epsilon: float | None, examples_per_second: float | None) -> None:
         """Show the state after `step` steps; lines appear at most every five seconds, and at the end."""
         now = time.monotonic()
         if self._bar is None and (not self._lines or (now - self._shown < _LINE_SECONDS and step < self._steps)):
@@ -56,7 +56,8 @@ class ProgressLine:
         left = (now - self._began) / max(1, step - self._start) * (self._steps - step)
         spent = f" | eps {epsilon:.2f} of {self._budget:.2f}" if epsilon is not None else ""
         # Short enough to stand beside the bar in 80 columns.
-        text = f"{step}/{self._steps}{spent} | {examples_per_second:,.0f} ex/s | ETA {_clock(left)}{self._metric}"
+        rate = "-" if examples_per_second is None else f"{examples_per_second:,.0f}"
+        text = f"{step}/{self._steps}{spent} | {rate} ex/s | ETA {_clock(left)}{self._metric}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         else:

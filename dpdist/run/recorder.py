@@ -22,6 +22,8 @@ from dpdist.run.resume import Start
 
 #: So many steps in a row, and at least so many examples in them, without a single finite gradient end the run.
 _STEPS_WITHOUT, _EXAMPLES_WITHOUT = 3, 16
+#: Steps whose time is shown together, or more: a single step's tells the size of its sample.
+_TIMED_TOGETHER = 10
 
 
 class NothingToLearnError(RuntimeError):
@@ -56,6 +58,8 @@ class Recorder:
         self._started = self._logged = time.perf_counter()
         self._logged_step = self._done = self._start
         self.seconds_to_first_step = seconds_to_first_step
+        #: Of the last stretch of steps that were timed together; nothing before the first has ended.
+        self._timed: dict[str, float | None] = {"examples_per_second": None, "seconds": None}
         self._untold: dict[str, Any] = {"seconds_to_first_step": seconds_to_first_step}
         #: The last that was shown: of a committed checkpoint, so that no failed run can take it back.
         self.metrics: dict[str, float | None] = {}
@@ -164,14 +168,14 @@ class Recorder:
             )
 
     def _log(self) -> None:
-        """Write the public numbers of the steps since the last call."""
-        now = time.perf_counter()
-        rate = self._rate(self._done - self._logged_step, now - self._logged)
-        self._logged, self._logged_step = now, self._done
+        """Write the public numbers; those of time change once enough steps are timed together, and at the end."""
+        steps = self._done - self._logged_step
+        if steps >= _TIMED_TOGETHER or self._done == self._plan.steps:
+            now = time.perf_counter()
+            rate = self._rate(steps, now - self._logged)
+            self._timed = {"examples_per_second": rate, "seconds": now - self._started}
+            self._logged, self._logged_step = now, self._done
         spent = self.epsilon(self._done)
-        self._public.write(
-            {"step": self._done, "epsilon": spent, "examples_per_second": rate, "seconds": now - self._started}
-            | self._untold
-        )
+        self._public.write({"step": self._done, "epsilon": spent} | self._timed | self._untold)
         self._untold = {}
-        self._progress.update(self._done, spent, rate)
+        self._progress.update(self._done, spent, self._timed["examples_per_second"])

@@ -129,6 +129,9 @@ def _plan(options: argparse.Namespace) -> tuple[Phase, float, str, Member | None
 
     members, _, _ = read([path])
     member = members[0]
+    if member.kind == "search":
+        remedy = "is the best model of a search, whose bound is at one delta; these views are of one trial alone."
+        raise InputError("RUN", str(path), remedy)
     if len(members) > 1 or not member.charges.kept_to_plan:
         remedy = "is no single plan: its epsilon holds at its own delta alone (dpdist privacy compose), not as a curve."
         raise InputError("RUN", str(path), remedy)

@@ -77,6 +77,16 @@ def test_a_folder_beside_the_parts_is_not_left_out_in_silence(tmp_path: Path) ->
     assert len(open_dataset(opened(tmp_path, train="train", test="val")).train) == 5
 
 
+def test_a_linked_class_folder_is_read_and_a_link_within_one_is_refused(tmp_path: Path) -> None:
+    parts(tmp_path / "here")
+    (tmp_path / "here/train/cat").rename(tmp_path / "cats")
+    (tmp_path / "here/train/cat").symlink_to(tmp_path / "cats")
+    assert len(open_dataset(opened(tmp_path / "here")).train) == 5
+    (tmp_path / "here/train/dog/more").symlink_to(tmp_path / "cats")
+    with pytest.raises(InputError, match="a link to a folder within a class folder"):
+        open_dataset(opened(tmp_path / "here"))
+
+
 def test_parts_of_other_names_are_named_in_the_options(tmp_path: Path) -> None:
     parts(tmp_path)
     (tmp_path / "train").rename(tmp_path / "fold1")

@@ -13,6 +13,7 @@ from dpdist.joint.compose import compose
 from dpdist.joint.selection import SELECTION, Law, binding_orders, search_cost, trial_divergences
 from dpdist.mechanism.composition import Phase
 from dpdist.release.statement import SearchedFor, as_text, of_search
+from dpdist_launch.cli import main
 
 DELTA = 1e-5
 
@@ -77,3 +78,13 @@ def test_a_search_that_has_released_nothing_is_not_taken_for_free(tmp_path: Path
     (tmp_path / "search.json").write_text("{}")
     with pytest.raises(InputError, match="released no model"):
         compose([tmp_path])
+
+
+@pytest.mark.parametrize("view", ["curve", "gdp", "zcdp", "attack"])
+def test_no_view_of_one_trial_passes_for_one_of_the_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], view: str
+) -> None:
+    root = search_of(private_run(tmp_path / "a", steps=100), tmp_path / "s")
+    for path in (root, root / "best"):
+        assert main(["privacy", view, str(path)]) == 2
+        assert "the best model of a search" in capsys.readouterr().err

@@ -100,6 +100,11 @@ def test_a_search_that_goes_on_draws_nothing_again(search: Search) -> None:
     assert len({trial.name for trial in search.trials}) == search.number
 
 
+def test_a_trials_name_tells_nothing_of_its_place(search: Search, tmp_path: Path) -> None:
+    other = begin(tmp_path / "other")
+    assert not {trial.name for trial in search.trials} & {trial.name for trial in other.trials}
+
+
 def test_a_kill_before_anything_is_fixed_costs_no_second_draw(search: Search) -> None:
     search.description.unlink()
     again = begin(search.root)
@@ -212,14 +217,16 @@ def test_a_trial_that_fails_again_and_again_counts_as_the_worst(search: Search) 
 def test_the_best_of_what_ended_well_is_released_with_the_epsilon_of_the_search(
     search: Search, exported: list[Path]
 ) -> None:
-    bad = [
-        {"accuracy": None},
-        {"accuracy": math.nan},
+    results: list[dict[str, Any]] = [
         {"accuracy": 0.99, "guarantee": "void: parameters are not finite"},
+        {"accuracy": 0.5},
+        {"accuracy": 0.5},
+        {"accuracy": 0.4},
         {"accuracy": 0.99, "sigma": 0.9},
+        {"accuracy": math.nan},
     ]
-    for number, trial in enumerate(search.trials):
-        train(search, trial, **({"accuracy": 0.5} if number in (1, 2) else bad[number % 4]))
+    for trial, result in zip(search.trials, results, strict=True):
+        train(search, trial, **result)
     summary = best.release(search)
     assert exported == [search.trials[1].run.root], "the first of two that are as good"
     assert summary == json.loads(search.summary.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,15 @@ def test_a_search_for_which_no_guarantee_can_hold_is_refused(privacy: dict[str, 
     with pytest.raises(InputError) as caught:
         settle(question(privacy=privacy))
     assert words in str(caught.value)
+
+
+def test_a_registry_of_runs_is_not_charged_with_trials(tmp_path: Path) -> None:
+    """It would be charged too little where a search has a single trial."""
+    asked = question()
+    tree = config_module.to_dict(asked.config)
+    tree["run"] |= {"registry": str(tmp_path), "registry_dataset": "people"}
+    with pytest.raises(InputError, match="a search costs more than each of its trials"):
+        settle(replace(asked, config=config_module.from_dict(tree)))
 
 
 def test_the_target_is_that_of_the_search_and_noise_that_is_given_is_charged() -> None:

@@ -171,6 +171,13 @@ def test_frozen_matrices_are_kept_in_bfloat16(name: str) -> None:
     assert_exact(model, params, frozen, name, "auto")
 
 
+def test_adapters_of_which_none_trains_are_refused() -> None:
+    _, params, _ = adapted("gpt2")
+    with pytest.raises(InputError, match="no adapter of"):
+        frozen_paths(section("gpt2", lora=LORA, trainable=["norm/*"]), params)
+    assert "norm/scale" not in frozen_paths(section("gpt2", lora=LORA, trainable=["norm/*", "*lora_a"]), params)
+
+
 def test_a_short_format_is_refused_where_nothing_is_frozen() -> None:
     with pytest.raises(InputError, match="every parameter trains"):
         models.build(section("vit", frozen_dtype="bfloat16"), example=example_of("vit"), classes=tiny.CLASSES)

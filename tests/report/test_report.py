@@ -191,12 +191,15 @@ def test_names_and_values_cannot_become_code(tmp_path: Path) -> None:
         (["run", "--to", "no/such/page.html"], "--to = "),
         (["nothing", "--to", "page.html"], "RUN = "),
         (["run", "--to", "page.html", "--audit", "run/summary.json"], "--audit = "),
+        (["search", "--to", "page.html"], "its trials are private"),
     ],
 )
 def test_what_cannot_be_reported_is_named(
     given: list[str], field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_at(tmp_path / "run")
+    run_at(tmp_path / "search")
+    (tmp_path / "search/search.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     assert main(["report", *given]) == 2
     assert field in capsys.readouterr().err

@@ -203,6 +203,13 @@ def test_what_depends_on_the_sample_is_under_private_alone(secretive: Run) -> No
         "accuracy",
         "loss",
     }
+    first: dict[float | None, int] = {}
+    for record in secretive.metrics:
+        if "seconds" in record:
+            first.setdefault(record["seconds"], record["step"])
+    # With a record every second step, the clock is read after ten or more, and at the end.
+    assert list(first.values()) == [2, 10, secretive.summary["step"]]
+    assert next(iter(first)) is None
     realised = [record["examples"] for record in secretive.diagnostics]
     assert len(set(realised)) > 5  # a Poisson sample has no fixed size
     assert {"clipped", "not_finite", "norm_sum", "microbatches"} <= secretive.diagnostics[0].keys()
