@@ -8,6 +8,7 @@ on with no registry that lacks it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from dpdist.run.directory import write_atomically
 from dpdist.run.layout import RunPaths
 
 if TYPE_CHECKING:
+    from dpdist.joint.members import Member
     from dpdist.joint.registry import Registry
 
 #: Seconds to wait for others who write to the same registry.
@@ -86,13 +88,58 @@ def charge(config: Config, run: RunPaths, ledger: Ledger) -> None:
         _require_own_line(run, registry)
         record = charge_of(config, run.root, ledger, ledger.plans[-1])
         registry.require_room(record)
-        if registry.holds(record):
-            return
         if registry.delta is None:
             registry.append(header(where[1], delta=record["delta"], order=record["order"], budget=None))
-        digest = registry.append(record)
+        # Where it is charged already, the newest line there is: that must not be missed later either.
+        digest = registry.digests[-1] if registry.holds(record) else registry.append(record)
     note = {"registry": str(where[0].absolute()), "dataset": where[1], "line": digest}
     write_atomically(_note(run), json.dumps(note) + "\n", mode=0o600)
+
+
+def charge_spent(folder: Path, dataset: str, paths: Sequence[Path]) -> None:
+    """Charge runs, exports and sweeps that were trained without the registry, also beyond its budget: they are spent.
+
+    Raises:
+        InputError: one has no guarantee, no nonces, or another unit than the registry's runs; nothing is charged then.
+    """
+    from dpdist.joint.members import read
+    from dpdist.joint.registry import header, locked
+
+    members, _, _ = read(paths)
+    for member in members:
+        if member.kind == "search" or not member.nonces:
+            what = "the best of a search" if member.kind == "search" else "an export from before there were nonces"
+            raise InputError("--charge", str(member.path), f"is {what}, which a registry cannot count.")
+    with locked(folder, dataset, PATIENCE) as registry:
+        records = [_record_of(member) for member in members]
+        for record in records:
+            registry.require_unit(record)
+            if record["unit"] != records[0]["unit"]:
+                raise InputError("--charge", record["run_dir"], "is for another unit than the first; charge one unit.")
+        for record in records:
+            if registry.delta is None:
+                registry.append(header(dataset, delta=record["delta"], order=record["order"], budget=None))
+            if not registry.holds(record):
+                registry.append(record)
+
+
+def _record_of(member: Member) -> dict[str, Any]:
+    charges = member.charges
+    first = charges.first
+    return {
+        "record": "charge",
+        "run": next(iter(member.nonces)),
+        "run_dir": str(member.path.absolute()),
+        "delta": charges.delta,
+        "order": charges.order,
+        "unit": member.unit,
+        "dataset_size": member.dataset_size,
+        "first": [first.sampling_probability, first.noise_multiplier, first.steps],
+        "incarnations": [
+            [nonce, phase.sampling_probability, phase.noise_multiplier, phase.steps]
+            for nonce, phase in zip(member.nonces, charges.phases, strict=True)
+        ],
+    }
 
 
 def _note(run: RunPaths) -> Path:

@@ -194,13 +194,7 @@ class Registry:
         """
         if self.holds(record):
             return
-        for run in self.runs.values():
-            if run.unit != record["unit"]:
-                remedy = (
-                    f"the registry's runs promise to {run.unit}, this one to {record['unit']}; no joint epsilon covers "
-                    "both. Keep to one unit, or give the other one a registry_dataset and a budget of its own."
-                )
-                raise InputError("run.registry_dataset", self.dataset, remedy)
+        self.require_unit(record)
         if self.budget is None:
             return
         spent, with_it = self.cost(), Registry(self.folder, self.dataset)
@@ -213,6 +207,20 @@ class Registry:
                 "steps or more noise; who owns the data decides on the budget."
             )
             raise InputError("run.registry_dataset", self.dataset, remedy)
+
+    def require_unit(self, record: dict[str, Any]) -> None:
+        """Check that a run promises to the unit that those before it promise to.
+
+        Raises:
+            InputError: it does not.
+        """
+        for run in self.runs.values():
+            if run.unit != record["unit"]:
+                remedy = (
+                    f"the registry's runs promise to {run.unit}, this one to {record['unit']}; no joint epsilon covers "
+                    "both. Keep to one unit, or give the other one a registry_dataset and a budget of its own."
+                )
+                raise InputError("run.registry_dataset", self.dataset, remedy)
 
     def append(self, record: dict[str, Any]) -> str:
         """Add a line, durably; within `locked`. Returns its digest."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from dpdist.errors import InputError
@@ -48,6 +49,13 @@ def add_to(questions: Any) -> None:
     registry.add_argument("--create", metavar="NAME", help="make the registry of this dataset")
     registry.add_argument("--delta", type=float, help="of the joint guarantee; with --create")
     registry.add_argument("--budget", type=float, metavar="EPSILON", help="not to be passed; with --create (none)")
+    registry.add_argument(
+        "--charge",
+        nargs="+",
+        type=path_argument,
+        metavar="RUN",
+        help="with --dataset: charge runs, exports and sweeps that were trained without it, budget or not",
+    )
     registry.add_argument("--json", action="store_true", help="print one JSON object")
     registry.set_defaults(run=_registry)
 
@@ -66,15 +74,19 @@ def _compose(options: argparse.Namespace) -> int:
 
 
 def _registry(options: argparse.Namespace) -> int:
-    from dpdist.config import from_dict
+    from dpdist.joint.charging import charge_spent
     from dpdist.joint.registry import create, datasets, standing
 
     if options.create is not None:
         if options.delta is None:
             raise InputError("--delta", None, "--create needs it: the delta of the joint guarantee, such as 1e-5.")
-        run = {"registry": str(options.folder), "registry_dataset": options.create}
-        from_dict({"privacy": {"enabled": False}, "training": {"steps": 1}, "run": run})  # a name that a run can give
+        _require_plain(options.folder, options.create)
         create(options.folder, options.create, delta=options.delta, budget=options.budget)
+    if options.charge is not None:
+        if options.dataset is None:
+            raise InputError("--dataset", None, "--charge needs it: which data they were trained on.")
+        _require_plain(options.folder, options.dataset)
+        charge_spent(options.folder, options.dataset, options.charge)
     for name in ("delta", "budget"):
         if options.create is None and (value := getattr(options, name)) is not None:
             raise InputError(f"--{name}", value, "belongs to --create: the first line of a registry stays as it is.")
@@ -85,6 +97,13 @@ def _registry(options: argparse.Namespace) -> int:
     found = [standing(options.folder, name) for name in there if wanted in (None, name)]
     print(json.dumps({"datasets": found}) if options.json else "\n\n".join(map(_registry_text, found)))
     return 0
+
+
+def _require_plain(folder: Path, dataset: str) -> None:
+    """Check that a run could give this name."""
+    from dpdist.config.schema import Run
+
+    Run(registry=str(folder), registry_dataset=dataset)
 
 
 def _registry_text(found: dict[str, Any]) -> str:

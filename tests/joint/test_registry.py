@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from private_runs import more, private_run
+from private_runs import export_of, more, private_run
 
 from dpdist import config as config_module
 from dpdist.config import file as configfile
@@ -101,6 +101,27 @@ def test_a_budget_cannot_be_changed(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out)["datasets"][0]["budget"] == 3
 
 
+def test_what_was_trained_without_the_registry_is_charged_by_hand_once_and_beyond_the_budget(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create(tmp_path / "reg", "people", delta=1e-5, budget=0.01)
+    before = private_run(tmp_path / "before")
+    given = ["privacy", "registry", str(tmp_path / "reg"), "--charge", str(before)]
+    assert main([*given, str(export_of(before, tmp_path / "given")), "--dataset", "people", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["datasets"]
+    assert [run["steps"] for run in found["runs"]] == [100]
+    assert found["epsilon"] == alone() > found["budget"]
+    more(before, steps=150, sigma=3.0)
+    assert main([*given, "--dataset", "people"]) == 0
+    assert [run["steps"] for run in standing(tmp_path / "reg", "people")["runs"]] == [150]
+    assert main(given) == 2
+    assert main([*given, "--dataset", "../x"]) == 2
+    unit = private_run(tmp_path / "unit", data={"unit": "user", "records_per_unit": 2})
+    lines = (tmp_path / "reg" / "people.jsonl").read_bytes()
+    assert main(["privacy", "registry", str(tmp_path / "reg"), "--dataset", "people", "--charge", str(unit)]) == 2
+    assert (tmp_path / "reg" / "people.jsonl").read_bytes() == lines
+
+
 def test_added_steps_are_charged_and_a_former_plan_is_not_given_back(tmp_path: Path) -> None:
     run = registered(tmp_path / "a", tmp_path / "reg", done=False)
     charged(run)
@@ -140,6 +161,7 @@ def test_killed_at_any_byte_of_the_line_a_run_is_charged_once_when_it_is_started
         assert standing(tmp_path / "reg", "people")["torn"] == (len(before) < size < len(after))
         charged(run)
         assert path.read_bytes() == after, size
+        assert json.loads(note.read_text())["line"] == Registry(tmp_path / "reg", "people").digests[-1]
         if size < len(after):
             assert (tmp_path / "reg" / "people.head").read_text() == head
 
