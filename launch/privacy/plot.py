@@ -31,9 +31,8 @@ def plot_curves(path: Path, curves: Mapping[str, Curve], epsilon: float, delta: 
     axes = figure.add_subplot()
     for (name, found), color in zip(curves.items(), _COLORS, strict=False):
         axes.semilogy(found.epsilons, found.deltas, color=color, linewidth=1.8, label=f"for {name}")
-    axes.plot([epsilon], [delta], "o", color=_COLORS[0], markersize=5)
-    label = f"epsilon {rounded_up(epsilon)} at delta {delta:g}"  # to the left and below: the curve falls
-    axes.annotate(label, (epsilon, delta), textcoords="offset points", xytext=(-8, -14), ha="right")
+    label = f"epsilon {rounded_up(epsilon)} at delta {delta:g}"
+    axes.plot([epsilon], [delta], "o", color=_COLORS[0], markersize=5, label=label)
     least = delta * _BELOW
     ends = [min(float(found.epsilons[-1]), found.epsilon(least)) for found in curves.values()]
     axes.set_xlim(0, max(*ends, epsilon))
