@@ -18,7 +18,18 @@ from dpdist.cluster.world import World
 #: canary, at the usual delta too; `sampled step` the same with a random sample; `four steps` are composed; in `lowest
 #: bits` the canary is far too short to be seen but by a bit pattern.
 SETTINGS: tuple[tuple[Setting, int, int], ...] = (
-    (Setting(name="loud step", noise_multiplier=0.5, sampling_probability=1.0, steps=1, deltas=(0.1,)), 5000, 1000),
+    (
+        Setting(
+            name="loud step",
+            noise_multiplier=0.5,
+            sampling_probability=1.0,
+            steps=1,
+            deltas=(0.1,),
+            placement="fused",
+        ),
+        5000,
+        1000,
+    ),
     (
         Setting(
             name="one step",
@@ -40,6 +51,7 @@ SETTINGS: tuple[tuple[Setting, int, int], ...] = (
             steps=1,
             deltas=(0.05,),
             others="opposed",
+            assignment="balanced",
         ),
         4000,
         500,

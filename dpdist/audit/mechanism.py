@@ -60,6 +60,8 @@ class Setting:
     #: Parameters of each of the two leaves: fewer are faster, 4096 fill a block of noise, so that the second leaf has
     #: keys of its own.
     width: int = 64
+    placement: Literal["designated", "fused"] = "designated"
+    assignment: Literal["chunks", "balanced"] = "chunks"
     #: N, the canary included.
     records: int = 8
     physical_batch_size: int = 4
@@ -75,8 +77,12 @@ class Setting:
                     "noise_multiplier": self.noise_multiplier,
                     "delta": delta,
                     "allow_large_delta": True,
+                    "noise_placement": self.placement,
                 },
-                "sampling": {"expected_batch_size": self.sampling_probability * self.records},
+                "sampling": {
+                    "expected_batch_size": self.sampling_probability * self.records,
+                    "assignment": self.assignment,
+                },
                 "training": {"steps": self.steps, "physical_batch_size": self.physical_batch_size},
             }
         )

@@ -12,6 +12,7 @@ from typing import Any
 import compiled
 import pytest
 
+from dpdist.audit.checks import SETTINGS, TRAININGS
 from dpdist_launch import audit, cli
 
 #: What the tests have compiled before is not compiled again.
@@ -55,6 +56,13 @@ def test_the_mechanism_is_audited_in_two_processes(
     assert [(check["name"], check["delta"]) for check in checks] == [("one step", 0.05), ("one step", 1e-5)]
     assert all(check["evidence"]["runs"] == [20, 20] for check in checks)
     assert "not refuted" in capfd.readouterr().err
+
+
+def test_the_page_names_every_check_and_bug() -> None:
+    page = (Path(__file__).parents[2] / "docs/audit.md").read_text()
+    names = [setting.name for setting, _, _ in SETTINGS] + [plan.name for plan in TRAININGS]
+    assert [name for name in names if f"`{name}`" not in page] == []
+    assert page.count("| 1.57 |") + page.count("| 0.74 |") + page.count("| 1.43 |") + page.count("| 3.82 |") == 11
 
 
 def test_a_refuted_claim_is_said_plainly_and_gives_exit_code_1(

@@ -1,4 +1,7 @@
-"""Ten planted bugs, each caught by the audit: epsilon is more than the accountant claims, at the audit's confidence."""
+"""Ten planted bugs, each caught by the audit: epsilon is more than the accountant claims, at the audit's confidence.
+
+With `-s` the figures of docs/audit.md are printed.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +51,13 @@ def audited(name: str, runs: int, *, devices: int = 1, width: int = 64) -> Check
     return next(checks.check_setting(setting, alone(devices), runs=runs, confidence=CONFIDENCE))
 
 
+def shown(what: str, check: Check) -> Check:
+    """The check, printed."""
+    said = f"epsilon is at least {check.epsilon_lower:.2f}, claimed {check.epsilon_claimed:.2f}, delta {check.delta:g}"
+    print(f"\n{what}: {check.name}, {said}, {check.evidence}")
+    return check
+
+
 def trained(name: str, folder: Path) -> Check:
     """A training of the audit."""
     plan = next(plan for plan in checks.TRAININGS if plan.name == name)
@@ -80,18 +90,18 @@ def test_a_bug_of_the_mechanism_is_caught(
     if plant is planted.clipping_after_averaging:  # or the self-test of a run would refuse it
         monkeypatch.setattr(build, "require_guards", lambda *_, **__: None)
     width = SETTINGS[setting].width if plant is planted.one_key_for_two_leaves else 64
-    check = audited(setting, runs, devices=devices, width=width)
+    check = shown(plant.__name__, audited(setting, runs, devices=devices, width=width))
     assert check.epsilon_lower > check.epsilon_claimed, check
 
 
 def test_noise_that_is_reused_when_a_run_goes_back_is_caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     planted.noise_reused_on_resume(monkeypatch)
-    check = trained("went back", tmp_path)
+    check = shown("noise_reused_on_resume", trained("went back", tmp_path))
     assert check.epsilon_lower > check.epsilon_claimed, check
 
 
 def test_without_a_bug_the_bound_is_over_half_of_the_claim_and_not_beyond_it() -> None:
-    check = audited("loud step", 1000)
+    check = shown("no bug", audited("loud step", 1000))
     assert 0.5 * check.epsilon_claimed < check.epsilon_lower < check.epsilon_claimed, check
 
 
