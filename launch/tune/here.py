@@ -33,7 +33,7 @@ def run_here(search: Search, *, at_once: int, processes: int | None, searching: 
         searching: called again and again meanwhile.
 
     Raises:
-        InputError: a trial was refused before it trained; the others were asked to save and stop.
+        InputError: a trial was refused for bad input; the others were asked to save and stop.
     """
     running: dict[str, tuple[Trial, subprocess.Popen[bytes]]] = {}
     waiting = search.left()
@@ -66,8 +66,9 @@ def run_here(search: Search, *, at_once: int, processes: int | None, searching: 
         raise InputError(
             "CONFIG",
             str(search.question.config.run.dir),
-            f"a trial was refused before it trained; the end of {_output(search, refused)} says why. Whoever reads on "
-            "there is not covered by the bound of the search. Once it is mended, the same command goes on.",
+            f"a trial was refused; the end of {_output(search, refused)} says why. Whoever reads on there is not "
+            "covered by the bound of the search. Mend it and give the same command again; where that takes another "
+            "config or other code, name a new --run-dir.",
         )
     return not asked
 

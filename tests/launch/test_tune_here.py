@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.dp_event import RepeatAndSelectDpEvent
 from dp_accounting.rdp import RdpAccountant
 from jobs import STEPS, Jobs, children, lines, wait_for
-from searches import begun, keep_secret, tune
+from searches import begin, begun, keep_secret, question, tune
 
+from dpdist.errors import InputError
 from dpdist.joint.selection import Law
 from dpdist.mechanism.accounting import ORDERS
-from dpdist_launch.tune.search import open_directory
+from dpdist_launch.tune import here
+from dpdist_launch.tune.best import release
+from dpdist_launch.tune.here import run_here
+from dpdist_launch.tune.search import ATTEMPTS, open_directory
 
 
 def by_dp_accounting(search: dict[str, Any], delta: float) -> float:
@@ -93,3 +99,24 @@ def test_a_search_that_is_asked_to_stop_saves_and_says_so(jobs: Jobs) -> None:
     assert "the same command goes on" in ended.err
     assert begun(root)[0].summary["status"] == "preempted"
     assert lines(root / "private/trials.jsonl")[-1]["record"] == "ledger", "a stop is no failure"
+
+
+def test_trials_that_fail_are_tried_again_and_those_that_are_refused_end_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trials_end_with(code: int) -> None:
+        monkeypatch.setattr(here, "DPDIST", (sys.executable, "-c", f"print('why'); raise SystemExit({code})"))
+
+    keep_secret(open_directory(tmp_path / "s"), law=question().law, number=2)
+    search = begin(tmp_path / "s")
+    trials_end_with(2)
+    with pytest.raises(InputError, match="a trial was refused"):
+        run_here(search, at_once=1, processes=None, searching=lambda: None)
+    assert len(search.left()) == 2, "what was refused is no result"
+    trials_end_with(1)
+    assert run_here(search, at_once=2, processes=None, searching=lambda: None)
+    assert search.left() == []
+    assert [record["record"] for record in lines(search.private / "trials.jsonl")].count("failed") == 2 * ATTEMPTS
+    outputs = [file.read_text() for file in (search.private / "output").iterdir()]
+    assert sorted(outputs) == ["why\n" * ATTEMPTS, "why\n" * (ATTEMPTS + 1)]
+    assert release(search)["best"] is None
