@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,9 +48,8 @@ def run(options: argparse.Namespace) -> int:
     told = [read_run(root, private=options.private) for root in roots]
     together = _together(options.runs) if len(told) > 1 else None
     title = options.title or (told[0].name if len(told) == 1 else ", ".join(each.name for each in told))
-    write_atomically(options.to, page(told, title=title, together=together, audit=audit))
-    if options.private:
-        options.to.chmod(0o600)
+    text = page(told, title=title, together=together, audit=audit)
+    write_atomically(options.to, text, mode=0o600 if options.private else 0o644)
     print(json.dumps({"to": str(options.to), "runs": len(told), "private": options.private}), file=sys.stdout)
     return 0
 
@@ -61,11 +61,11 @@ def _runs_of(given: Path) -> list[Path]:
         raise InputError("RUN", str(given), remedy)
     try:
         asked = json.loads((given / "sweep.json").read_text())["asked"]
+        points = [given / point["name"] for points in asked for point in points]
     except FileNotFoundError:
         return [given]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError("RUN", str(given), "its sweep.json is not whole; name its points one by one.") from None
-    points = [given / point["name"] for points in asked for point in points]
     begun = [point for point in points if (point / "ledger.jsonl").exists()]
     if not begun:
         raise InputError("RUN", str(given), "no point of this sweep has begun.")
@@ -85,7 +85,10 @@ def _together(given: Sequence[Path]) -> dict[str, Any] | str:
 def _audit(file: Path) -> dict[str, Any]:
     try:
         told = json.loads(file.read_text())
-        return {name: float(told[name]) for name in ("epsilon_lower", "epsilon_claimed", "confidence")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = f"is not what `dpdist audit --json` prints ({type(error).__name__}: {error})."
+        numbers = {name: float(told[name]) for name in ("epsilon_lower", "epsilon_claimed", "confidence")}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        remedy = f"is not what `dpdist audit --json` prints ({type(error).__name__})."
         raise InputError("--audit", str(file), remedy) from None
+    if not all(math.isfinite(value) and value >= 0 for value in numbers.values()) or not 0 < numbers["confidence"] < 1:
+        raise InputError("--audit", str(file), "its numbers are none that `dpdist audit` prints.")
+    return numbers

@@ -2,7 +2,7 @@
 
 Each coordinate is round(Z1) + round(Z2) + round(Z3) of independent normals: Z1 and Z2 have half of the variance each,
 and Z3 a standard deviation of 2^20 units, which is next to nothing. In law, round(Z1) + round(Z2) added to an integer S
-is round(S + Z + U) with Z normal and U uniform in [-1/2, 1/2], up to e^(-2 pi^2 s^2) for a standard deviation of s
+is round(S + Z + U) with Z normal and U uniform in [-1/2, 1/2], up to e^(-pi^2 s^2 / 2) for Z's standard deviation of s
 units: post-processing of the exact Gaussian mechanism. So every integer in range can come out, with the right
 probability, whatever S is. That is not so where (each was tried, and can be told from a Gaussian)
 - a float32 draw is multiplied by its scale: up to 14% of the float32 numbers can then not come out at all;

@@ -20,6 +20,9 @@ from dpdist.run.curves import Curves, curves_of
 from dpdist.run.layout import RunPaths
 from dpdist.run.summary import exposed_secret, guarantee
 
+#: Of a summary, what the page shows as numbers.
+_NUMBERS = ("step", "examples_per_second", "devices", "seconds_to_first_step", "tflops_per_device", "mfu")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
@@ -96,14 +99,31 @@ def _alike(value: Any, default: Any) -> bool:
 def _summary(paths: RunPaths, problems: list[str]) -> dict[str, Any]:
     try:
         summary = json.loads(paths.summary.read_text())
-        if isinstance(summary, dict):
-            return summary
+        if _is_whole(summary):
+            return dict(summary)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         pass
     problems.append("summary.json is not whole, and was left aside.")
     return {}
+
+
+def _is_whole(summary: Any) -> bool:
+    """Whether what the page shows of a summary has the types that it is written with."""
+    if not isinstance(summary, dict):
+        return False
+    metrics, time = summary.get("metrics", {}), summary.get("goodput")
+    if not isinstance(metrics, dict) or not isinstance(summary.get("guarantee", ""), str):
+        return False
+    numbers = [*metrics.values(), *(summary.get(name) for name in _NUMBERS)]
+    if time is not None:
+        if not isinstance(time, dict) or not isinstance(time.get("shares"), dict) or "queue_hours" not in time:
+            return False
+        numbers += [*time["shares"].values(), time.get("node_hours"), time["queue_hours"]]
+        if not set(goodput.PHASES) <= time["shares"].keys():
+            return False
+    return all(value is None or isinstance(value, int | float) for value in numbers)
 
 
 def _statement(paths: RunPaths, config: Config, *, step: int, problems: list[str]) -> dict[str, Any] | None:

@@ -82,6 +82,8 @@ def read(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            continue
         if "incarnation" in record:
             records = {key: kept for key, kept in records.items() if key[0] <= record["step"]}
         else:

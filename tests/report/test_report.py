@@ -206,14 +206,43 @@ def test_what_cannot_be_reported_is_named(
     assert not (tmp_path / "page.html").exists()
 
 
-@pytest.mark.parametrize(("lower", "words"), [(1.5, "No contradiction found"), (2.5, "THE CLAIM IS REFUTED")])
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("summary.json", '{"metrics": 3}'),
+        ("summary.json", '{"mfu": "a"}'),
+        ("summary.json", '{"goodput": {"shares": {}}}'),
+        ("summary.json", "[" * 100_000),
+        ("metrics.jsonl", '[1]\n{"step": "x"}\n3\n'),
+        ("events.jsonl", '[1]\n{"event": 3}\n'),
+    ],
+)
+def test_files_that_somebody_has_edited_are_left_aside(file: str, text: str, tmp_path: Path) -> None:
+    run = run_at(tmp_path / "run")
+    (run / file).write_text(text)
+    page = report(run, "--to", tmp_path / "page.html")
+    assert ("summary.json is not whole" in page.text) == (file == "summary.json")
+
+
+@pytest.mark.parametrize("asked", ['{"asked": 3}', '{"asked": [[{"nam": 1}]]}', "[" * 100_000])
+def test_a_sweep_that_is_not_whole_is_named(asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sweep.json").write_text(asked)
+    assert main(["report", str(tmp_path), "--to", str(tmp_path / "page.html")]) == 2
+    assert "sweep.json is not whole" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("lower", "words"), [(1.5, "can refute a guarantee"), (2.5, "claims are refuted")])
 def test_an_audit_is_shown_for_what_it_is(lower: float, words: str, tmp_path: Path) -> None:
     run = run_at(tmp_path / "run")
     audit = {"epsilon_lower": lower, "epsilon_claimed": 2.0, "confidence": 0.95, "more": []}
     (tmp_path / "audit.json").write_text(json.dumps(audit))
     page = report(run, "--audit", tmp_path / "audit.json", "--to", tmp_path / "page.html")
     assert words in page.text
+    assert ("claims are refuted" in page.text) == (lower > 2)
     assert "confidence 95%" in page.text
+    assert "not this run's" in page.text
+    (tmp_path / "audit.json").write_text(json.dumps(audit | {"epsilon_claimed": math.nan}))
+    assert main(["report", str(run), "--audit", str(tmp_path / "audit.json"), "--to", str(tmp_path / "x.html")]) == 2
 
 
 @pytest.mark.parametrize("mu", [0.2, 1.0, 3.0])
