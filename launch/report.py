@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     roots = list(dict.fromkeys(root for given in options.runs for root in _runs_of(given)))
     told = [read_run(root, private=options.private) for root in roots]
     together = _together(options.runs) if len(told) > 1 else None
-    title = options.title or (told[0].name if len(told) == 1 else ", ".join(each.name for each in told))
+    title = options.title or ", ".join(dict.fromkeys(given.resolve().name for given in options.runs))
     text = page(told, title=title, together=together, audit=audit)
     write_atomically(options.to, text, mode=0o600 if options.private else 0o644)
     print(json.dumps({"to": str(options.to), "runs": len(told), "private": options.private}), file=sys.stdout)

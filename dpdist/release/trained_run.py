@@ -50,6 +50,8 @@ def load_run(root: Path) -> TrainedRun:
         InputError: there is no run, no checkpoint of one, or the newest is damaged.
     """
     run_dir, run = str(root), RunDirectory(root)
+    if (root / "sweep.json").exists():
+        raise InputError("run_dir", run_dir, "is a sweep; name one of its points, a folder in it.")
     if not run.config.exists():
         raise InputError("run_dir", run_dir, f"holds no run (no config.yaml) and no export (no {MODEL}).")
     ledger = _ledger(run)

@@ -29,8 +29,10 @@ class Told:
     """A run, as far as its files tell."""
 
     name: str
-    #: The summary's status, or how the newest part ended.
+    #: The summary's status, or how the newest part ended; `not ended` where it did not say.
     state: str
+    #: Steps taken, as far as it was told.
+    step: int
     #: `holds`, or why it does not.
     guarantee: str
     #: As `dpdist.release.statement.statement`; None where the ledger does not tell.
@@ -64,7 +66,8 @@ def read_run(root: Path, *, private: bool = False) -> Told:
     summary, told = _summary(paths, problems), events.read(paths.events)
     curves = curves_of(root)
     steps = [step for points in (curves.epsilon, curves.throughput, *curves.tested.values()) for step, _ in points]
-    facts = _statement(paths, config, step=summary.get("step", max(steps, default=0)), problems=problems)
+    step = int(summary.get("step") or max(steps, default=0))
+    facts = _statement(paths, config, step=step, problems=problems)
     holds = exposed_secret(paths) or str(summary.get("guarantee") or guarantee(config, finite=True))
     if facts is None and holds.startswith("holds"):
         holds = "unknown: what the run is charged cannot be read"
@@ -78,7 +81,8 @@ def read_run(root: Path, *, private: bool = False) -> Told:
     }
     return Told(
         name=root.resolve().name,
-        state=str(summary.get("status") or events.how_it_ended(told)),
+        state=str(summary.get("status") or _ending(told)),
+        step=step,
         guarantee=holds,
         statement=facts,
         summary=summary,
@@ -90,6 +94,11 @@ def read_run(root: Path, *, private: bool = False) -> Told:
         problems=problems,
         private=diagnose.read(root) if private else None,
     )
+
+
+def _ending(told: list[dict[str, Any]]) -> str:
+    ended = events.how_it_ended(told)
+    return "not ended" if ended == "interrupted" else ended  # from the files alone it may be under way
 
 
 def _alike(value: Any, default: Any) -> bool:

@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 from dpdist.joint.compose import rounded_up
+from dpdist.joint.views import curve
+from dpdist.mechanism.composition import Phase
 
 #: A share of absent records that an attacker wrongly accuses, for which the share of present ones he finds is told.
 WRONGLY_ACCUSED = 0.01
@@ -23,6 +25,15 @@ def true_positive_rate(epsilon: float, delta: float, false_positive_rate: float)
     return min(1.0, grown, shrunk)
 
 
+def _found(facts: dict[str, Any]) -> float:
+    """The share of present ones that any test finds: by the curve of delta over epsilon where there is one plan."""
+    stated = true_positive_rate(facts["epsilon"], facts["delta"], WRONGLY_ACCUSED)
+    if len(facts["incarnations"]) != 1:
+        return stated
+    plan = Phase(facts["sampling_probability"], facts["noise_multiplier"], facts["steps"])
+    return min(stated, curve(plan).true_positive_rate(WRONGLY_ACCUSED))
+
+
 def meaning(facts: dict[str, Any]) -> list[str]:
     """Sentences on the statement of a run whose guarantee holds.
 
@@ -31,7 +42,7 @@ def meaning(facts: dict[str, Any]) -> list[str]:
     """
     epsilon, delta = facts["epsilon"], facts["delta"]
     unit = "record" if facts["unit"].startswith("one training record") else "unit (named below)"
-    found = true_positive_rate(epsilon, delta, WRONGLY_ACCUSED)
+    found = _found(facts)
     said = [
         f"Whatever anybody concludes from what was released is at most {rounded_up(math.exp(min(epsilon, 700.0)))} "
         f"times as likely as it would have been without any single {unit}, but for a probability of {delta:g}.",

@@ -136,12 +136,15 @@ def opening_line(plan: Plan, world: World, *, insecure: bool) -> str:
     return text
 
 
-def going_on(step: int, steps: int, ended: str) -> str:
+def going_on(step: int, steps: int, ended: str, *, taken: bool) -> str:
     """From which step a run goes on, and why.
 
     Args:
+        taken: whether there is a checkpoint to go on from.
         ended: how the part before ended, by `events.how_it_ended`.
     """
+    if not taken:
+        return f"dpdist: begins at step {step} of {steps}: the start before ended without a checkpoint"
     why = {
         "preempted": "the part before was told to leave there",
         "failed": "the part before failed, and this is its newest checkpoint",

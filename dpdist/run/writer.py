@@ -116,8 +116,9 @@ class RunWriter:
             self._tell("start", **here)
         else:
             number = events.restarts(before) + 1
-            say(going_on(self._step, start.plan.steps, events.how_it_ended(before)))
-            self._tell("resume", **here, restarts=number, after=events.how_it_ended(before))
+            ended = events.how_it_ended(before)
+            say(going_on(self._step, start.plan.steps, ended, taken=start.step is not None))
+            self._tell("resume", **here, restarts=number, after=ended)
 
     def start_recording(self, start: Start, speed: Callable[[float], dict[str, float | None]]) -> None:
         """Open the metrics; throughput is measured from here on.

@@ -41,6 +41,8 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the log; with `--follow` until the run ends or Ctrl-C."""
     paths = RunPaths(options.run_dir)
+    if (paths.root / "sweep.json").exists():
+        raise InputError("RUN", str(paths.root), "is a sweep; name one of its points, which `dpdist status` lists.")
     if not is_run(paths.root):
         raise InputError("RUN", str(paths.root), "holds no run; `dpdist status` lists those in a folder.")
     here = ranks.read(paths.ranks)

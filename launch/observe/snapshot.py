@@ -82,6 +82,8 @@ def look(root: Path, slurm: Answer) -> Snapshot:
 
 def is_run(root: Path) -> bool:
     """Whether a directory holds a run, or one that never began."""
+    if (root / "sweep.json").exists() or (root / "search.json").exists():  # these have a private part, too
+        return False
     run = RunPaths(root)
     return run.ledger.exists() or run.private.is_dir() or (run.config.exists() and run.checkpoints.is_dir())
 

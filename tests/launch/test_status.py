@@ -192,6 +192,8 @@ def test_folders_of_runs_within_a_folder_are_opened(tmp_path: Path, capsys: pyte
     write_run(tmp_path / "single", step=100, status="finished")
     write_run(tmp_path / "sweep/lr-1", step=40)
     write_run(tmp_path / "sweep/lr-2", step=20)
+    (tmp_path / "sweep/private").mkdir()  # of its jobs' files
+    (tmp_path / "sweep/sweep.json").write_text("{}")
     assert main(["status", str(tmp_path)]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["RUN", "single", "sweep/lr-1", "sweep/lr-2"]

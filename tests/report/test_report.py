@@ -15,6 +15,7 @@ from private_runs import private_run
 from scipy.stats import norm
 
 from dpdist.joint.compose import compose
+from dpdist.mechanism.accounting import epsilon as computed
 from dpdist.mechanism.ledger import Ledger
 from dpdist.report.charts import COLOURS, over_steps
 from dpdist.report.words import meaning, true_positive_rate
@@ -256,9 +257,30 @@ def test_no_test_of_a_gaussian_mechanism_finds_more_than_the_words_say(mu: float
     assert true_positive_rate(0.0, 0.0, 0.01) == pytest.approx(0.01)
 
 
+def test_what_an_attacker_finds_is_told_by_the_curve_as_dpdist_privacy_attack_does() -> None:
+    plan = {"noise_multiplier": 1.0, "sampling_probability": 1.0, "steps": 1}
+    spent = computed(**plan, delta=1e-5)
+    facts = plan | {"epsilon": spent.epsilon, "delta": 1e-5, "unit": "one training record", "incarnations": [{}]}
+    share = float(meaning(facts)[1].rsplit("at most ")[1].split("%")[0]) / 100
+    exact = norm.cdf(1 - norm.isf(0.01))  # of one Gaussian step: the best test is known
+    assert exact <= share <= exact * 1.02
+    assert share < true_positive_rate(spent.epsilon, 1e-5, 0.01) / 3
+
+
+def test_a_run_that_has_not_ended_is_told_as_that(tmp_path: Path) -> None:
+    run = run_at(tmp_path / "run")
+    RunPaths(run).summary.unlink()
+    events = RunPaths(run).events
+    events.write_text("".join(events.read_text().splitlines(keepends=True)[:-1]))
+    page = report(run, "--to", tmp_path / "page.html")
+    assert "not ended" in page.text
+    assert "100 of 100" in page.text, "the step of the newest metrics"
+
+
 @pytest.mark.parametrize(("epsilon", "word"), [(0.5, "strong"), (8.0, "usual"), (50.0, "WEAK")])
 def test_the_words_fit_the_number(epsilon: float, word: str) -> None:
-    said = " ".join(meaning({"epsilon": epsilon, "delta": 1e-5, "unit": "one training record, not one person"}))
+    facts = {"epsilon": epsilon, "delta": 1e-5, "unit": "one training record, not one person", "incarnations": [{}, {}]}
+    said = " ".join(meaning(facts))
     assert word in said
     assert [other in said for other in ("strong", "usual", "WEAK")].count(True) == 1
 
