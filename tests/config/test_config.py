@@ -169,8 +169,9 @@ def test_a_home_directory_is_expanded_in_every_path(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    paths = {"run.dir", "data.path", "cluster.compilation_cache"}
-    found = config.flatten(configfile.load(file, [f"{name}=~/there" for name in paths]))
+    paths = {"run.dir", "data.path", "cluster.compilation_cache", "run.registry"}
+    given = [*(f"{name}=~/there" for name in paths), "run.registry_dataset=mine"]
+    found = config.flatten(configfile.load(file, given))
     assert {name: found[name] for name in paths} == dict.fromkeys(paths, f"{tmp_path}/home/there")
     assert config.Run(dir="~/there").dir == f"{tmp_path}/home/there"
     assert config.Run(dir=Path("~/there")).dir == f"{tmp_path}/home/there"
