@@ -51,6 +51,7 @@ _MORE = {
     "run.dir": (KEPT, "it names the run: another directory holds another one"),
     "run.registry": (KEPT, "refused for a run that is charged to another one"),
     "run.registry_dataset": (KEPT, "refused for a run that is charged to another"),
+    "run.trial": (KEPT, "but a trial stays one, by its ledger"),
 }
 
 _HEAD = """\

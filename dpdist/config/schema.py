@@ -340,6 +340,8 @@ class Run(Section):
     registry: Annotated[str | None, IsPath()] = None
     #: What the registry calls the dataset.
     registry_dataset: str | None = None
+    #: Set by `dpdist tune` for the trials of a search: then no guarantee holds for the run by itself.
+    trial: bool = False
 
     def check_together(self) -> None:
         both = (self.registry is None) == (self.registry_dataset is None)

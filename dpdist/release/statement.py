@@ -15,7 +15,7 @@ from dpdist.joint.members import unit_name
 from dpdist.joint.selection import SELECTION, stated_cost
 from dpdist.mechanism.composition import ADAPTIVE, Phase, charged_phases, phase_of, total_cost
 from dpdist.mechanism.ledger import Ledger, Plan
-from dpdist.run.summary import guarantee
+from dpdist.run.summary import OF_TRIAL, guarantee
 
 
 def within_products(physical: int) -> float:
@@ -113,6 +113,8 @@ class SearchedFor:
     #: What epsilon was computed from: `distribution`, `expected_trials` and `shape` of the number of trials; q, sigma
     #: and T of a `trial` whose Renyi divergence no trial exceeds at `orders`; `epsilon_of_one_trial`; `metric`.
     record: Mapping[str, Any]
+    #: `holds`, or what else is to be said; a trial that has one of its own to tell of, such as void, keeps that.
+    guarantee: str
 
 
 def of_search(facts: dict[str, Any], searched: SearchedFor) -> dict[str, Any]:
@@ -127,6 +129,7 @@ def of_search(facts: dict[str, Any], searched: SearchedFor) -> dict[str, Any]:
         raise ValueError(f"the search states epsilon {searched.epsilon:.6g}, but it costs {cost.epsilon:.6g}")
     rest = [item for item in facts["not_covered"] if item != _CHOSEN]
     return facts | {
+        "guarantee": searched.guarantee if facts["guarantee"] == OF_TRIAL else facts["guarantee"],
         "epsilon": searched.epsilon,
         "delta": searched.delta,
         "accountant": SELECTION,
@@ -163,7 +166,7 @@ def statement(config: Config, ledger: Ledger, *, step: int, finite: bool) -> dic
     plan, first = ledger.plans[-1], ledger.plans[0]
     record = plan.to_record()
     facts = {
-        "guarantee": guarantee(config, finite=finite),
+        "guarantee": guarantee(config, ledger.plans, finite=finite),
         "epsilon": record["epsilon"],
         "delta": record["delta"],
         "accountant": record["accountant"],

@@ -68,7 +68,8 @@ def read_run(root: Path, *, private: bool = False) -> Told:
     steps = [step for points in (curves.epsilon, curves.throughput, *curves.tested.values()) for step, _ in points]
     step = int(summary.get("step") or max(steps, default=0))
     facts = _statement(paths, config, step=step, problems=problems)
-    holds = exposed_secret(paths) or str(summary.get("guarantee") or guarantee(config, finite=True))
+    own = guarantee(config, finite=True) if facts is None else str(facts["guarantee"])
+    holds = exposed_secret(paths) or str((own.startswith("holds") and summary.get("guarantee")) or own)
     if facts is None and holds.startswith("holds"):
         holds = "unknown: what the run is charged cannot be read"
     clock = goodput.read(paths.goodput)

@@ -16,6 +16,7 @@ from dpdist.mechanism.composition import ADAPTIVE, Phase, charged_phases, phase_
 from dpdist.mechanism.grid import choose_grid
 from dpdist.mechanism.ledger import Ledger, Plan, PrivacyTerms
 from dpdist.run import calibration
+from dpdist.run.summary import TRIAL, is_trial
 
 
 def plan_run(config: Config, *, dataset_size: int, coordinates: int, nonce: bytes, environment: str) -> Plan:
@@ -28,6 +29,7 @@ def plan_run(config: Config, *, dataset_size: int, coordinates: int, nonce: byte
         InputError: q > 1, delta >= 1/N, or a budget that no noise (or not even one step) can meet.
     """
     plan = _plain_plan(config, dataset_size=dataset_size, coordinates=coordinates, nonce=nonce, environment=environment)
+    plan = dataclasses.replace(plan, reasons=[TRIAL] * config.run.trial)
     return _with_privacy(plan, config) if config.privacy.enabled else plan
 
 
@@ -51,7 +53,7 @@ def plan_incarnation(
         _plain_plan(config, dataset_size=dataset_size, coordinates=coordinates, nonce=nonce, environment=environment),
         incarnation=len(ledger.plans),
         start=start,
-        reasons=list(reasons),
+        reasons=[TRIAL] * is_trial(ledger.plans) + list(reasons),
     )
     if plan.steps_asked <= start:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ from dpdist.config import Config
 from dpdist.mechanism.ledger import Plan
 from dpdist.run import goodput
 from dpdist.run.layout import RunPaths
+
+#: Among the reasons of every incarnation of a trial, so that its ledger says what it is, whatever becomes of its config
+#: and of the directory that it is in.
+TRIAL = "it is a trial of a search"
+#: What holds for a trial: the search has chosen among many, and what was chosen shows something of the others.
+OF_TRIAL = "none by itself: a trial of a search, of which only what `dpdist tune` has released is covered"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +93,16 @@ def summarise(config: Config, plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "incarnation": plan.incarnation,
         "incarnation_reasons": list(plan.reasons),
         "charged_steps": outcome.charged_steps,
-        "guarantee": guarantee(config, finite=outcome.finite),
+        "guarantee": guarantee(config, [plan], finite=outcome.finite),
         "params_sha256": outcome.params_sha256,
     }
 
 
-def guarantee(config: Config, *, finite: bool) -> str:
+def guarantee(config: Config, plans: Sequence[Plan] = (), *, finite: bool) -> str:
     """`holds`, or why it does not.
 
     Args:
+        plans: what the run's ledger holds, or the newest of it.
         finite: whether the released parameters hold neither NaN nor infinity. Training that diverges may end in such
             ones under a guarantee that holds, as post-processing of noisy sums; but so does a record whose gradient
             got past the bound C, which finite noise cannot hide, and from the parameters nobody can tell which it was.
@@ -105,9 +113,16 @@ def guarantee(config: Config, *, finite: bool) -> str:
         return "void: privacy.insecure_seed makes sampling and noise known to everyone"
     if not finite:
         return "void: parameters are not finite, and whether a single record made them so cannot be told"
+    if config.run.trial or is_trial(plans):
+        return OF_TRIAL
     if config.privacy.allow_large_delta:
         return "holds, but privacy.allow_large_delta lets delta reach 1/N: a random record may be published outright"
     return "holds"
+
+
+def is_trial(plans: Sequence[Plan]) -> bool:
+    """Whether a ledger with these plans is that of a trial of a search."""
+    return any(TRIAL in plan.reasons for plan in plans)
 
 
 def exposed_secret(run: RunPaths) -> str | None:
@@ -129,6 +144,8 @@ def opening_line(plan: Plan, world: World, *, insecure: bool) -> str:
         f"; noise multiplier {plan.privacy.noise_multiplier:.4g}, clip norm {plan.privacy.clip_norm:g}: "
         f"epsilon {plan.privacy.epsilon:.4g} at delta {plan.privacy.delta:g}"
     )
+    if is_trial([plan]):
+        text += ", by itself; it is a trial of a search, and what that costs is in its search.json"
     if plan.steps < plan.steps_asked:
         text += f"; the budget ends before the {plan.steps_asked} steps asked for"
     if insecure:

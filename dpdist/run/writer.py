@@ -37,7 +37,7 @@ from dpdist.run.progress import say
 from dpdist.run.ranks import Ranks
 from dpdist.run.recorder import NothingToLearnError, Recorder
 from dpdist.run.resume import Start
-from dpdist.run.summary import Outcome, closing_line, going_on, summarise
+from dpdist.run.summary import TRIAL, Outcome, closing_line, going_on, summarise
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +95,10 @@ class RunWriter:
         """
         self._lease.check()
         self.ledger.begin(start.plan)  # first: a config without its incarnation would hide what changed
-        if start.fresh and start.plan.reasons:
+        if start.fresh and (reasons := [reason for reason in start.plan.reasons if reason != TRIAL]):
             say(
                 f"dpdist: incarnation {start.plan.incarnation} begins at step {start.plan.start}, with fresh samples "
-                f"and noise, since {'; '.join(start.plan.reasons)}. What was taken before stays charged."
+                f"and noise, since {'; '.join(reasons)}. What was taken before stays charged."
             )
         if start.step is not None:
             checkpoints.synchronise(start.step)

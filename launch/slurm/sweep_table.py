@@ -11,7 +11,7 @@ from dpdist.joint.together import cost_together
 from dpdist.mechanism.ledger import Ledger, LedgerError
 from dpdist.run.directory import RunDirectory
 from dpdist.run.metrics import is_evaluation, metrics_of
-from dpdist.run.summary import guarantee
+from dpdist.run.summary import guarantee, is_trial
 from dpdist_launch.slurm.sweep import Point, Sweep
 
 
@@ -67,7 +67,11 @@ def _together(sweep: Sweep) -> dict[str, Any]:
             continue
         if ledger.plan is None:
             continue  # it has not begun
-        if ledger.copied or any(plan.privacy is None or plan.insecure for plan in ledger.plans):
+        if (
+            ledger.copied
+            or is_trial(ledger.plans)
+            or any(plan.privacy is None or plan.insecure for plan in ledger.plans)
+        ):
             without.append(name)
         else:
             ledgers.append(ledger)

@@ -17,7 +17,7 @@ from dpdist.mechanism.ledger import Ledger, LedgerError
 from dpdist.release.export import export
 from dpdist.release.statement import SearchedFor
 from dpdist.run.directory import write_atomically
-from dpdist.run.summary import guarantee
+from dpdist.run.summary import OF_TRIAL, guarantee, is_trial
 from dpdist_launch.tune.search import Search, Trial
 
 
@@ -59,6 +59,7 @@ def release(search: Search) -> dict[str, Any]:
             epsilon=terms.epsilon,
             delta=terms.delta,
             record=law.to_record() | {"metric": metric.to_record()} | terms.to_record(),
+            guarantee=summary["guarantee"],
         )
         told = export(best.trial.run.root, search.best, searched=searched)
         summary["best"] = {
@@ -78,7 +79,7 @@ def release(search: Search) -> dict[str, Any]:
 def result_of(search: Search, trial: Trial) -> Result | None:
     """The result of a trial; None where it counts as the worst."""
     summary = None if search.failed(trial) else trial.ended()
-    if summary is None or not str(summary["guarantee"]).startswith("holds") or not _within_plan(trial):
+    if summary is None or summary["guarantee"] != OF_TRIAL or not _within_plan(trial):
         return None
     score = search.question.metric.score(summary["metrics"])
     return None if score is None else Result(trial, score, summary)
@@ -90,7 +91,11 @@ def _within_plan(trial: Trial) -> bool:
         ledger = Ledger(trial.run.ledger)
     except (LedgerError, OSError):
         return False
-    if not ledger.plans or ledger.copied or any(plan.privacy is None or plan.insecure for plan in ledger.plans):
+    if (
+        not is_trial(ledger.plans)
+        or ledger.copied
+        or any(plan.privacy is None or plan.insecure for plan in ledger.plans)
+    ):
         return False
     first = ledger.plans[0]
     planned = phase_of(first, first.steps)

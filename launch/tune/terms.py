@@ -98,6 +98,8 @@ def settle(question: Question) -> Terms:
             "it charges runs, and a search costs more than each of its trials; leave it out, and charge it yourself."
         )
         raise InputError("run.registry", registry, remedy)
+    if question.config.run.trial:
+        raise InputError("run.trial", True, "the search is no trial of another one; leave it out.")
     if question.config.checkpoint.resume_step is not None:
         raise InputError("checkpoint.resume_step", question.config.checkpoint.resume_step, "no trial has begun yet.")
     q, steps = rate_and_steps(question.config, question.dataset_size)
@@ -147,7 +149,7 @@ def candidate(question: Question, terms: Terms, settings: Mapping[str, Any]) -> 
         for key in path:
             node = node.setdefault(key, {})
         node[last] = value
-    tree["run"] |= {"progress": "off", "plots": False, "on_event": None}
+    tree["run"] |= {"progress": "off", "plots": False, "on_event": None, "trial": True}
     config = config_module.from_dict(tree)
     q, steps = rate_and_steps(config, question.dataset_size)
     plan = replace(terms.trial, sampling_probability=q, steps=steps)

@@ -29,7 +29,7 @@ def search_of(run: Path, root: Path, *, sigma: float = 2.0, epsilon: float | Non
         "metric": {"name": "accuracy", "best": "highest"},
     }
     cost = search_cost(losses, law, DELTA).epsilon if epsilon is None else epsilon
-    searched = SearchedFor(epsilon=cost, delta=DELTA, record=law.to_record() | terms)
+    searched = SearchedFor(epsilon=cost, delta=DELTA, record=law.to_record() | terms, guarantee="holds")
     root.mkdir()
     (root / "search.json").write_text("{}")
     file = export_of(run, root / "best") / "privacy.json"

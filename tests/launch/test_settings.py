@@ -68,7 +68,7 @@ def test_each_command_prints_the_same_settings(capsys: pytest.CaptureFixture[str
         (
             "run.*",
             {"run.dir", "run.log_every", "run.progress", "run.plots", "run.on_event"}
-            | {"run.registry", "run.registry_dataset"},
+            | {"run.registry", "run.registry_dataset", "run.trial"},
         ),
         ("optimizer.b[12]", {"optimizer.b1", "optimizer.b2"}),
     ],

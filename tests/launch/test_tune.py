@@ -16,6 +16,7 @@ from searches import AXES, begin, keep_secret, question
 from dpdist.errors import InputError
 from dpdist.joint.selection import Law, search_cost, trial_divergences
 from dpdist.mechanism.ledger import Ledger, Plan, PrivacyTerms, file_identity
+from dpdist.run.summary import OF_TRIAL, TRIAL
 from dpdist_launch.tune import best, terms
 from dpdist_launch.tune.metric import Metric
 from dpdist_launch.tune.search import ATTEMPTS, Search, Trial, open_directory
@@ -23,16 +24,16 @@ from dpdist_launch.tune.search import ATTEMPTS, Search, Trial, open_directory
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a search of six trials, of which none has begun."""
+    """The directory of a search of eight trials, of which none has begun."""
     root = tmp_path_factory.mktemp("tune") / "s"
-    keep_secret(open_directory(root), law=question().law, number=6)
-    assert begin(root).number == 6
+    keep_secret(open_directory(root), law=question().law, number=8)
+    assert begin(root).number == 8
     return root
 
 
 @pytest.fixture
 def search(template: Path, tmp_path: Path) -> Search:
-    """A search of its own of six trials."""
+    """A search of its own of eight trials."""
     copied = shutil.copytree(template, tmp_path / "s")
     log = copied / "private/trials.jsonl"
     record = json.loads(log.read_text()) | file_identity(copied / "private/secret.key")
@@ -40,8 +41,10 @@ def search(template: Path, tmp_path: Path) -> Search:
     return begin(copied)
 
 
-def train(search: Search, trial: Trial, accuracy: float | None, *, sigma: float = 1.0, **more: Any) -> None:
-    """What the run of a trial leaves; `sigma` is relative to what it must be."""
+def train(
+    search: Search, trial: Trial, accuracy: float | None, *, sigma: float = 1.0, mark: str = TRIAL, **more: Any
+) -> None:
+    """What the run of a trial leaves; `sigma` is relative to what it must be, and `mark` is its ledger's."""
     search.begin(trial)
     assert trial.config is not None
     assert trial.plan is not None
@@ -65,13 +68,19 @@ def train(search: Search, trial: Trial, accuracy: float | None, *, sigma: float 
         steps=trial.plan.steps,
         steps_asked=trial.plan.steps,
         privacy=terms,
+        reasons=[mark],
     )
     ledger = Ledger(trial.run.ledger)
     ledger.begin(plan)
     ledger.reserve(0, trial.plan.steps)
     search.watch(trial)
     trial.run.begin(trial.config)
-    summary = {"status": "finished", "guarantee": "holds", "metrics": {"accuracy": accuracy}, "steps": trial.plan.steps}
+    summary = {
+        "status": "finished",
+        "guarantee": OF_TRIAL,
+        "metrics": {"accuracy": accuracy},
+        "steps": trial.plan.steps,
+    }
     trial.run.write_summary(summary | {"noise_multiplier": terms.noise_multiplier} | more)
 
 
@@ -224,6 +233,8 @@ def test_the_best_of_what_ended_well_is_released_with_the_epsilon_of_the_search(
         {"accuracy": 0.4},
         {"accuracy": 0.99, "sigma": 0.9},
         {"accuracy": math.nan},
+        {"accuracy": 0.99, "guarantee": "holds"},
+        {"accuracy": 0.99, "mark": "it is no trial"},
     ]
     for trial, result in zip(search.trials, results, strict=True):
         train(search, trial, **result)
@@ -245,7 +256,7 @@ def test_a_trial_that_was_charged_for_more_than_its_plan_is_not_released(search:
     assert best.result_of(search, trial) is not None
     ledger = Ledger(trial.run.ledger)
     first = ledger.plans[0].to_record()
-    changed = first | {"incarnation": 1, "start": 8, "nonce": "ab" * 32, "reasons": ["a setting changed"]}
+    changed = first | {"incarnation": 1, "start": 8, "nonce": "ab" * 32, "reasons": [TRIAL, "a setting changed"]}
     ledger.begin(Plan.from_record(changed))
     ledger.reserve(8, 16)
     assert best.result_of(search, trial) is None

@@ -19,6 +19,7 @@ from searches import begin, begun, keep_secret, question, tune
 from dpdist.errors import InputError
 from dpdist.joint.selection import Law
 from dpdist.mechanism.accounting import ORDERS
+from dpdist.run.summary import OF_TRIAL
 from dpdist_launch.tune import here
 from dpdist_launch.tune.best import release
 from dpdist_launch.tune.here import run_here
@@ -70,6 +71,9 @@ def test_a_search_that_is_killed_twice_releases_one_model_and_what_the_whole_cos
     assert (told["epsilon"], told["accountant"]) == (summary["epsilon"], "renyi selection")
     theirs = by_dp_accounting(told["search"], told["delta"])
     assert theirs <= summary["epsilon"] <= min(2.0, theirs * (1 + 1e-6))
+    assert told["guarantee"] == summary["guarantee"] == "holds"
+    assert best["guarantee"] == OF_TRIAL
+    assert "trial" not in (root / "best/config.yaml").read_text()
     assert best["epsilon"] < 1.3, "one trial costs less than the search"
     assert f"{told['epsilon']:.6g} for the whole search" in (root / "best/PRIVACY.md").read_text()
     released = "".join(path.read_text(errors="replace") for path in root.iterdir() if path.is_file()) + "".join(

@@ -284,7 +284,8 @@ def as_search(facts: dict[str, Any], *, bound: float = 4.0) -> None:
         "metric": {"name": "accuracy", "best": "highest"},
     }
     cost = search_cost(losses, law, facts["delta"]).epsilon
-    searched = SearchedFor(epsilon=cost, delta=facts["delta"], record=law.to_record() | terms)
+    record = law.to_record() | terms
+    searched = SearchedFor(epsilon=cost, delta=facts["delta"], record=record, guarantee="holds")
     facts |= of_search(facts, searched)
 
 
