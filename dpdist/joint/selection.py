@@ -37,7 +37,14 @@ from dp_accounting.rdp.rdp_privacy_accountant import compute_delta, compute_epsi
 from scipy import optimize
 
 from dpdist.joint.together import fixed_cost
-from dpdist.mechanism.accounting import ORDERS, Spent, divergences
+from dpdist.mechanism.accounting import (
+    LARGEST_NOISE_MULTIPLIER,
+    MOST_STEPS,
+    ORDERS,
+    SMALLEST_NOISE_MULTIPLIER,
+    Spent,
+    divergences,
+)
 from dpdist.mechanism.composition import Phase
 from dpdist.run.calibration import least_noise
 
@@ -45,8 +52,10 @@ from dpdist.run.calibration import least_noise
 SELECTION = "renyi selection"
 #: Shapes by name; another one is given as a number.
 SHAPES = {"logarithmic": 0.0, "geometric": 1.0, "poisson": math.inf}
-#: The largest expected number of trials.
-MOST_EXPECTED = 500.0
+#: The largest expected number of trials, and the least above 1.
+MOST_EXPECTED, LEAST_EXPECTED = 500.0, 1 + 1e-6
+#: The largest shape that is finite: beyond, float64 does not tell g from 1.
+MOST_SHAPE = 1e6
 #: By how much what is charged is above what is drawn from, so that no root or sum is off to the wrong side.
 _ROUNDING = 1e-9
 
@@ -71,8 +80,10 @@ class Law:
     def __post_init__(self) -> None:
         if not 1 <= self.mean <= MOST_EXPECTED:
             raise ValueError(f"the expected number of trials must be 1 to {MOST_EXPECTED:g}, not {self.mean!r}")
-        if not self.shape >= 0:
-            raise ValueError(f"the shape must be 0 or more, not {self.shape!r}")
+        if 1 < self.mean < LEAST_EXPECTED:
+            raise ValueError(f"the expected number of trials must be 1, or {LEAST_EXPECTED} or more, not {self.mean!r}")
+        if not (0 <= self.shape <= MOST_SHAPE or self.shape == math.inf):
+            raise ValueError(f"the shape must be 0 to {MOST_SHAPE:g}, or poisson, its limit, not {self.shape!r}")
 
     @property
     def name(self) -> str:
@@ -133,9 +144,10 @@ class Law:
 
 def _mean(g: float, shape: float) -> float:
     """Of the truncated negative binomial distribution."""
+    odds = (1 - g) / g  # 1 / g - 1 would round where g is close to 1
     if shape == 0:
-        return (1 / g - 1) / -math.log(g)
-    return shape * (1 / g - 1) / -math.expm1(shape * math.log(g))
+        return odds / -math.log(g)
+    return shape * odds / -math.expm1(shape * math.log(g))
 
 
 def selection_divergences(trial: np.ndarray, law: Law) -> np.ndarray:
@@ -160,7 +172,12 @@ def search_cost(trial: np.ndarray, law: Law, delta: float) -> Spent:
     """Bound the epsilon of a search whose trials have these divergences at `ORDERS`, from above.
 
     All of delta is used: a trial that leaves its plan, to which a run keeps a share of delta, releases nothing.
+
+    Raises:
+        ValueError: a divergence is no finite number, of which dp-accounting would make epsilon 0.
     """
+    if not (trial.shape == (len(ORDERS),) and np.isfinite(trial).all() and (trial >= 0).all()):
+        raise ValueError("the Renyi divergences of a trial are not finite numbers from 0 on")
     epsilon = float(compute_epsilon(ORDERS, selection_divergences(trial, law), delta)[0])
     return Spent(epsilon, delta, epsilon, SELECTION)
 
@@ -238,12 +255,28 @@ def stated_cost(record: Mapping[str, Any], *, released: Phase, delta: float) -> 
     Raises:
         KeyError, TypeError, ValueError: it is no such record, or the released trial is not one that it bounds.
     """
-    bound = Phase(**record["trial"])
-    orders = [int(order) for order in record["orders"]]
+    bound = _stated_phase(**record["trial"])
+    orders = list(record["orders"])
     law, losses = Law.from_record(record), trial_divergences(bound)
+    if record["distribution"] != law.name:
+        raise ValueError(f"the distribution is {law.name} by its shape, and {record['distribution']} by its name")
+    spent = search_cost(losses, law, delta)
     if not set(binding_orders(losses, law, delta)) <= set(orders):
         raise ValueError("the orders are not those that its epsilon rests on")
-    own = trial_divergences(released)
-    if any(own[ORDERS.index(order)] > losses[ORDERS.index(order)] * (1 + _ROUNDING) for order in orders):
+    own = trial_divergences(_stated_phase(released.sampling_probability, released.noise_multiplier, released.steps))
+    places = [ORDERS.index(order) for order in orders]  # a ValueError where there is no such order
+    if not all(own[place] <= losses[place] * (1 + _ROUNDING) for place in places):  # so that NaN is not within
         raise ValueError("the released trial costs more than any trial may")
-    return search_cost(losses, law, delta)
+    return spent
+
+
+def _stated_phase(sampling_probability: float, noise_multiplier: float, steps: int) -> Phase:
+    """A trial of a statement, which may be anything: dp-accounting gives the divergence 0 to noise that is NaN.
+
+    Raises:
+        TypeError, ValueError: these are no such numbers.
+    """
+    noise = SMALLEST_NOISE_MULTIPLIER <= noise_multiplier <= LARGEST_NOISE_MULTIPLIER
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS or not 0 < sampling_probability <= 1 or not noise:
+        raise ValueError("its trials have constants that make no sense")
+    return Phase(sampling_probability, noise_multiplier, steps)

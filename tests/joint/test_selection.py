@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +21,15 @@ from dpdist.joint.selection import (
     noise_within,
     search_cost,
     selection_divergences,
+    stated_cost,
     trial_divergences,
 )
 from dpdist.mechanism.accounting import ORDERS, epsilon
 from dpdist.mechanism.composition import Phase
 
 DIGITS = Phase(512 / 1437, 3.537, 60)
+#: As a statement has it.
+TRIAL: dict[str, Any] = {"sampling_probability": 0.3, "noise_multiplier": 4.0, "steps": 60}
 LAWS = [Law(mean, shape) for mean in (1.0, 1.5, 8.0, 64.0) for shape in (*SHAPES.values(), 0.5, 3.0)]
 
 
@@ -123,7 +127,65 @@ def test_a_candidate_of_another_rate_or_length_never_makes_the_search_cost_more(
     assert mixed.epsilon == search_cost(most, law, 1e-5).epsilon
 
 
-@pytest.mark.parametrize(("mean", "shape"), [(0.5, 1.0), (math.nan, 1.0), (501.0, 1.0), (8.0, -0.5), (8.0, math.nan)])
+@pytest.mark.parametrize(
+    ("mean", "shape"),
+    [(0.5, 1.0), (math.nan, 1.0), (501.0, 1.0), (8.0, -0.5), (8.0, math.nan), (8.0, 1e18), (1 + 1e-12, 0.0)],
+)
 def test_laws_that_no_theorem_covers_are_refused(mean: float, shape: float) -> None:
     with pytest.raises(ValueError, match="must be"):
         Law(mean, shape)
+
+
+@pytest.mark.parametrize(("mean", "shape"), [(1 + 1e-6, 0.0), (1 + 1e-6, 1e6), (500.0, 1e6), (500.0, 0.0)])
+def test_laws_at_the_ends_of_what_is_allowed_have_the_mean_that_is_charged(mean: float, shape: float) -> None:
+    found = Law(mean, shape)
+    count, probability = found._least()
+    below, total = probability, count * probability
+    while probability > 2.0**-100 or count < mean:
+        probability *= found._ratio(count)
+        count += 1
+        below, total = below + probability, total + count * probability
+    assert below == pytest.approx(1, abs=1e-10)
+    assert total == pytest.approx(mean, rel=1e-9)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1e-3])
+@pytest.mark.parametrize("law", [Law(8.0, 1.0), Law(8.0, math.inf)], ids=lambda law: law.name)
+def test_divergences_that_are_no_numbers_cost_no_epsilon_of_zero(law: Law, wrong: float) -> None:
+    losses = trial_divergences(DIGITS).copy()
+    for trial in (np.full(len(ORDERS), wrong), np.append(losses[:-1], wrong)):
+        with pytest.raises(ValueError, match="not finite numbers"):
+            search_cost(trial, law, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"trial": TRIAL | {"steps": steps}} for steps in (math.nan, 0, -1, 60.0, True, 10**400, None)),
+        *({"trial": TRIAL | {"noise_multiplier": sigma}} for sigma in (math.nan, math.inf, 0.0, -1.0, 1e-300, "4")),
+        *({"trial": TRIAL | {"sampling_probability": q}} for q in (math.nan, 0.0, -0.1, 1.5, None)),
+        *({"expected_trials": mean} for mean in (math.nan, math.inf, 0.0, -1.0, "8", None, 10**400)),
+        *({"shape": shape} for shape in (math.nan, -1.0, "1", 1e300, [1])),
+        *({"orders": orders} for orders in ([], [math.nan], [math.inf], [2.5], ["2"], [10**400], None)),
+        {"distribution": "fixed, known to all"},
+        {"trial": TRIAL | {"more": 1}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("law", [Law(8.0, 1.0), Law(8.0, math.inf)], ids=lambda law: law.name)
+def test_a_statement_of_a_search_that_makes_no_sense_has_no_cost(law: Law, change: dict[str, Any]) -> None:
+    released = Phase(**TRIAL)
+    record = law.to_record() | {"trial": TRIAL, "orders": list(ORDERS)}
+    honest = stated_cost(record, released=released, delta=1e-4)
+    assert honest == search_cost(trial_divergences(released), law, 1e-4)
+    with pytest.raises((ValueError, TypeError)):
+        stated_cost(record | change, released=released, delta=1e-4)
+
+
+def test_a_released_trial_of_which_nothing_can_be_said_is_within_no_bound() -> None:
+    law = Law(8.0, 1.0)
+    record = law.to_record() | {"trial": TRIAL, "orders": list(ORDERS)}
+    with pytest.raises(ValueError, match="costs more than any trial may"):
+        stated_cost(record, released=Phase(0.3, 3.9, 60), delta=1e-4)
+    with pytest.raises(ValueError, match="make no sense"):
+        stated_cost(record, released=Phase(0.3, math.nan, 60), delta=1e-4)
