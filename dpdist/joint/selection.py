@@ -271,7 +271,7 @@ def stated_cost(record: Mapping[str, Any], *, released: Phase, delta: float) -> 
 
 
 def _stated_phase(sampling_probability: float, noise_multiplier: float, steps: int) -> Phase:
-    """A trial of a statement, which may be anything: dp-accounting gives the divergence 0 to noise that is NaN.
+    """A trial of a statement, which may be anything: of noise that is NaN, dp-accounting gives -inf.
 
     Raises:
         TypeError, ValueError: these are no such numbers.

@@ -32,6 +32,8 @@ _REFUSED = {
 }
 _ALLOWED = ("privacy.clip_norm",)
 _FORMS = "write a list of values, {uniform: [low, high]} or {log_uniform: [low, high]}"
+#: No end of an interval is larger, either way.
+_LARGEST = 1e308
 #: Significant digits of a number that is drawn from an interval.
 _DIGITS = 4
 
@@ -96,10 +98,12 @@ def _require_axis(name: str, axis: Any) -> None:
     if isinstance(axis, dict) and len(axis) == 1 and (kind := next(iter(axis))) in ("uniform", "log_uniform"):
         ends = axis[kind]
         numbers = isinstance(ends, list) and len(ends) == 2 and all(type(end) in (int, float) for end in ends)
-        if numbers and all(map(math.isfinite, ends)) and ends[0] < ends[1] and (kind == "uniform" or ends[0] > 0):
+        least = 0 if kind == "log_uniform" else -_LARGEST
+        if numbers and least <= ends[0] < ends[1] <= _LARGEST and (kind == "uniform" or ends[0] > 0):
             return
         above = " above 0" if kind == "log_uniform" else ""
-        raise InputError("--space", f"{name}: {axis}", f"give two numbers{above}, the lower one first.")
+        remedy = f"give two numbers{above}, the lower one first, none beyond {_LARGEST:g}."
+        raise InputError("--space", f"{name}: {axis}", remedy)
     raise InputError("--space", f"{name}: {axis}", f"{_FORMS}.")
 
 
@@ -114,5 +118,8 @@ def _value(axis: Any, u: float) -> Any:
     ((kind, (low, high)),) = axis.items()
     whole = type(low) is int and type(high) is int
     below, above = (low - 0.5, high + 0.5) if whole else (low, high)
-    found = below + u * (above - below) if kind == "uniform" else below * (above / below) ** u
+    if kind == "uniform":
+        found = below * (1 - u) + above * u
+    else:  # in logarithms, as the quotient of the ends may be larger than any float
+        found = math.exp(math.log(below) * (1 - u) + math.log(above) * u)
     return min(max(round(found) if whole else float(f"{found:.{_DIGITS}g}"), low), high)

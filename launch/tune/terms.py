@@ -148,6 +148,8 @@ def candidate(question: Question, terms: Terms, settings: Mapping[str, Any]) -> 
         *path, last = name.split(".")
         for key in path:
             node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise InputError("--space", name, f"{key} is {node!r} in the config, which has no keys; leave it out.")
         node[last] = value
     tree["run"] |= {"progress": "off", "plots": False, "on_event": None, "trial": True}
     config = config_module.from_dict(tree)

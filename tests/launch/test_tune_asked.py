@@ -61,6 +61,9 @@ def test_candidates_are_of_the_space_independent_of_each_other_and_the_same_at_e
         ("optimizer.learning_rate: {uniform: [1, 0]}", "the lower one first"),
         ("optimizer.learning_rate: {uniform: [0]}", "give two numbers"),
         ("optimizer.learning_rate: {uniform: [0, .inf]}", "give two numbers"),
+        ("optimizer.learning_rate: {uniform: [.nan, 1]}", "give two numbers"),
+        ("optimizer.learning_rate: {uniform: [-1.0e+308, 1.7e+308]}", "none beyond 1e+308"),
+        (f"training.steps: {{uniform: [1, 1{400 * '0'}]}}", "none beyond 1e+308"),
         ("optimizer.learning_rate: {log_uniform: [0, 1]}", "above 0"),
         ("privacy.noise_multiplier: [1, 2]", "noise follows from what all may cost"),
         ("privacy.delta: [1e-4, 1e-5]", "cannot be searched"),
@@ -90,12 +93,32 @@ def test_a_value_that_no_config_can_have_is_refused_before_anything_is_drawn(tmp
 
 
 @pytest.mark.parametrize(
+    "name", ["optimizer.learning_rate.x", "model.options.hidden.x", "model.options.hidden.x.y", "optimizer.name.x"]
+)
+def test_a_key_within_what_has_no_keys_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=rf"--space = '{name}': (learning_rate|hidden|name) is .* has no keys"):
+        begin(tmp_path / "s", question({"model.options.hidden": [[8]], name: [1]}))
+
+
+def test_an_interval_as_wide_as_floats_allow_is_drawn_from_in_logarithms() -> None:
+    ends = [1e-320, 1e308]
+    space = Space({"a": {"log_uniform": ends}, "b": {"uniform": [-1e308, 1e308]}})
+    drawn = [space.draw(Secret.fresh(), trial) for trial in range(300)]
+    assert all(ends[0] <= each["a"] <= ends[1] and -1e308 <= each["b"] <= 1e308 for each in drawn)
+    assert 100 < sum(each["a"] < 1e-6 for each in drawn) < 200, "half of them are below the middle of the logarithms"
+    assert 100 < sum(each["b"] < 0 for each in drawn) < 200
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--trials", "8", "--distribution", "fixed"], "the best of a known number of trials costs what releasing all"),
         (["--trials", "8", "--distribution", "geometrical"], "did you mean geometric"),
-        (["--trials", "8", "--distribution", "-1"], "the shape must be 0 or more"),
+        (["--trials", "8", "--distribution", "-1"], "--distribution = '-1': the shape must be 0 to 1e+06"),
+        (["--trials", "500", "--distribution", "1e18"], "--distribution = '1e18': the shape must be 0 to 1e+06"),
+        (["--trials", "8", "--distribution", "nan"], "--distribution = 'nan': the shape must be 0 to 1e+06"),
         (["--trials", "0.5"], "the expected number of trials must be 1 to 500"),
+        (["--trials", "1.000000000001", "--distribution", "logarithmic"], "--trials = 1.000000000001: the expected"),
         (["--trials", "8", "--at-most", "0"], "--at-most = 0"),
         (["--trials", "8", "--processes", "2", "--nodes", "2"], "not with --nodes"),
     ],
