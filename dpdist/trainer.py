@@ -28,8 +28,8 @@ from dpdist.cluster.straggler import Stragglers
 from dpdist.cluster.watchdog import Watchdog
 from dpdist.cluster.world import World
 from dpdist.config import Config
-from dpdist.data import fingerprint, open_dataset
-from dpdist.data.checks import fingerprint_of_what_stays
+from dpdist.data import open_dataset
+from dpdist.data.checks import fingerprints
 from dpdist.data.datasets import with_given
 from dpdist.data.feed import Feed
 from dpdist.data.sources import Source
@@ -90,11 +90,7 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
         dataset = open_dataset(config, dataset)
         opened = open_model(config, dataset)
         secret, secret_lost = open_secret(config, run, world)
-        prints = {
-            "training data": fingerprint(dataset.train),
-            "test data": fingerprint_of_what_stays(dataset.train, dataset.test),
-        }
-        tags = agree_on_data(secret, prints, world)
+        tags = agree_on_data(secret, fingerprints(dataset.train, dataset.test), world)
         stacks = run.logs / f"rank-{world.process_id}.stacks"
         watchdog = Watchdog(config.cluster.watchdog_timeout, stacks, world.membership.label)
         cleanup.callback(watchdog.stop)

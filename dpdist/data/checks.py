@@ -169,6 +169,11 @@ def fingerprint_of_what_stays(train: Source, test: Source | None) -> bytes:
     return tested if not isinstance(train, UnitSource) else hashlib.sha256(tested + train.digest()).digest()
 
 
+def fingerprints(train: Source, test: Source | None) -> dict[str, bytes]:
+    """The fingerprints of a dataset's parts, by the names that error messages use. Key them, as each."""
+    return {"training data": fingerprint(train), "test data": fingerprint_of_what_stays(train, test)}
+
+
 def _update_stored(digest: Any, source: EncodedSource, places: Int64[np.ndarray, " n"]) -> None:
     """Hash what an encoded source holds at `places`: arrays whole, and records as they are stored."""
     for name in sorted(source.arrays):

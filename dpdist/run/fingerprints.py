@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dpdist.cluster.world import World
 from dpdist.config import Config, flatten
 from dpdist.config.user_code import library_versions, module_sources
 from dpdist.mechanism.incarnation import StepInputs, settings_digest
+from dpdist.mechanism.keys import Secret
 
 _PACKAGE = Path(__file__).parents[1]
 #: Files of `dpdist/program/` that decide what a step computes.
@@ -44,6 +46,16 @@ JAX_SETTINGS = (
 )
 #: Variables that decide bits, beside XLA_FLAGS.
 VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "DNNL_DEFAULT_FPMATH_MODE", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+#: Settings that may name the user's code as `module:function`, as the values of `model.metrics` may.
+CODE_SETTINGS = (
+    "data.source",
+    "model.name",
+    "model.loss",
+    "model.task",
+    "training.augment",
+    "optimizer.name",
+    "optimizer.schedule",
+)
 #: Beginnings of flags that do not count: they decide no bits.
 FREE_FLAGS = ("--xla_dump_", "--xla_force_host_platform_device_count")
 
@@ -60,7 +72,11 @@ def code_digest(room: str = "") -> str:
 def user_code_digest(config: Config) -> str:
     """SHA-256 over the modules that a config names as `module:function`, what they import of the user's own, and the
     versions of the installed libraries that these import."""
-    modules = _user_modules(config)
+    return modules_digest(_user_modules(config))
+
+
+def modules_digest(modules: set[str]) -> str:
+    """The same of modules by name."""
     digest = hashlib.sha256(json.dumps(library_versions(modules)).encode())
     for name, file in module_sources(modules).items():
         digest.update(f"{name}\0".encode() + file.read_bytes() + b"\0")
@@ -73,9 +89,8 @@ def user_libraries(config: Config) -> dict[str, str]:
 
 
 def _user_modules(config: Config) -> set[str]:
-    model = config.model
-    named = (config.data.source, model.name, model.loss, model.task, *model.metrics.values(), config.training.augment)
-    named += (config.optimizer.name, config.optimizer.schedule)
+    settings = flatten(config)
+    named = [*(settings[name] for name in CODE_SETTINGS), *config.model.metrics.values()]
     return {path.partition(":")[0] for path in named if path is not None and ":" in path}
 
 
@@ -110,6 +125,11 @@ def environment(platform: str) -> str:
     flags = hashlib.sha256(json.dumps(numeric_settings(), sort_keys=True).encode()).hexdigest()
     versions = f"jax {jax.__version__}, jaxlib {jaxlib.__version__} on {platform}"
     return f"{versions}, mechanism {code_digest('mechanism')[:12]}, flags {flags[:12]}"
+
+
+def data_tags(secret: Secret, fingerprints: Mapping[str, bytes]) -> dict[str, str]:
+    """The keyed tag of each part of the data: who lacks the secret cannot test a guess of the data by it."""
+    return {part: secret.tag(b"data" + fingerprint) for part, fingerprint in fingerprints.items()}
 
 
 def step_inputs(config: Config, world: World, *, data: str) -> StepInputs:

@@ -16,7 +16,14 @@ from dpdist.errors import InputError
 from dpdist.mechanism.keys import Secret
 from dpdist.mechanism.ledger import Ledger, LedgerError
 from dpdist.run.directory import RunDirectory
-from dpdist.run.fingerprints import code_digest, environment, numeric_settings, user_code_digest, user_libraries
+from dpdist.run.fingerprints import (
+    code_digest,
+    data_tags,
+    environment,
+    numeric_settings,
+    user_code_digest,
+    user_libraries,
+)
 from dpdist.run.private_log import keep_out_of_logs, log_to
 from dpdist.run.progress import say
 from dpdist.run.resume import ResumeRequest, Start, find_start
@@ -110,7 +117,7 @@ def agree_on_data(secret: Secret, fingerprints: Mapping[str, bytes], world: Worl
     Raises:
         InputError: one of them differs; on all processes.
     """
-    tags = {part: secret.tag(b"data" + fingerprint) for part, fingerprint in fingerprints.items()}
+    tags = data_tags(secret, fingerprints)
     compared = tags | {"secret": secret.tag(b"agreement")}
     require_same(compared, world, hidden=compared)
     return tags

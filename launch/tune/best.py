@@ -17,8 +17,10 @@ from dpdist.mechanism.ledger import Ledger, LedgerError
 from dpdist.release.export import export
 from dpdist.release.statement import SearchedFor
 from dpdist.run.directory import write_atomically
+from dpdist.run.fingerprints import data_tags
 from dpdist.run.summary import OF_TRIAL, guarantee, is_trial
 from dpdist_launch.tune.search import Search, Trial
+from dpdist_launch.tune.terms import Question
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,15 @@ def release(search: Search) -> dict[str, Any]:
 def result_of(search: Search, trial: Trial) -> Result | None:
     """The result of a trial; None where it counts as the worst."""
     summary = None if search.failed(trial) else trial.ended()
-    if summary is None or summary["guarantee"] != OF_TRIAL or not _within_plan(trial):
+    if summary is None or summary["guarantee"] != OF_TRIAL or not _within_plan(trial, search.question):
         return None
     score = search.question.metric.score(summary["metrics"])
     return None if score is None else Result(trial, score, summary)
 
 
-def _within_plan(trial: Trial) -> bool:
-    """Whether all that the run is charged for is what every trial may cost."""
+def _within_plan(trial: Trial, question: Question) -> bool:
+    """Whether all that the run is charged for is what every trial may cost, over the data of the search."""
+    tags = data_tags(trial.run.read_secret(), question.fingerprints)
     try:
         ledger = Ledger(trial.run.ledger)
     except (LedgerError, OSError):
@@ -96,6 +99,8 @@ def _within_plan(trial: Trial) -> bool:
         or ledger.copied
         or any(plan.privacy is None or plan.insecure for plan in ledger.plans)
     ):
+        return False
+    if any((plan.data, plan.test_data) != (tags["training data"], tags["test data"]) for plan in ledger.plans):
         return False
     first = ledger.plans[0]
     planned = phase_of(first, first.steps)

@@ -168,6 +168,7 @@ def run(options: argparse.Namespace) -> int:
 def _question(options: argparse.Namespace) -> Any:
     from dpdist.config import file as configfile
     from dpdist.data import open_dataset
+    from dpdist.data.checks import fingerprints
     from dpdist_launch.tune.metric import choose_metric
     from dpdist_launch.tune.space import read_space
     from dpdist_launch.tune.terms import Question
@@ -176,12 +177,14 @@ def _question(options: argparse.Namespace) -> Any:
     if options.target_epsilon is not None:
         named["privacy.target_epsilon"] = options.target_epsilon
     config = configfile.load(options.config, options.overrides, named)
+    data = open_dataset(config.data)
     return Question(
         config=config,
         space=read_space(options.space),
         law=law,
         metric=choose_metric(config.model, maximize=options.maximize, minimize=options.minimize),
-        dataset_size=len(open_dataset(config.data).train),
+        dataset_size=len(data.train),
+        fingerprints=fingerprints(data.train, data.test),
     )
 
 

@@ -5,7 +5,8 @@
     best/              the export of the best trial; public
     private/           0700. Whoever reads it, or is told of it, is not covered by the bound of the search
         secret.key     the number of trials and all candidates follow from it, so that no resume draws them again
-        trials.jsonl   the number of trials; which have begun, with what secret, and how each attempt has ended
+        trials.jsonl   the number of trials, keyed tags of the data; which trials have begun, with what secret, and how
+                       each attempt has ended
         configs/, trials/, output/
 
 A trial's name says nothing of its place. What a trial has begun with is written down before it runs: where its secret
@@ -29,6 +30,7 @@ from dpdist.mechanism.composition import Phase
 from dpdist.mechanism.keys import SECRET_BYTES, Secret
 from dpdist.mechanism.ledger import Ledger, LedgerError, file_identity
 from dpdist.run.directory import RunDirectory, write_atomically
+from dpdist.run.fingerprints import data_tags
 from dpdist.run.metrics import Stream
 from dpdist_launch.tune.space import uniform
 from dpdist_launch.tune.terms import Question, Terms, candidate, require_space, settle
@@ -99,6 +101,7 @@ class Search:
         require_space(self.question, lambda settings: candidate(self.question, terms, settings))
         self._directory.create_secret()
         record = {"record": "number", "number": self._secret_number()} | file_identity(self._directory.secret)
+        record["data"] = data_tags(self._secret, self.question.fingerprints)
         write_atomically(self._log, json.dumps(record) + "\n", mode=0o600)
         whole = {"format": FORMAT} | self.question.to_record() | {"terms": terms.to_record()}
         write_atomically(self.description, json.dumps(whole, indent=2) + "\n")
@@ -130,11 +133,21 @@ class Search:
         return terms
 
     def _require_original(self) -> None:
-        """A copy would release a second result of the same draw, and the two together have no bound of one search."""
+        """A copy would release a second result of the same draw, and the two together have no bound of one search.
+
+        Nor has one search over several datasets.
+        """
         told, now = self._records[0], file_identity(self._directory.secret)
         if any(None not in (told[name], now[name]) and told[name] != now[name] for name in now):
             remedy = "is a copy of a search, or was restored: go on with the original, or name a new --run-dir."
             raise InputError("--run-dir", str(self.root), remedy)
+        tags = data_tags(self._secret, self.question.fingerprints)
+        if changed := [part for part in tags if told.get("data", {}).get(part) != tags[part]]:
+            remedy = (
+                f"the {changed[0]} are not those that the search began with, and the trials of one search are all of "
+                "one dataset: bring them back, or name a new --run-dir; what was begun here stays spent."
+            )
+            raise InputError("data.source", self.question.config.data.source, remedy)
 
     def _secret_number(self) -> int:
         return self.question.law.number(uniform(self._secret, "number of trials"))

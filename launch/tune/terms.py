@@ -15,7 +15,7 @@ from dpdist.mechanism.accounting import ORDERS
 from dpdist.mechanism.composition import Phase
 from dpdist.mechanism.incarnation import step_settings
 from dpdist.run.calibration import UnreachableBudgetError
-from dpdist.run.fingerprints import environment, step_code_digest
+from dpdist.run.fingerprints import CODE_SETTINGS, environment, modules_digest, step_code_digest
 from dpdist.run.plan import rate_and_steps
 from dpdist_launch.tune.metric import Metric
 from dpdist_launch.tune.space import Space
@@ -32,6 +32,8 @@ class Question:
     metric: Metric
     #: N.
     dataset_size: int
+    #: `dpdist.data.checks.fingerprints` of the data, for `private/` alone, and keyed there.
+    fingerprints: Mapping[str, bytes]
 
     def to_record(self) -> dict[str, Any]:
         """What must be the same whenever the search goes on."""
@@ -43,8 +45,15 @@ class Question:
             "dataset_size": self.dataset_size,
             # All trials must be of one kind: the bound is not one of the best of several.
             "code": step_code_digest(self.config),
+            "code_of_values": self._code_of_values(),
             "environment": environment(self.config.cluster.platform),
         }
+
+    def _code_of_values(self) -> dict[str, str]:
+        """Digests of the user's code that the values of the space name as `module:function`, by value."""
+        lists = [axis for name, axis in self.space.axes.items() if name in CODE_SETTINGS and isinstance(axis, list)]
+        named = {value for axis in lists for value in axis if isinstance(value, str) and ":" in value}
+        return {value: modules_digest({value.partition(":")[0]}) for value in sorted(named)}
 
 
 @dataclass(frozen=True, kw_only=True)

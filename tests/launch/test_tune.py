@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from searches import AXES, begin, keep_secret, question
+from searches import AXES, DATA, begin, keep_secret, question
 
 from dpdist.errors import InputError
 from dpdist.joint.selection import Law, search_cost, trial_divergences
 from dpdist.mechanism.ledger import Ledger, Plan, PrivacyTerms, file_identity
+from dpdist.run.fingerprints import data_tags
 from dpdist.run.summary import OF_TRIAL, TRIAL
 from dpdist_launch.tune import best, terms
 from dpdist_launch.tune.metric import Metric
@@ -24,16 +25,16 @@ from dpdist_launch.tune.search import ATTEMPTS, Search, Trial, open_directory
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a search of eight trials, of which none has begun."""
+    """The directory of a search of ten trials, of which none has begun."""
     root = tmp_path_factory.mktemp("tune") / "s"
-    keep_secret(open_directory(root), law=question().law, number=8)
-    assert begin(root).number == 8
+    keep_secret(open_directory(root), law=question().law, number=10)
+    assert begin(root).number == 10
     return root
 
 
 @pytest.fixture
 def search(template: Path, tmp_path: Path) -> Search:
-    """A search of its own of eight trials."""
+    """A search of its own of ten trials."""
     copied = shutil.copytree(template, tmp_path / "s")
     log = copied / "private/trials.jsonl"
     record = json.loads(log.read_text()) | file_identity(copied / "private/secret.key")
@@ -42,7 +43,14 @@ def search(template: Path, tmp_path: Path) -> Search:
 
 
 def train(
-    search: Search, trial: Trial, accuracy: float | None, *, sigma: float = 1.0, mark: str = TRIAL, **more: Any
+    search: Search,
+    trial: Trial,
+    accuracy: float | None,
+    *,
+    sigma: float = 1.0,
+    mark: str = TRIAL,
+    data: dict[str, bytes] | None = None,
+    **more: Any,
 ) -> None:
     """What the run of a trial leaves; `sigma` is relative to what it must be, and `mark` is its ledger's."""
     search.begin(trial)
@@ -57,6 +65,7 @@ def train(
         accountant="pld",
         renyi_order=8,
     )
+    tags = data_tags(trial.run.read_secret(), DATA if data is None else data)
     plan = Plan(
         incarnation=0,
         nonce=search._secret.derive(trial.name, size=32).hex(),
@@ -69,6 +78,8 @@ def train(
         steps_asked=trial.plan.steps,
         privacy=terms,
         reasons=[mark],
+        data=tags["training data"],
+        test_data=tags["test data"],
     )
     ledger = Ledger(trial.run.ledger)
     ledger.begin(plan)
@@ -156,6 +167,35 @@ def test_all_trials_are_of_one_code(search: Search, monkeypatch: pytest.MonkeyPa
         begin(search.root)
 
 
+@pytest.mark.parametrize("part", ["training data", "test data"])
+def test_all_trials_are_of_one_dataset(search: Search, part: str) -> None:
+    """`data.path` may change, as data may move; what is there may not."""
+    with pytest.raises(InputError, match=f"the {part} are not those that the search began with"):
+        begin(search.root, question(fingerprints=DATA | {part: b"other"}))
+    told = search.description.read_text()
+    tags = json.loads((search.private / "trials.jsonl").read_text())["data"]
+    assert tags.keys() == {"training data", "test data"}
+    assert not [tag for tag in tags.values() if tag in told], "a public tag would stay the same over the years"
+    (search.private / "trials.jsonl").write_text(
+        json.dumps({name: value for name, value in search._records[0].items() if name != "data"}) + "\n"
+    )
+    with pytest.raises(InputError, match="are not those"):
+        begin(search.root)
+
+
+def test_code_that_the_space_names_is_part_of_what_is_fixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "schedules_of_mine.py"
+    module.write_text("def one(steps): return lambda step: 0.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = question({"optimizer.schedule": ["constant", "schedules_of_mine:one"]})
+    before = asked.to_record()
+    assert before == asked.to_record()
+    assert before["code_of_values"].keys() == {"schedules_of_mine:one"}
+    module.write_text("def one(steps): return lambda step: 0.2\n")
+    after = asked.to_record()
+    assert [name for name in after if after[name] != before[name]] == ["code_of_values"]
+
+
 @pytest.mark.parametrize("gone", ["secret.key", "trials.jsonl"])
 def test_without_its_private_part_a_search_does_not_go_on(search: Search, gone: str) -> None:
     (search.private / gone).unlink()
@@ -176,7 +216,18 @@ def test_what_is_private_is_for_the_owner_alone_and_nothing_public_tells_of_it(s
     files = [path for path in search.private.rglob("*") if path.is_file()]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
     assert json.loads(search.description.read_text()).keys() == {
-        *("format", "settings", "space", "law", "metric", "dataset_size", "code", "environment", "terms")
+        *(
+            "format",
+            "settings",
+            "space",
+            "law",
+            "metric",
+            "dataset_size",
+            "code",
+            "code_of_values",
+            "environment",
+            "terms",
+        )
     }
 
 
@@ -235,6 +286,8 @@ def test_the_best_of_what_ended_well_is_released_with_the_epsilon_of_the_search(
         {"accuracy": math.nan},
         {"accuracy": 0.99, "guarantee": "holds"},
         {"accuracy": 0.99, "mark": "it is no trial"},
+        {"accuracy": 0.99, "data": DATA | {"training data": b"other"}},
+        {"accuracy": 0.99, "data": DATA | {"test data": b"other"}},
     ]
     for trial, result in zip(search.trials, results, strict=True):
         train(search, trial, **result)

@@ -19,11 +19,15 @@ from dpdist_launch.tune.terms import Question
 
 AXES: dict[str, Any] = {"optimizer.learning_rate": {"log_uniform": [0.01, 1.0]}, "privacy.clip_norm": [1.0, 2.0]}
 
+#: Of no data at all.
+DATA = {"training data": b"a", "test data": b"b"}
+
 
 def question(axes: dict[str, Any] | None = None, **changes: Any) -> Question:
     tree = {section: dict(values) for section, values in CONFIG.items()} | {"data": {}, "model": {}}
     tree["privacy"] = {"target_epsilon": 2.0, "delta": 1e-4} | changes.pop("privacy", {})
-    asked = {"law": Law(4.0, 1.0), "metric": Metric("accuracy", highest=True), "dataset_size": 1000} | changes
+    asked = {"law": Law(4.0, 1.0), "metric": Metric("accuracy", highest=True), "dataset_size": 1000}
+    asked |= {"fingerprints": DATA} | changes
     return Question(config=config_module.from_dict(tree), space=Space(AXES if axes is None else axes), **asked)
 
 
