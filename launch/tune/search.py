@@ -9,9 +9,11 @@
                        each attempt has ended
         configs/, trials/, output/
 
-A trial's name says nothing of its place. What a trial has begun with is written down before it runs: where its secret
-or its ledger is gone afterwards, it counts as failed and is never run anew, or a result could be thrown away and drawn
-again until it pleases.
+A trial's name says nothing of its place. What a trial has begun with is written down before it runs, and its ledger as
+soon as a launcher sees it: where its secret or that ledger is gone afterwards, it counts as failed and is never run
+anew, or a result could be thrown away and drawn again until it pleases. One thing is not noticed: a ledger that a job
+of SLURM made while no launcher lived, and that somebody deleted, with the checkpoints and not with the secret, before
+the next one came. Whoever does that has read or changed what is private, and has no bound from here.
 """
 
 from __future__ import annotations
