@@ -161,12 +161,12 @@ def test_divergences_that_are_no_numbers_cost_no_epsilon_of_zero(law: Law, wrong
 @pytest.mark.parametrize(
     "change",
     [
-        *({"trial": TRIAL | {"steps": steps}} for steps in (math.nan, 0, -1, 60.0, True, 10**400, None)),
+        *({"trial": TRIAL | {"steps": steps}} for steps in (math.nan, 0, -1, 60.0, True, 10**30, None)),
         *({"trial": TRIAL | {"noise_multiplier": sigma}} for sigma in (math.nan, math.inf, 0.0, -1.0, 1e-300, "4")),
         *({"trial": TRIAL | {"sampling_probability": q}} for q in (math.nan, 0.0, -0.1, 1.5, None)),
-        *({"expected_trials": mean} for mean in (math.nan, math.inf, 0.0, -1.0, "8", None, 10**400)),
+        *({"expected_trials": mean} for mean in (math.nan, math.inf, 0.0, -1.0, "8", None, 10**30)),
         *({"shape": shape} for shape in (math.nan, -1.0, "1", 1e300, [1])),
-        *({"orders": orders} for orders in ([], [math.nan], [math.inf], [2.5], ["2"], [10**400], None)),
+        *({"orders": orders} for orders in ([], [math.nan], [math.inf], [2.5], ["2"], [10**30], None)),
         {"distribution": "fixed, known to all"},
         {"trial": TRIAL | {"more": 1}},
     ],
