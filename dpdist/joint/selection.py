@@ -258,8 +258,6 @@ def stated_cost(record: Mapping[str, Any], *, released: Phase, delta: float) -> 
     bound = _stated_phase(**record["trial"])
     orders = list(record["orders"])
     law, losses = Law.from_record(record), trial_divergences(bound)
-    if record["distribution"] != law.name:
-        raise ValueError(f"the distribution is {law.name} by its shape, and {record['distribution']} by its name")
     spent = search_cost(losses, law, delta)
     if not set(binding_orders(losses, law, delta)) <= set(orders):
         raise ValueError("the orders are not those that its epsilon rests on")

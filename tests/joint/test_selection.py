@@ -167,7 +167,6 @@ def test_divergences_that_are_no_numbers_cost_no_epsilon_of_zero(law: Law, wrong
         *({"expected_trials": mean} for mean in (math.nan, math.inf, 0.0, -1.0, "8", None, 10**30)),
         *({"shape": shape} for shape in (math.nan, -1.0, "1", 1e300, [1])),
         *({"orders": orders} for orders in ([], [math.nan], [math.inf], [2.5], ["2"], [10**30], None)),
-        {"distribution": "fixed, known to all"},
         {"trial": TRIAL | {"more": 1}},
     ],
     ids=str,
