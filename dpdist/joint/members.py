@@ -8,6 +8,7 @@ on apart are charged in full each.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,12 +210,40 @@ def charges_of(facts: Mapping[str, Any]) -> Charges:
     kinds = [(float(each["sampling_probability"]), float(each["noise_multiplier"])) for each in told]
     first = Phase(*kinds[0], int(told[0].get("steps", facts["steps"])))
     delta, last = float(facts["delta"]), int(facts["steps"]) - int(told[-1]["start"])
-    counts = [last, first.steps, *(int(each["charged_steps"]) for each in told)]
-    if not 0 < delta < 1 or min(counts) < 0 or not all(0 < q <= 1 and sigma > 0 for q, sigma in kinds):
+    counts = [each[name] for each in told for name in ("start", "charged_steps")]
+    counts += [first.steps, last, facts["released_after_step"]]
+    sound = all(type(count) is int and count >= 0 for count in counts) and last > 0
+    if not sound or not 0 < delta < 1 or not all(0 < q <= 1 and 0 < sigma < math.inf for q, sigma in kinds):
         raise ValueError("its constants make no sense")
+    _require_charged(told, facts["released_after_step"], last)
     charged = [Phase(*kind, int(each["charged_steps"])) for kind, each in zip(kinds[:-1], told, strict=False)]
     order = int(facts["renyi_order"]) if "renyi_order" in facts else best_order(first, delta)
     return Charges(first=first, phases=(*charged, Phase(*kinds[-1], last)), delta=delta, order=order)
+
+
+def _require_charged(told: Sequence[Mapping[str, Any]], released: int, last: int) -> None:
+    """Check that every step that led to the released parameters is charged.
+
+    Args:
+        told: the incarnations; each but the first went on from a step that an earlier one was charged for.
+        released: the step after which the parameters are.
+        last: steps that the newest plan holds.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if told[0]["start"] != 0:
+        raise ValueError("its first incarnation does not begin at step 0")
+    ends = [each["start"] + each["charged_steps"] for each in told]
+    for number, each in enumerate(told[1:], 1):
+        if each["start"] > max(ends[:number]):
+            raise ValueError(
+                f"its incarnation {number} begins after step {each['start']}, which nobody was charged for"
+            )
+    if released > ends[-1]:
+        raise ValueError(f"its parameters are from step {released}, and {ends[-1]} are charged")
+    if told[-1]["charged_steps"] > last:
+        raise ValueError("more steps are charged than its newest plan holds")
 
 
 def _old_unit(file: Path, facts: Mapping[str, Any]) -> str:

@@ -28,10 +28,11 @@ from dpdist.joint.members import VERSIONS_DIFFER, charges_of, unit_name
 from dpdist.joint.selection import stated_cost
 from dpdist.joint.views import curve
 from dpdist.mechanism.accounting import ADJACENCY, Spent
+from dpdist.mechanism.composition import Phase
 from dpdist.release.exported import CONFIG, PRIVACY, STATEMENT, sha256_of
 from dpdist.release.statement import as_text as statement_text
 from dpdist.release.statement import unit_of
-from dpdist.run.calibration import UnreachableBudgetError, calibrate
+from dpdist.run.calibration import UnreachableBudgetError, calibrate, calibrate_further_steps
 
 #: How much more than it costs an epsilon may be stated as, relatively: more shows that another number was changed.
 _STATED_ABOVE = 1e-3
@@ -39,6 +40,8 @@ _STATED_ABOVE = 1e-3
 _LARGEST_RHO = 1e-3
 #: Relative room for numbers that are products of others.
 _CLOSE = 1e-9
+#: How the reason of an incarnation begins for which somebody set sigma, or left it to be calibrated.
+_NOISE_SETTING = "privacy.noise_multiplier"
 _BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, OSError)
 ON_TRUST = (
     "that the training was as the statement says: its noise, sampling, number of steps and of records are the sender's "
@@ -230,24 +233,42 @@ def _config(export: Path, facts: Mapping[str, Any]) -> None:
         "other noise": sigma is None or sigma == facts["noise_multiplier"],
         "another unit": unit_name(config) == facts["unit_name"] and unit_of(config) == facts["unit"],
     }
-    if sigma is None and target is not None and len(facts["incarnations"]) == 1:
+    if sigma is None and target is not None:
         checks["other noise than its target asks for"] = _is_calibrated(config, facts)
     if wrong := [name for name, holds in checks.items() if not holds]:
         raise _WrongError(*(f"{CONFIG} says otherwise: {name}" for name in wrong))
 
 
 def _is_calibrated(config: Config, facts: Mapping[str, Any]) -> bool:
-    """Whether sigma is what the config's target asks for, and not more."""
+    """Whether sigma is what the config's target asks for, and not more.
+
+    It was worked out by the newest incarnation, or by the one since which neither it nor q has changed.
+    """
+    told, target = facts["incarnations"], float(config.privacy.target_epsilon or 0)
+    phases = [
+        Phase(float(each["sampling_probability"]), float(each["noise_multiplier"]), int(each["charged_steps"]))
+        for each in told
+    ]
+    number = max((n for n in range(1, len(told)) if not phases[n].alike(phases[n - 1])), default=0)
+    if any(reason.startswith(_NOISE_SETTING) for each in told[number + 1 :] for reason in each["reasons"]):
+        return True  # what it was calibrated for, if it was, is said by an earlier config
+    q, delta, planned = phases[number].sampling_probability, float(facts["delta"]), told[number]
+    steps = int(planned.get("steps", facts["steps"])) - int(planned["start"])
     try:
-        sigma = calibrate(
-            target_epsilon=float(config.privacy.target_epsilon or 0),
-            sampling_probability=float(facts["sampling_probability"]),
-            steps=int(facts["steps"]),
-            delta=float(facts["delta"]),
-        )
+        if number == 0:
+            sigma = calibrate(target_epsilon=target, sampling_probability=q, steps=steps, delta=delta)
+        else:
+            sigma = calibrate_further_steps(
+                phases[:number],
+                sampling_probability=q,
+                steps=steps,
+                target_epsilon=target,
+                order=int(facts["renyi_order"]),
+                delta=delta,
+            )
     except UnreachableBudgetError:
         return False
-    return math.isclose(float(facts["noise_multiplier"]), sigma, rel_tol=_STATED_ABOVE)
+    return math.isclose(phases[number].noise_multiplier, sigma, rel_tol=_STATED_ABOVE)
 
 
 def _text(export: Path, facts: Mapping[str, Any]) -> None:

@@ -1,0 +1,139 @@
+"""Statements, sweeps and registries that say less than was spent, each consistent in itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from private_runs import more, private_run, restate, whole_export
+
+from dpdist.errors import InputError
+from dpdist.joint.compose import compose
+from dpdist.joint.members import charges_of
+from dpdist.joint.together import Charges
+from dpdist.mechanism.composition import ADAPTIVE
+from dpdist.mechanism.ledger import Ledger
+from dpdist.release.verify import verify
+from dpdist.run.calibration import calibrate, calibrate_further_steps
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    return whole_export(private_run(tmp_path / "run"), tmp_path / "export")
+
+
+def facts_of(export: Path) -> dict[str, Any]:
+    return dict(json.loads((export / "privacy.json").read_text()))
+
+
+def wrong(export: Path) -> dict[str, list[str]]:
+    """What `verify` finds wrong, by check."""
+    found = verify(export)
+    told = {check["check"]: check["wrong"] for check in found["checks"] if not check["holds"]}
+    assert found["holds"] == (not told)
+    return told
+
+
+def nothing_charged(facts: dict[str, Any]) -> None:
+    first, steps = facts["incarnations"][0], facts["steps"]
+    second = first | {"incarnation": 1, "nonce": "ab" * 32, "start": steps, "reasons": ["a setting changed"]}
+    facts["incarnations"] = [first | {"charged_steps": 0}, second | {"charged_steps": 0}]
+    facts |= {"epsilon": 0.0, "epsilon_rdp": 0.0, "epsilon_pld": None, "accountant": ADAPTIVE, "charged_steps": 0}
+
+
+def begins_beyond(facts: dict[str, Any]) -> None:
+    first = facts["incarnations"][0]
+    second = first | {"incarnation": 1, "nonce": "ab" * 32, "start": 60, "charged_steps": 40}
+    facts["incarnations"] = [first | {"charged_steps": 50}, second]
+    facts["charged_steps"] = 90
+
+
+def begins_late(facts: dict[str, Any]) -> None:
+    facts["incarnations"][0] |= {"start": 60, "charged_steps": 40}
+
+
+def half_a_step(facts: dict[str, Any]) -> None:
+    facts["incarnations"][0]["charged_steps"] = 99.5
+
+
+def a_truth_for_a_count(facts: dict[str, Any]) -> None:
+    facts["incarnations"][0]["charged_steps"] = True
+
+
+def released_uncharged(facts: dict[str, Any]) -> None:
+    facts["incarnations"][0]["charged_steps"] = facts["charged_steps"] = 99
+
+
+def more_charged_than_planned(facts: dict[str, Any]) -> None:
+    facts["incarnations"][0]["charged_steps"] = facts["charged_steps"] = facts["released_after_step"] = 101
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        nothing_charged,
+        begins_beyond,
+        begins_late,
+        half_a_step,
+        a_truth_for_a_count,
+        released_uncharged,
+        more_charged_than_planned,
+    ],
+)
+def test_steps_that_led_to_the_parameters_and_are_not_charged_are_found(
+    export: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    assert not wrong(export)
+    facts = facts_of(export)
+    change(facts)
+    restate(export, facts)
+    assert "epsilon" in wrong(export)
+    with pytest.raises(InputError, match=r"privacy\.json"):
+        compose([export])
+
+
+def test_incarnations_as_a_run_makes_them_are_read(tmp_path: Path) -> None:
+    run = private_run(tmp_path / "run", done=False)
+    Ledger(run / "ledger.jsonl").reserve(0, 60)
+    more(run, steps=150, sigma=3.0, start=40)
+    more(run, steps=180, sigma=2.5, start=50)
+    given = whole_export(run, tmp_path / "given")
+    assert charges_of(facts_of(given)) == Charges.of_ledger(Ledger(run / "ledger.jsonl"))
+    assert "epsilon" not in wrong(given)
+    assert compose([given])["epsilon"] == compose([run])["epsilon"]
+
+
+TARGET = 1.0
+
+
+def calibrated_run(root: Path, *, sigma: float | None = None, target: float = TARGET) -> Path:
+    found = calibrate(target_epsilon=TARGET, sampling_probability=0.01, steps=100, delta=1e-5)
+    privacy = {"noise_multiplier": None, "target_epsilon": target, "delta": 1e-5}
+    return private_run(root, sigma=found if sigma is None else sigma, privacy=privacy, training={"steps": 300})
+
+
+def test_noise_beyond_what_the_target_asks_for_is_found_beside_other_incarnations_too(tmp_path: Path) -> None:
+    def states(run: Path, target: float) -> bool:
+        export = whole_export(run, tmp_path / f"export-of-{run.name}")
+        facts = facts_of(export) | {"target_epsilon": target}
+        restate(export, facts)
+        return not wrong(export)
+
+    assert states(calibrated_run(tmp_path / "true"), TARGET)
+    assert not states(calibrated_run(tmp_path / "quiet", sigma=9.0), TARGET)
+    # An incarnation that changes nothing hides it no more.
+    twice = calibrated_run(tmp_path / "twice", sigma=9.0)
+    more(twice, steps=101, sigma=9.0)
+    assert not states(twice, TARGET)
+    # One that pays for more steps, as a run plans it, and with more noise than it would.
+    for name, factor, holds in (("longer", 1.0, True), ("louder", 1.5, False)):
+        run = calibrated_run(tmp_path / name, target=3.0)
+        charges = Charges.of_ledger(Ledger(run / "ledger.jsonl"))
+        sigma = calibrate_further_steps(
+            charges.phases, sampling_probability=0.01, steps=200, target_epsilon=3.0, order=charges.order, delta=1e-5
+        )
+        more(run, steps=300, sigma=factor * sigma)
+        assert states(run, 3.0) is holds
