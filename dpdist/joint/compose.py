@@ -46,11 +46,13 @@ def compose(
     _require_one_unit(members)
     _require_one_split(members)
     fixed = (at_once or recorded) and apart(members) and not any("has not begun" in note for note in notes)
+    kept = all(member.charges.kept_to_plan for member in members)
     if at_once and not fixed:
         notes.append("--at-once is not used: not all plans that were asked for have begun, or a copy went on apart")
-    elif at_once and not (kept := all(member.charges.kept_to_plan for member in members)):
-        notes.append("--at-once is not used: a run has gone beyond its first plan")
-        fixed = kept
+    elif fixed and not kept and len(members) > 1:
+        used = "--at-once is not used" if at_once else "the sweep's record is not used"
+        notes.append(f"{used}: a run has gone beyond its first plan")
+    fixed = fixed and kept
     if len(members) > 1 and any(member.kind == "search" for member in members):
         if delta is not None:
             remedy = "leave it out: a search is composed by adding epsilons and deltas."

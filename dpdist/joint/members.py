@@ -29,6 +29,8 @@ from dpdist.run.summary import exposed_secret, guarantee
 PRIVACY, SWEEP, SEARCH = "privacy.json", "sweep.json", "search.json"
 #: Relative difference that two versions of the accountant may have.
 VERSIONS_DIFFER = 1e-6
+#: What reading a file that says something else than it should may raise.
+BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError)
 #: How exports from before there was `unit_name` say that the unit is a record.
 _ONE_RECORD = "one training record"
 
@@ -99,15 +101,19 @@ def read(paths: Sequence[Path]) -> tuple[list[Member], list[str], bool]:
 def _sweep(root: Path) -> tuple[list[Member], list[str], bool]:
     try:
         asked = json.loads((root / SWEEP).read_text())["asked"]
-        names = [point["name"] for points in asked for point in points]
-    except (OSError, ValueError, KeyError, TypeError):
+        digests = {str(point["name"]): point.get("digest") for points in asked for point in points}
+    except (*BROKEN, OSError):
         remedy = "is not whole: which points there were is unknown; bring it back, or name the runs themselves."
         raise InputError(SWEEP, str(root / SWEEP), remedy) from None
-    if gone := [name for name in names if not (root / name).is_dir()]:
+    if gone := [name for name in digests if not (root / name).is_dir()]:
         raise InputError("RUN", str(root), f"the points {', '.join(gone)} are gone, and with them what they cost.")
-    waiting = [name for name in names if not RunPaths(root / name).ledger.exists()]
+    waiting = [name for name in digests if not RunPaths(root / name).ledger.exists()]
     notes = [f"{root / name} has not begun: it has cost nothing yet" for name in waiting]
-    return [_run(root / name) for name in names if name not in waiting], notes, len(asked) == 1 and not waiting
+    begun = [name for name in digests if name not in waiting]
+    points = [_run(root / name) for name in begun]
+    other = [name for name in begun if Ledger(RunPaths(root / name).ledger).plans[0].settings != digests[name]]
+    notes += [f"{root / name} began with other settings than the sweep asked for: not as planned" for name in other]
+    return points, notes, len(asked) == 1 and not waiting and not other
 
 
 def _search(root: Path) -> Member:

@@ -283,8 +283,10 @@ def test_the_smallest_delta_is_that_of_the_joint_guarantee_unless_one_is_given(t
         compose(runs, delta=1.5)
 
 
-def sweep(root: Path, *groups: list[str]) -> Path:
-    (root / "sweep.json").write_text(json.dumps({"asked": [[{"name": name} for name in group] for group in groups]}))
+def sweep(root: Path, *groups: list[str], **digests: str) -> Path:
+    """The record of a sweep, which asked for its points with the settings they have, or with the digests given."""
+    points = [[{"name": name, "digest": digests.get(name, "")} for name in group] for group in groups]
+    (root / "sweep.json").write_text(json.dumps({"asked": points}))
     return root
 
 
