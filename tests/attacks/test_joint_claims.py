@@ -13,8 +13,9 @@ from private_runs import more, private_run, restate, whole_export
 from dpdist.errors import InputError
 from dpdist.joint.compose import compose
 from dpdist.joint.members import charges_of
-from dpdist.joint.together import Charges
-from dpdist.mechanism.composition import ADAPTIVE
+from dpdist.joint.together import Charges, wall_cost
+from dpdist.mechanism.accounting import KEPT
+from dpdist.mechanism.composition import ADAPTIVE, Phase, adaptive_epsilon
 from dpdist.mechanism.ledger import Ledger
 from dpdist.release.verify import verify
 from dpdist.run.calibration import calibrate, calibrate_further_steps
@@ -137,3 +138,48 @@ def test_noise_beyond_what_the_target_asks_for_is_found_beside_other_incarnation
         )
         more(run, steps=300, sigma=factor * sigma)
         assert states(run, 3.0) is holds
+
+
+def a_sweep(root: Path, **digests: str) -> Path:
+    """Eight points that were asked for in one submission, each run with the settings whose digest is empty."""
+    names = "abcdefgh"
+    for name in names:
+        private_run(root / name, steps=2000)
+    asked = [{"name": name, "digest": digests.get(name, "")} for name in names]
+    (root / "sweep.json").write_text(json.dumps({"asked": [asked]}))
+    return root
+
+
+def test_a_point_that_was_run_with_other_settings_was_not_asked_for_at_once(tmp_path: Path) -> None:
+    assert compose([a_sweep(tmp_path / "true")])["at_once"]
+    found = compose([a_sweep(tmp_path / "other", c="0" * 64)])
+    assert not found["at_once"]
+    assert found["at_once_by"] is None
+    assert found["accountant"] == ADAPTIVE
+    assert [note for note in found["notes"] if "other settings" in note and str(tmp_path / "other" / "c") in note]
+
+
+def test_a_sweep_of_which_a_point_left_its_plan_does_not_say_at_once(tmp_path: Path) -> None:
+    root = a_sweep(tmp_path / "sweep")
+    more(root / "d", steps=2500, sigma=2.0, start=2000)
+    found = compose([root])
+    assert found["accountant"] == ADAPTIVE
+    assert not found["at_once"]
+    assert any("the sweep's record is not used" in note for note in found["notes"])
+
+
+def plan_of(delta: float, *, more_steps: int = 0) -> Charges:
+    first = Phase(0.01, 2.0, 100)
+    return Charges(first=first, phases=(first, Phase(0.01, 2.0, more_steps)), delta=delta, order=20)
+
+
+def test_the_delta_of_runs_that_kept_to_their_plans_is_counted_whole() -> None:
+    delta = 1e-5
+    fits, beyond = (1 - KEPT) * delta / 2, delta / 2
+    assert wall_cost([plan_of(fits)] * 2, order=20, delta=delta) == pytest.approx(2 * plan_of(fits).alone().epsilon)
+    filtered = adaptive_epsilon([Phase(0.01, 2.0, 200)], order=20, delta=delta)
+    assert wall_cost([plan_of(beyond)] * 2, order=20, delta=delta) == pytest.approx(filtered)
+    # Alone, it is the plan of one run, which a filter covers beyond it.
+    assert wall_cost([plan_of(delta)], order=20, delta=delta) == plan_of(delta).alone().epsilon
+    left = plan_of(delta, more_steps=1)
+    assert wall_cost([left], order=20, delta=delta) == adaptive_epsilon(left.phases, order=20, delta=delta)
