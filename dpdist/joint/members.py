@@ -69,6 +69,11 @@ def unit_name(config: Config) -> str:
     return "a record"
 
 
+def split_of(config: Config) -> dict[str, Any]:
+    """What says which records a run is tested on, by setting."""
+    return {"data.split_seed": config.data.split_seed, "data.test_fraction": config.data.test_fraction}
+
+
 def read(paths: Sequence[Path]) -> tuple[list[Member], list[str], bool]:
     """The runs below these paths: run directories, exports and sweeps.
 
@@ -138,7 +143,6 @@ def _run(root: Path) -> Member:
         raise InputError("RUN", str(root), "has not begun: it has no plan, and has cost nothing yet; leave it out.")
     _require_guarantee(root, _broken(paths, config, ledger))
     charges, terms = Charges.of_ledger(ledger), ledger.plans[-1].private_terms()
-    data = config.data
     return Member(
         path=root,
         kind="run",
@@ -148,7 +152,7 @@ def _run(root: Path) -> Member:
         dataset_size=ledger.plans[-1].dataset_size,
         born=None if born is None else float(born),
         nonces={plan.nonce: ledger.charged_to(plan.incarnation) for plan in ledger.plans},
-        split={"data.split_seed": data.split_seed, "data.test_fraction": data.test_fraction},
+        split=split_of(config),
         on_trust=[f"{root} is a copy: what the original has released since is not in it"] if ledger.copied else [],
     )
 

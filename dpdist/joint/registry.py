@@ -49,6 +49,8 @@ class Charged:
     #: The Renyi order that the run chose with its first plan.
     order: int
     unit: str
+    #: What says which records it is tested on, by setting; empty where it is not known.
+    split: dict[str, Any]
     dataset_size: int
     first: Phase
     #: By nonce.
@@ -156,6 +158,7 @@ class Registry:
                 delta=float(record["delta"]),
                 order=int(record["order"]),
                 unit=str(record["unit"]),
+                split=dict(record["split"]),
                 dataset_size=int(record["dataset_size"]),
                 first=first,
             ),
@@ -194,7 +197,7 @@ class Registry:
         """
         if self.holds(record):
             return
-        self.require_unit(record)
+        self.require_alike(record)
         if self.budget is None:
             return
         spent, with_it = self.cost(), Registry(self.folder, self.dataset)
@@ -208,8 +211,8 @@ class Registry:
             )
             raise InputError("run.registry_dataset", self.dataset, remedy)
 
-    def require_unit(self, record: dict[str, Any]) -> None:
-        """Check that a run promises to the unit that those before it promise to.
+    def require_alike(self, record: dict[str, Any]) -> None:
+        """Check that a run promises to the unit, and is tested on the records, that those before it are.
 
         Raises:
             InputError: it does not.
@@ -221,6 +224,13 @@ class Registry:
                     "both. Keep to one unit, or give the other one a registry_dataset and a budget of its own."
                 )
                 raise InputError("run.registry_dataset", self.dataset, remedy)
+        if (name := split_differs([run.split for run in self.runs.values()], record["split"])) is not None:
+            known = next(run.split[name] for run in self.runs.values() if run.split)
+            remedy = (
+                f"is {known!r} in the registry's runs: records that one of them trains on would be tested on by this "
+                "one, which publishes its accuracy on them exactly. No epsilon covers that; take the same split."
+            )
+            raise InputError(name, record["split"][name], remedy)
 
     def append(self, record: dict[str, Any]) -> str:
         """Add a line, durably; within `locked`. Returns its digest."""
@@ -252,6 +262,11 @@ class Registry:
         self.digests.append(digest)
         self._size = self._seen = self._size + len(line) + 1
         return digest
+
+
+def split_differs(known: Sequence[dict[str, Any]], split: dict[str, Any]) -> str | None:
+    """The setting, if any, in which a split is another than one of those that are known."""
+    return next((name for each in known if each for name in split if each[name] != split[name]), None)
 
 
 def _mode_in(folder: Path) -> int:

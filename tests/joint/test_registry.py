@@ -17,7 +17,7 @@ from private_runs import export_of, more, private_run
 from dpdist import config as config_module
 from dpdist.config import file as configfile
 from dpdist.errors import InputError
-from dpdist.joint.charging import charge, require_room
+from dpdist.joint.charging import charge, charge_spent, require_room
 from dpdist.joint.registry import Registry, create, locked, standing
 from dpdist.mechanism.accounting import epsilon
 from dpdist.mechanism.ledger import Ledger
@@ -292,6 +292,24 @@ def test_other_units_and_runs_without_a_guarantee_are_refused(tmp_path: Path) ->
     ledger.write_text(ledger.read_text().replace('"insecure": false', '"insecure": true'))
     with pytest.raises(InputError, match="known seed"):
         charged(seed)
+
+
+@pytest.mark.parametrize("other", [{"split_seed": 1}, {"test_fraction": 0.3}])
+def test_a_run_that_is_tested_on_what_another_trains_on_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
+    create(tmp_path / "reg", "people", delta=1e-5, budget=None)
+    first, same = registered(tmp_path / "a", tmp_path / "reg"), registered(tmp_path / "b", tmp_path / "reg")
+    for run in (first, same):
+        charged(run)
+    lines = (tmp_path / "reg" / "people.jsonl").read_bytes()
+    second = registered(tmp_path / "c", tmp_path / "reg", data=other)
+    with pytest.raises(InputError, match="publishes its accuracy on them exactly"):
+        charged(second)
+    with pytest.raises(InputError, match="publishes its accuracy on them exactly"):
+        charge_spent(tmp_path / "reg", "people", [second])
+    create(tmp_path / "reg", "others", delta=1e-5, budget=None)
+    with pytest.raises(InputError, match=f"has another data.{next(iter(other))}"):
+        charge_spent(tmp_path / "reg", "others", [first, second])
+    assert (tmp_path / "reg" / "people.jsonl").read_bytes() == lines
 
 
 def test_who_does_not_keep_to_the_lock_is_noticed_and_who_holds_it_too_long_is_named(tmp_path: Path) -> None:
