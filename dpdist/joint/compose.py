@@ -10,7 +10,8 @@ from typing import Any
 
 from dpdist.errors import InputError
 from dpdist.joint.members import Member, apart, read
-from dpdist.joint.together import SUM, added, joint_cost
+from dpdist.joint.together import SUM, added, fixed_cost, joint_cost
+from dpdist.mechanism.accounting import Spent
 from dpdist.mechanism.composition import ADAPTIVE
 
 _HOW = {
@@ -58,6 +59,8 @@ def compose(
             remedy = "leave it out: a search is composed by adding epsilons and deltas."
             raise InputError("--delta", delta, remedy)
         spent, fixed = added([member.stated for member in members]), False
+    elif len(members) == 1 and delta not in (None, members[0].stated.delta):
+        spent = _at(members[0], delta)
     else:
         spent = joint_cost(
             [member.charges for member in members],
@@ -83,6 +86,21 @@ def compose(
         "notes": notes,
         "on_trust": [item for member in members for item in member.on_trust] + _trusted(members),
     }
+
+
+def _at(member: Member, delta: float) -> Spent:
+    """What a single run costs at another delta than its own.
+
+    Raises:
+        InputError: it is stated at its own delta alone.
+    """
+    if member.kind == "search" or not member.charges.kept_to_plan:
+        remedy = (
+            f"leave it out: {member.path} has left its plan, or is a search, and its epsilon holds at its own delta, "
+            f"{member.stated.delta:g}, alone."
+        )
+        raise InputError("--delta", delta, remedy)
+    return fixed_cost([member.charges.first], delta)
 
 
 def _of(member: Member) -> dict[str, Any]:
