@@ -308,8 +308,8 @@ def locked(folder: Path, dataset: str, patience: float = PATIENCE, *, new: bool 
         new: it may be one that is not there yet.
 
     Raises:
-        InputError: it is not there, somebody else holds it for longer than `patience` seconds, or the directory cannot be
-            written.
+        InputError: it is not there, somebody else holds it for longer than `patience` seconds, or the directory cannot
+            be written.
     """
     if not new:
         Registry(folder, dataset).require_made()

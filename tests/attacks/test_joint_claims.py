@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from private_runs import more, private_run, restate, whole_export
+from private_runs import config_of, more, private_run, restate, whole_export
+from safetensors.numpy import load_file, save_file
 
 from dpdist.errors import InputError
 from dpdist.joint.compose import compose
-from dpdist.joint.members import charges_of
+from dpdist.joint.members import HOLDS, charges_of
 from dpdist.joint.together import Charges, wall_cost
-from dpdist.mechanism.accounting import KEPT
+from dpdist.mechanism.accounting import KEPT, epsilon
 from dpdist.mechanism.composition import ADAPTIVE, Phase, adaptive_epsilon
 from dpdist.mechanism.ledger import Ledger
 from dpdist.release.verify import verify
 from dpdist.run.calibration import calibrate, calibrate_further_steps
+from dpdist.run.summary import guarantee
 
 
 @pytest.fixture
@@ -183,3 +185,90 @@ def test_the_delta_of_runs_that_kept_to_their_plans_is_counted_whole() -> None:
     assert wall_cost([plan_of(delta)], order=20, delta=delta) == plan_of(delta).alone().epsilon
     left = plan_of(delta, more_steps=1)
     assert wall_cost([left], order=20, delta=delta) == adaptive_epsilon(left.phases, order=20, delta=delta)
+
+
+def said(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda facts: facts.update({name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        (said("not_covered", ["nothing"]), "words"),
+        (said("assumptions", ["none"]), "words"),
+        (said("covered", "everything, test records too"), "words"),
+        (said("mechanism", "magic"), "words"),
+        (said("public", ["nothing"]), "words"),
+        (said("dataset_size_is_public", False), "words"),
+        (said("unit", "everybody"), "config"),
+        (said("guarantee", "holds not"), "guarantee"),
+        (said("rho", 0.0), "constants"),
+    ],
+)
+def test_words_and_numbers_that_dpdist_would_not_say_are_found(
+    export: Path, change: Callable[[dict[str, Any]], None], check: str
+) -> None:
+    facts = facts_of(export)
+    change(facts)
+    restate(export, facts)
+    assert check in wrong(export)
+
+
+def test_the_guarantees_that_are_taken_are_those_that_a_run_states() -> None:
+    privacy = {"noise_multiplier": 2.0, "delta": 1e-5}
+    configs = [config_of(privacy=privacy | {"allow_large_delta": large}) for large in (False, True)]
+    assert tuple(guarantee(config, finite=True) for config in configs) == HOLDS
+
+
+def test_parameters_of_another_model_under_the_same_digest_are_found(export: Path) -> None:
+    facts = facts_of(export)
+    arrays = {name: array + 1 for name, array in load_file(export / "params.safetensors").items()}
+    metadata = {"params_sha256": facts["params_sha256"], "guarantee": facts["guarantee"]}
+    save_file(arrays, export / "params.safetensors", metadata=metadata)
+    restate(export, facts)
+    assert set(wrong(export)) == {"parameters"}
+
+
+def test_a_file_that_no_export_has_is_found_also_where_the_statement_names_it(export: Path) -> None:
+    (export / "pytorch_model.bin").write_bytes(b"pickle")
+    restate(export, facts_of(export))
+    assert "pytorch_model.bin" in wrong(export)["files"][0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: '{"epsilon": 0.1, ' + text[1:],
+        lambda text: text.replace('"rho": 1e-06', '"rho": NaN'),
+        lambda text: text.replace('"rho": 1e-06', '"rho": Infinity'),
+        lambda text: "[" * 100_000,
+        lambda text: '{"incarnations": ' * 100_000,
+    ],
+)
+def test_a_statement_that_can_be_read_in_two_ways_or_in_none_is_no_statement(
+    export: Path, change: Callable[[str], str]
+) -> None:
+    path = export / "privacy.json"
+    before = path.read_text()
+    path.write_text(change(before))
+    assert path.read_text() != before
+    assert set(wrong(export)) == {"statement"}
+    with pytest.raises(InputError, match="is damaged"):
+        compose([export])
+
+
+def test_a_config_of_brackets_is_wrong_and_no_crash(export: Path) -> None:
+    (export / "config.yaml").write_text("data: " + "[" * 20_000 + "]" * 20_000)
+    restate(export, facts_of(export))
+    assert "config" in wrong(export)
+
+
+def test_one_run_is_stated_at_the_delta_that_is_asked_for_or_refused(tmp_path: Path) -> None:
+    run = private_run(tmp_path / "a")
+    found = compose([run], delta=1e-7)
+    assert found["delta"] == 1e-7
+    assert found["epsilon"] == epsilon(sampling_probability=0.01, noise_multiplier=2.0, steps=100, delta=1e-7).epsilon
+    assert found["epsilon"] > compose([run], delta=1e-5)["epsilon"] == compose([run])["epsilon"]
+    more(run, steps=300, sigma=1.5)
+    with pytest.raises(InputError, match="holds at its own delta"):
+        compose([run], delta=1e-7)
