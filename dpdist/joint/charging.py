@@ -38,7 +38,10 @@ def charge_of(config: Config, run_dir: Path, ledger: Ledger, plan: Plan) -> dict
             what = "adds no noise" if each.privacy is None else "has a known seed for a secret"
             remedy = f"this run {what}, and no budget covers it; train it on public data, with run.registry=null."
             raise InputError("run.registry", config.run.registry, remedy)
-    from dpdist.joint.members import unit_name  # the accountant takes a second to import, and one process needs it
+    from dpdist.joint.members import (
+        split_of,
+        unit_name,
+    )  # the accountant takes a second to import, and one process needs it
 
     first, terms = plans[0], plans[0].private_terms()
     kinds = [(each.nonce, each.sampling_probability, each.private_terms().noise_multiplier) for each in plans]
@@ -50,6 +53,7 @@ def charge_of(config: Config, run_dir: Path, ledger: Ledger, plan: Plan) -> dict
         "delta": terms.delta,
         "order": terms.renyi_order,
         "unit": unit_name(config),
+        "split": split_of(config),
         "dataset_size": plan.dataset_size,
         "first": [first.sampling_probability, terms.noise_multiplier, first.steps - first.start],
         "incarnations": [[*kind, count] for kind, count in zip(kinds, steps, strict=True)],
@@ -82,14 +86,12 @@ def charge(config: Config, run: RunPaths, ledger: Ledger) -> None:
     where = _named(config, run)
     if where is None:
         return
-    from dpdist.joint.registry import header, locked
+    from dpdist.joint.registry import locked
 
     with locked(*where, PATIENCE) as registry:
         _require_own_line(run, registry)
         record = charge_of(config, run.root, ledger, ledger.plans[-1])
         registry.require_room(record)
-        if registry.delta is None:
-            registry.append(header(where[1], delta=record["delta"], order=record["order"], budget=None))
         # Where it is charged already, the newest line there is: that must not be missed later either.
         digest = registry.digests[-1] if registry.holds(record) else registry.append(record)
     note = {"registry": str(where[0].absolute()), "dataset": where[1], "line": digest}
@@ -103,7 +105,7 @@ def charge_spent(folder: Path, dataset: str, paths: Sequence[Path]) -> None:
         InputError: one has no guarantee, no nonces, or another unit than the registry's runs; nothing is charged then.
     """
     from dpdist.joint.members import read
-    from dpdist.joint.registry import header, locked
+    from dpdist.joint.registry import locked, split_differs
 
     members, _, _ = read(paths)
     for member in members:
@@ -113,12 +115,12 @@ def charge_spent(folder: Path, dataset: str, paths: Sequence[Path]) -> None:
     with locked(folder, dataset, PATIENCE) as registry:
         records = [_record_of(member) for member in members]
         for record in records:
-            registry.require_unit(record)
+            registry.require_alike(record)
             if record["unit"] != records[0]["unit"]:
                 raise InputError("--charge", record["run_dir"], "is for another unit than the first; charge one unit.")
+            if (other := split_differs([each["split"] for each in records], record["split"])) is not None:
+                raise InputError("--charge", record["run_dir"], f"has another {other} than another of them.")
         for record in records:
-            if registry.delta is None:
-                registry.append(header(dataset, delta=record["delta"], order=record["order"], budget=None))
             if not registry.holds(record):
                 registry.append(record)
 
@@ -133,6 +135,7 @@ def _record_of(member: Member) -> dict[str, Any]:
         "delta": charges.delta,
         "order": charges.order,
         "unit": member.unit,
+        "split": dict(member.split),
         "dataset_size": member.dataset_size,
         "first": [first.sampling_probability, first.noise_multiplier, first.steps],
         "incarnations": [

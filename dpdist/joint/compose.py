@@ -10,7 +10,8 @@ from typing import Any
 
 from dpdist.errors import InputError
 from dpdist.joint.members import Member, apart, read
-from dpdist.joint.together import SUM, added, joint_cost
+from dpdist.joint.together import SUM, added, fixed_cost, joint_cost
+from dpdist.mechanism.accounting import Spent
 from dpdist.mechanism.composition import ADAPTIVE
 
 _HOW = {
@@ -46,16 +47,20 @@ def compose(
     _require_one_unit(members)
     _require_one_split(members)
     fixed = (at_once or recorded) and apart(members) and not any("has not begun" in note for note in notes)
+    kept = all(member.charges.kept_to_plan for member in members)
     if at_once and not fixed:
         notes.append("--at-once is not used: not all plans that were asked for have begun, or a copy went on apart")
-    elif at_once and not (kept := all(member.charges.kept_to_plan for member in members)):
-        notes.append("--at-once is not used: a run has gone beyond its first plan")
-        fixed = kept
+    elif fixed and not kept and len(members) > 1:
+        used = "--at-once is not used" if at_once else "the sweep's record is not used"
+        notes.append(f"{used}: a run has gone beyond its first plan")
+    fixed = fixed and kept
     if len(members) > 1 and any(member.kind == "search" for member in members):
         if delta is not None:
             remedy = "leave it out: a search is composed by adding epsilons and deltas."
             raise InputError("--delta", delta, remedy)
         spent, fixed = added([member.stated for member in members]), False
+    elif len(members) == 1 and delta not in (None, members[0].stated.delta):
+        spent = _at(members[0], delta)
     else:
         spent = joint_cost(
             [member.charges for member in members],
@@ -81,6 +86,21 @@ def compose(
         "notes": notes,
         "on_trust": [item for member in members for item in member.on_trust] + _trusted(members),
     }
+
+
+def _at(member: Member, delta: float) -> Spent:
+    """What a single run costs at another delta than its own.
+
+    Raises:
+        InputError: it is stated at its own delta alone.
+    """
+    if member.kind == "search" or not member.charges.kept_to_plan:
+        remedy = (
+            f"leave it out: {member.path} has left its plan, or is a search, and its epsilon holds at its own delta, "
+            f"{member.stated.delta:g}, alone."
+        )
+        raise InputError("--delta", delta, remedy)
+    return fixed_cost([member.charges.first], delta)
 
 
 def _of(member: Member) -> dict[str, Any]:

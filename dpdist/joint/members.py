@@ -8,6 +8,7 @@ on apart are charged in full each.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +29,15 @@ from dpdist.run.summary import exposed_secret, guarantee, is_trial
 PRIVACY, SWEEP, SEARCH = "privacy.json", "sweep.json", "search.json"
 #: Relative difference that two versions of the accountant may have.
 VERSIONS_DIFFER = 1e-6
+#: What reading a file that says something else than it should may raise.
+BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError)
 #: How exports from before there was `unit_name` say that the unit is a record.
 _ONE_RECORD = "one training record"
+#: What `guarantee` says of a run that has one, by `dpdist.run.summary.guarantee`.
+HOLDS = (
+    "holds",
+    "holds, but privacy.allow_large_delta lets delta reach 1/N: a random record may be published outright",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +74,11 @@ def unit_name(config: Config) -> str:
     return "a record"
 
 
+def split_of(config: Config) -> dict[str, Any]:
+    """What says which records a run is tested on, by setting."""
+    return {"data.split_seed": config.data.split_seed, "data.test_fraction": config.data.test_fraction}
+
+
 def read(paths: Sequence[Path]) -> tuple[list[Member], list[str], bool]:
     """The runs below these paths: run directories, exports and sweeps.
 
@@ -98,15 +111,19 @@ def read(paths: Sequence[Path]) -> tuple[list[Member], list[str], bool]:
 def _sweep(root: Path) -> tuple[list[Member], list[str], bool]:
     try:
         asked = json.loads((root / SWEEP).read_text())["asked"]
-        names = [point["name"] for points in asked for point in points]
-    except (OSError, ValueError, KeyError, TypeError):
+        digests = {str(point["name"]): point.get("digest") for points in asked for point in points}
+    except (*BROKEN, OSError):
         remedy = "is not whole: which points there were is unknown; bring it back, or name the runs themselves."
         raise InputError(SWEEP, str(root / SWEEP), remedy) from None
-    if gone := [name for name in names if not (root / name).is_dir()]:
+    if gone := [name for name in digests if not (root / name).is_dir()]:
         raise InputError("RUN", str(root), f"the points {', '.join(gone)} are gone, and with them what they cost.")
-    waiting = [name for name in names if not RunPaths(root / name).ledger.exists()]
+    waiting = [name for name in digests if not RunPaths(root / name).ledger.exists()]
     notes = [f"{root / name} has not begun: it has cost nothing yet" for name in waiting]
-    return [_run(root / name) for name in names if name not in waiting], notes, len(asked) == 1 and not waiting
+    begun = [name for name in digests if name not in waiting]
+    points = [_run(root / name) for name in begun]
+    other = [name for name in begun if Ledger(RunPaths(root / name).ledger).plans[0].settings != digests[name]]
+    notes += [f"{root / name} began with other settings than the sweep asked for: not as planned" for name in other]
+    return points, notes, len(asked) == 1 and not waiting and not other
 
 
 def _search(root: Path) -> Member:
@@ -131,7 +148,6 @@ def _run(root: Path) -> Member:
         raise InputError("RUN", str(root), "has not begun: it has no plan, and has cost nothing yet; leave it out.")
     _require_guarantee(root, _broken(paths, config, ledger))
     charges, terms = Charges.of_ledger(ledger), ledger.plans[-1].private_terms()
-    data = config.data
     return Member(
         path=root,
         kind="run",
@@ -141,7 +157,7 @@ def _run(root: Path) -> Member:
         dataset_size=ledger.plans[-1].dataset_size,
         born=None if born is None else float(born),
         nonces={plan.nonce: ledger.charged_to(plan.incarnation) for plan in ledger.plans},
-        split={"data.split_seed": data.split_seed, "data.test_fraction": data.test_fraction},
+        split=split_of(config),
         on_trust=[f"{root} is a copy: what the original has released since is not in it"] if ledger.copied else [],
     )
 
@@ -171,8 +187,8 @@ def _broken(paths: RunPaths, config: Config, ledger: Ledger) -> str | None:
 
 def _export(file: Path) -> Member:
     try:
-        facts = json.loads(file.read_text())
-        _require_guarantee(file.parent, None if str(facts["guarantee"]).startswith("holds") else facts["guarantee"])
+        facts = parse_statement(file.read_text())
+        _require_guarantee(file.parent, None if facts["guarantee"] in HOLDS else facts["guarantee"])
         searched = facts.get("search")
         return Member(
             path=file.parent,
@@ -190,10 +206,33 @@ def _export(file: Path) -> Member:
         )
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (*BROKEN, OSError) as error:
         raise InputError(
             PRIVACY, str(file), f"is damaged ({type(error).__name__}: {error}); get the export again."
         ) from None
+
+
+def parse_statement(text: str) -> dict[str, Any]:
+    """A statement as written: no name stands twice in it, of which readers would take one or the other.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON object, one with NaN or infinity, or a name stands twice.
+    """
+    facts = json.loads(text, object_pairs_hook=_each_name_once, parse_constant=_no_number)
+    if not isinstance(facts, dict):
+        raise ValueError("no object")
+    return facts
+
+
+def _each_name_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in it")
+    return found
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number")
 
 
 def charges_of(facts: Mapping[str, Any]) -> Charges:
@@ -211,12 +250,40 @@ def charges_of(facts: Mapping[str, Any]) -> Charges:
     kinds = [(float(each["sampling_probability"]), float(each["noise_multiplier"])) for each in told]
     first = Phase(*kinds[0], int(told[0].get("steps", facts["steps"])))
     delta, last = float(facts["delta"]), int(facts["steps"]) - int(told[-1]["start"])
-    counts = [last, first.steps, *(int(each["charged_steps"]) for each in told)]
-    if not 0 < delta < 1 or min(counts) < 0 or not all(0 < q <= 1 and sigma > 0 for q, sigma in kinds):
+    counts = [each[name] for each in told for name in ("start", "charged_steps")]
+    counts += [first.steps, last, facts["released_after_step"]]
+    sound = all(type(count) is int and count >= 0 for count in counts) and last > 0
+    if not sound or not 0 < delta < 1 or not all(0 < q <= 1 and 0 < sigma < math.inf for q, sigma in kinds):
         raise ValueError("its constants make no sense")
+    _require_charged(told, facts["released_after_step"], last)
     charged = [Phase(*kind, int(each["charged_steps"])) for kind, each in zip(kinds[:-1], told, strict=False)]
     order = int(facts["renyi_order"]) if "renyi_order" in facts else best_order(first, delta)
     return Charges(first=first, phases=(*charged, Phase(*kinds[-1], last)), delta=delta, order=order)
+
+
+def _require_charged(told: Sequence[Mapping[str, Any]], released: int, last: int) -> None:
+    """Check that every step that led to the released parameters is charged.
+
+    Args:
+        told: the incarnations; each but the first went on from a step that an earlier one was charged for.
+        released: the step after which the parameters are.
+        last: steps that the newest plan holds.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if told[0]["start"] != 0:
+        raise ValueError("its first incarnation does not begin at step 0")
+    ends = [each["start"] + each["charged_steps"] for each in told]
+    for number, each in enumerate(told[1:], 1):
+        if each["start"] > max(ends[:number]):
+            raise ValueError(
+                f"its incarnation {number} begins after step {each['start']}, which nobody was charged for"
+            )
+    if released > ends[-1]:
+        raise ValueError(f"its parameters are from step {released}, and {ends[-1]} are charged")
+    if told[-1]["charged_steps"] > last:
+        raise ValueError("more steps are charged than its newest plan holds")
 
 
 def _old_unit(file: Path, facts: Mapping[str, Any]) -> str:

@@ -2,11 +2,12 @@
 
 `DIR/NAME.jsonl` begins with a `registry` line: the dataset's name, the delta and Renyi order of the joint guarantee,
 and the epsilon that is not to be passed, if there is one. The owner of the data writes it once (`dpdist privacy
-registry --create`); else the first run does, without a budget. So no run's config can move the wall. Each `charge` line
-after it holds the incarnations of one run, by nonce, with the steps that they plan or were charged. Every line has the
-digest of the one before it, so that a line that is changed or taken out of the middle shows. One that is taken off the
-end, or the whole file, shows by `NAME.head`, which has the digest of a line that must be there, and to the run that it
-belongs to (`dpdist.joint.charging`). Against somebody who rewrites all of these, only file permissions help.
+registry --create`), and no run does: neither its config nor a mistyped name or an unmounted disk moves the wall. Each
+`charge` line after it holds the incarnations of one run, by nonce, with the steps that they plan or were charged. Every
+line has the digest of the one before it, so that a line that is changed or taken out of the middle shows. One that is
+taken off the end, or the whole file, shows by `NAME.head`, which has the digest of a line that must be there, and to
+the run that it belongs to (`dpdist.joint.charging`). Against somebody who rewrites all of these, only file permissions
+help.
 
 What counts of an incarnation is the most that any line says. Nothing is ever given back: where a run is changed on its
 way, the rest of its former plan stays charged, since a copy of its directory may be taking it.
@@ -49,6 +50,8 @@ class Charged:
     #: The Renyi order that the run chose with its first plan.
     order: int
     unit: str
+    #: What says which records it is tested on, by setting; empty where it is not known.
+    split: dict[str, Any]
     dataset_size: int
     first: Phase
     #: By nonce.
@@ -156,6 +159,7 @@ class Registry:
                 delta=float(record["delta"]),
                 order=int(record["order"]),
                 unit=str(record["unit"]),
+                split=dict(record["split"]),
                 dataset_size=int(record["dataset_size"]),
                 first=first,
             ),
@@ -192,9 +196,10 @@ class Registry:
         Raises:
             InputError: it would, or the run promises to another unit than those before it.
         """
+        self.require_made()
         if self.holds(record):
             return
-        self.require_unit(record)
+        self.require_alike(record)
         if self.budget is None:
             return
         spent, with_it = self.cost(), Registry(self.folder, self.dataset)
@@ -208,8 +213,22 @@ class Registry:
             )
             raise InputError("run.registry_dataset", self.dataset, remedy)
 
-    def require_unit(self, record: dict[str, Any]) -> None:
-        """Check that a run promises to the unit that those before it promise to.
+    def require_made(self) -> None:
+        """Check that there is such a registry: one made by a run would have no budget, wherever the name was wrong.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.delta is None:
+            remedy = (
+                f"{self.path} is no registry (yet), so what may be spent is unknown. Is the name right, and its file "
+                f"system mounted? If so, the owner of the data makes it once: dpdist privacy registry {self.folder} "
+                f"--create {self.dataset} --delta DELTA [--budget EPSILON]."
+            )
+            raise InputError("run.registry_dataset", self.dataset, remedy)
+
+    def require_alike(self, record: dict[str, Any]) -> None:
+        """Check that a run promises to the unit, and is tested on the records, that those before it are.
 
         Raises:
             InputError: it does not.
@@ -221,6 +240,13 @@ class Registry:
                     "both. Keep to one unit, or give the other one a registry_dataset and a budget of its own."
                 )
                 raise InputError("run.registry_dataset", self.dataset, remedy)
+        if (name := split_differs([run.split for run in self.runs.values()], record["split"])) is not None:
+            known = next(run.split[name] for run in self.runs.values() if run.split)
+            remedy = (
+                f"is {known!r} in the registry's runs: records that one of them trains on would be tested on by this "
+                "one, which publishes its accuracy on them exactly. No epsilon covers that; take the same split."
+            )
+            raise InputError(name, record["split"][name], remedy)
 
     def append(self, record: dict[str, Any]) -> str:
         """Add a line, durably; within `locked`. Returns its digest."""
@@ -254,6 +280,11 @@ class Registry:
         return digest
 
 
+def split_differs(known: Sequence[dict[str, Any]], split: dict[str, Any]) -> str | None:
+    """The setting, if any, in which a split is another than one of those that are known."""
+    return next((name for each in known if each for name in split if each[name] != split[name]), None)
+
+
 def _mode_in(folder: Path) -> int:
     """For a new file: whoever may make files in the directory may write it."""
     return 0o664 if folder.stat().st_mode & 0o020 else 0o644
@@ -270,14 +301,21 @@ def _open_shared(path: Path, flags: int) -> int:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, dataset: str, patience: float = PATIENCE) -> Iterator[Registry]:
+def locked(folder: Path, dataset: str, patience: float = PATIENCE, *, new: bool = False) -> Iterator[Registry]:
     """The registry, which nobody else writes to within the block.
 
+    Args:
+        new: it may be one that is not there yet.
+
     Raises:
-        InputError: somebody else holds it for longer than `patience` seconds, or the directory cannot be written.
+        InputError: it is not there, somebody else holds it for longer than `patience` seconds, or the directory cannot
+            be written.
     """
+    if not new:
+        Registry(folder, dataset).require_made()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if new:
+            folder.mkdir(parents=True, exist_ok=True)
         descriptor = _open_shared(folder / f"{dataset}.lock", os.O_RDWR)
     except OSError as error:
         raise InputError("run.registry", str(folder), f"cannot be written ({error.strerror}).") from None
@@ -307,20 +345,17 @@ def create(folder: Path, dataset: str, *, delta: float, budget: float | None) ->
         raise InputError("--delta", delta, "give a number between 0 and 1.")
     if budget is not None and not (budget > 0 and math.isfinite(budget)):
         raise InputError("--budget", budget, "give a positive, finite epsilon.")
-    with locked(folder, dataset) as registry:
+    with locked(folder, dataset, new=True) as registry:
         if registry.delta is not None:
             raise InputError("--create", dataset, f"{registry.path} is there already, and its first line stays.")
-        registry.append(header(dataset, delta=delta, order=_order_for(budget, delta), budget=budget))
+        order = _order_for(budget, delta)
+        registry.append({"record": "registry", "dataset": dataset, "delta": delta, "order": order, "budget": budget})
 
 
 def _order_for(budget: float | None, delta: float) -> int:
     """A Renyi order at which plans that fill the budget are cheap: the best one where divergences are rho alpha."""
     wanted = 1 - 2 * (math.log(KEPT) + math.log(delta)) / (8.0 if budget is None else budget)
     return min(ORDERS, key=lambda order: abs(order - wanted))
-
-
-def header(dataset: str, *, delta: float, order: int, budget: float | None) -> dict[str, Any]:
-    return {"record": "registry", "dataset": dataset, "delta": delta, "order": order, "budget": budget}
 
 
 def datasets(folder: Path) -> Sequence[str]:
@@ -331,7 +366,7 @@ def datasets(folder: Path) -> Sequence[str]:
     """
     names = sorted(path.stem for path in folder.glob("*.jsonl"))
     if not names:
-        raise InputError("DIR", str(folder), "holds no registry; --create NAME makes one, or a run with run.registry.")
+        raise InputError("DIR", str(folder), "holds no registry; --create NAME makes one.")
     return names
 
 

@@ -137,17 +137,22 @@ def wall_cost(runs: Sequence[Charges], *, order: int, delta: float) -> float:
     """Bound the epsilon, at `delta`, of runs that are added one by one, each perhaps on seeing what others released.
 
     The filter has k delta, and (1 - k) delta is for the plain sum of the runs' epsilons, which holds as long as their
-    deltas fit in; a run that kept to its plan uses (1 - k) of its own. The smaller is stated: one delta covers both.
-    (Runs may go on side by side: composition holds for concurrent ones too, Haney et al. 2023.)
+    deltas fit in, each whole: that a run has kept to its plan is an outcome of it too, and excuses nothing. The smaller
+    is stated: one delta covers both. (Runs may go on side by side: composition holds for concurrent ones too, Haney et
+    al. 2023.)
+
+    A single run that keeps to its plan needs (1 - k) of its own delta, and the filter covers whatever else happens, as
+    within one run (`dpdist.mechanism.composition`): it costs what it states also where its delta is the whole one.
 
     Args:
         order, delta: chosen before the first of them began.
     """
     adaptive = adaptive_epsilon([phase for run in runs for phase in run.phases], order=order, delta=delta)
-    shares = math.fsum(run.delta * (1 - KEPT if run.kept_to_plan else 1) for run in runs)
-    if shares > (1 - KEPT) * delta * (1 + 1e-12):
+    alone = [run.alone() for run in runs]
+    kept = len(runs) == 1 and runs[0].delta <= delta and runs[0].kept_to_plan and alone[0].accountant != ADAPTIVE
+    if not kept and math.fsum(run.delta for run in runs) > (1 - KEPT) * delta * (1 + 1e-12):
         return adaptive
-    return min(adaptive, math.fsum(run.alone().epsilon for run in runs))
+    return min(adaptive, math.fsum(spent.epsilon for spent in alone))
 
 
 def added(stated: Sequence[Spent]) -> Spent:

@@ -103,6 +103,24 @@ NOT_COVERED_BY_SEARCH = (
 )
 
 
+def words(*, searched: bool, without_grid: bool) -> dict[str, Any]:
+    """What every statement says, whatever was trained.
+
+    Args:
+        searched: it is that of a search.
+        without_grid: of a run with an incarnation from before there was a grid.
+    """
+    others = [item for item in NOT_COVERED if item != _CHOSEN]
+    return {
+        "mechanism": MECHANISM,
+        "dataset_size_is_public": True,
+        "public": list(PUBLIC),
+        "covered": COVERED_BY_SEARCH if searched else COVERED,
+        "not_covered": [*NOT_COVERED_BY_SEARCH, *others] if searched else list(NOT_COVERED),
+        "assumptions": list(ASSUMPTIONS) + [WITHOUT_GRID] * without_grid,
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchedFor:
     """The search that a model is the best result of."""
@@ -127,7 +145,7 @@ def of_search(facts: dict[str, Any], searched: SearchedFor) -> dict[str, Any]:
     cost = stated_cost(searched.record, released=released, delta=searched.delta)
     if searched.epsilon < cost.epsilon * (1 - _VERSIONS_DIFFER):
         raise ValueError(f"the search states epsilon {searched.epsilon:.6g}, but it costs {cost.epsilon:.6g}")
-    rest = [item for item in facts["not_covered"] if item != _CHOSEN]
+    of_all = words(searched=True, without_grid=WITHOUT_GRID in facts["assumptions"])
     return facts | {
         "guarantee": searched.guarantee if facts["guarantee"] == OF_TRIAL else facts["guarantee"],
         "epsilon": searched.epsilon,
@@ -136,8 +154,8 @@ def of_search(facts: dict[str, Any], searched: SearchedFor) -> dict[str, Any]:
         "epsilon_pld": None,
         "epsilon_rdp": searched.epsilon,
         "target_epsilon": None,
-        "covered": COVERED_BY_SEARCH,
-        "not_covered": [*NOT_COVERED_BY_SEARCH, *rest],
+        "covered": of_all["covered"],
+        "not_covered": of_all["not_covered"],
         "search": dict(searched.record),
     }
 
@@ -173,7 +191,6 @@ def statement(config: Config, ledger: Ledger, *, step: int, finite: bool) -> dic
         "epsilon_pld": None,
         "epsilon_rdp": record["epsilon_rdp"],
         "target_epsilon": record["target_epsilon"],
-        "mechanism": MECHANISM,
         "adjacency": plan.adjacency,
         "unit": unit_of(config),
         "unit_name": unit_name(config),
@@ -185,15 +202,11 @@ def statement(config: Config, ledger: Ledger, *, step: int, finite: bool) -> dic
         "expected_batch_size": plan.expected_batch_size,
         "steps": plan.steps,
         "dataset_size": plan.dataset_size,
-        "dataset_size_is_public": True,
-        "public": list(PUBLIC),
         "released_after_step": step,
         "charged_steps": ledger.charged_steps(),
         "incarnations": [_incarnation(each, ledger) for each in ledger.plans],
-        "covered": COVERED,
-        "not_covered": list(NOT_COVERED),
-        "assumptions": list(ASSUMPTIONS) + [WITHOUT_GRID] * any(_without_grid(each) for each in ledger.plans),
         "environment": plan.environment,
+        **words(searched=False, without_grid=any(_without_grid(each) for each in ledger.plans)),
     }
     terms = plan.privacy
     if terms is None:

@@ -7,7 +7,6 @@ anybody who has the export alone is named: a liar who changes everything consist
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,14 +23,18 @@ from dpdist.config import Config
 from dpdist.config.file import parse
 from dpdist.errors import InputError
 from dpdist.joint.compose import rounded_up
-from dpdist.joint.members import VERSIONS_DIFFER, charges_of, unit_name
-from dpdist.joint.selection import stated_cost
+from dpdist.joint.members import BROKEN, HOLDS, VERSIONS_DIFFER, charges_of, parse_statement, unit_name
+from dpdist.joint.selection import SELECTION, Law, best_of_fixed, stated_cost
 from dpdist.joint.views import curve
 from dpdist.mechanism.accounting import ADJACENCY, Spent
-from dpdist.release.exported import CONFIG, PRIVACY, STATEMENT, sha256_of
+from dpdist.mechanism.composition import Phase
+from dpdist.models.foreign import PREPROCESSOR
+from dpdist.release.exported import CONFIG, MODEL, PARAMS, PRIVACY, STATEMENT, sha256_of
+from dpdist.release.foreign import WEIGHTS
+from dpdist.release.names import digests_by_name, names_tell
 from dpdist.release.statement import as_text as statement_text
-from dpdist.release.statement import unit_of
-from dpdist.run.calibration import UnreachableBudgetError, calibrate
+from dpdist.release.statement import unit_of, words
+from dpdist.run.calibration import UnreachableBudgetError, calibrate, calibrate_further_steps
 
 #: How much more than it costs an epsilon may be stated as, relatively: more shows that another number was changed.
 _STATED_ABOVE = 1e-3
@@ -39,7 +42,12 @@ _STATED_ABOVE = 1e-3
 _LARGEST_RHO = 1e-3
 #: Relative room for numbers that are products of others.
 _CLOSE = 1e-9
-_BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, OSError)
+#: How the reason of an incarnation begins for which somebody set sigma, or left it to be calibrated.
+_NOISE_SETTING = "privacy.noise_multiplier"
+#: The files of an export, beside the statement: as dpdist reads them, or as another library does.
+_OWN, _FOREIGN = frozenset((CONFIG, STATEMENT, MODEL, PARAMS)), frozenset((CONFIG, STATEMENT, WEIGHTS))
+#: What an export for another library may have too.
+_OF_LIBRARIES = frozenset(("config.json", PREPROCESSOR))
 ON_TRUST = (
     "that the training was as the statement says: its noise, sampling, number of steps and of records are the sender's "
     "word, and no file of an export can prove them",
@@ -47,6 +55,10 @@ ON_TRUST = (
     "that no other model of the same records was given away: each has a cost of its own, and costs add up "
     "(dpdist privacy compose)",
     "what the statement lists as not covered and as assumed (PRIVACY.md): read it",
+)
+DIGEST = (
+    "that the weights are the parameters whose digest the statement has: only whoever knows how the model holds them, "
+    "which is code or another library's, can work it out again"
 )
 SENDER = (
     "that the files come from who you think: ask the sender, by another way than the one by which the files came, for "
@@ -88,26 +100,31 @@ def verify(export: Path, *, expect: str | None = None) -> dict[str, Any]:
     digest = sha256_of(file)
     unread: tuple[str, ...] = ()
     try:
-        facts = json.loads(file.read_text())
-        if not isinstance(facts, dict):
-            raise ValueError("no object")
-    except (ValueError, OSError, RecursionError) as error:
-        facts, unread = {}, (f"{PRIVACY} cannot be read ({type(error).__name__})",)
+        facts = parse_statement(file.read_text())
+    except (*BROKEN, OSError) as error:
+        facts, unread = {}, (f"{PRIVACY} cannot be read ({type(error).__name__}: {error})",)
     checks = [Check("statement", unread, f"{PRIVACY} can be read")]
     if expect is not None:
         other = [] if digest == expect.strip().lower() else [f"{PRIVACY} has SHA-256 {digest}, not the expected one"]
         checks.append(Check("sender", tuple(other), f"{PRIVACY} is the one that the sender speaks of"))
     cost: list[Spent] = []
+    trusted = list(ON_TRUST)
     if not unread:
         checks += [
             _check("files", "all files are those that the statement was written for", lambda: _files(export, facts)),
             _check("guarantee", "the statement says that its guarantee holds", lambda: _guarantee(facts)),
             _check("weights", "all parameters are finite numbers", lambda: _weights(export, facts)),
+            _check("words", "the statement's words are those of dpdist", lambda: _words(facts)),
             _check("epsilon", "epsilon is what these constants cost", lambda: cost.append(_epsilon(facts))),
             _check("constants", "the constants agree with each other", lambda: _constants(facts)),
             _check("config", f"the constants agree with {CONFIG}", lambda: _config(export, facts)),
             _check("text", f"{STATEMENT} says what {PRIVACY} says", lambda: _text(export, facts)),
         ]
+        if names_tell(export):
+            says = f"{PARAMS} holds the parameters whose digest the statement has"
+            checks.append(_check("parameters", says, lambda: _parameters(export, facts)))
+        else:
+            trusted.append(DIGEST)
     holds = not any(check.wrong for check in checks)
     return {
         "holds": holds,
@@ -117,7 +134,7 @@ def verify(export: Path, *, expect: str | None = None) -> dict[str, Any]:
         "recomputed": _recomputed(cost[0]) if cost else None,
         "checks": [{"check": check.name, "holds": not check.wrong, "wrong": list(check.wrong)} for check in checks],
         "says": [check.says for check in checks if not check.wrong],
-        "on_trust": [*ON_TRUST, *([] if expect is not None else [SENDER])],
+        "on_trust": [*trusted, *([] if expect is not None else [SENDER])],
         "statement_sha256": digest,
         "right_guesses_at_most": _right_guesses(facts) if holds else None,
     }
@@ -128,7 +145,7 @@ def _check(name: str, says: str, look: Callable[[], object]) -> Check:
         look()
     except _WrongError as found:
         return Check(name, found.reasons, says)
-    except (*_BROKEN, yaml.YAMLError, InputError, SafetensorError) as error:
+    except (*BROKEN, OSError, yaml.YAMLError, InputError, SafetensorError) as error:
         return Check(name, (f"it cannot be checked: {type(error).__name__}: {error}",), says)
     return Check(name, (), says)
 
@@ -146,14 +163,17 @@ def _files(export: Path, facts: Mapping[str, Any]) -> None:
         path = export / name
         if path.is_symlink() or not path.is_file() or sha256_of(path) != told[name]:
             wrong.append(f"{name} is not the file that the statement was written for: it was changed or damaged")
-    if not any(name.endswith(".safetensors") for name in told):
+    if not {PARAMS, WEIGHTS} & told.keys():
         wrong.append("no weights are among the files")
+    elif told.keys() != _OWN and not _FOREIGN <= told.keys() <= _FOREIGN | _OF_LIBRARIES:
+        other = told.keys() ^ (_OWN if PARAMS in told else _FOREIGN)
+        wrong.append(f"`dpdist export` does not write these files alone: {', '.join(sorted(other))}")
     if wrong:
         raise _WrongError(*wrong)
 
 
 def _guarantee(facts: Mapping[str, Any]) -> None:
-    if not str(facts["guarantee"]).startswith("holds"):
+    if facts["guarantee"] not in HOLDS:
         raise _WrongError(f"the statement itself says that there is none: {facts['guarantee']}")
 
 
@@ -166,6 +186,33 @@ def _weights(export: Path, facts: Mapping[str, Any]) -> None:
         for name, array in load_file(path).items():
             if array.dtype.kind not in "biu" and not np.isfinite(array.astype(np.float32)).all():
                 raise _WrongError(f"{name} in {path.name} is not finite: a single record may have made it so")
+
+
+def _parameters(export: Path, facts: Mapping[str, Any]) -> None:
+    if facts["params_sha256"] not in digests_by_name(export / PARAMS):
+        raise _WrongError(f"{PARAMS} does not hold the parameters whose digest {PRIVACY} has")
+
+
+def _words(facts: Mapping[str, Any]) -> None:
+    searched, old = "search" in facts, any(each["grid"] is None for each in facts["incarnations"])
+    right = words(searched=searched, without_grid=old)
+    wrong = [name for name, said in right.items() if facts[name] != said]
+    if searched:
+        told, trial, cost = facts["search"], Phase(**facts["search"]["trial"]), float(facts["epsilon"])
+        once = best_of_fixed(trial, 1, float(facts["delta"])).epsilon
+        one = float(told["epsilon_of_one_trial"])
+        checks = {
+            "distribution": told["distribution"] == Law.from_record(told).name,
+            "epsilon_of_one_trial": math.isclose(one, once, rel_tol=_STATED_ABOVE),
+            "epsilon": told.get("epsilon", cost) == cost,
+            "delta": told.get("delta", facts["delta"]) == facts["delta"],
+            "accountant": told.get("accountant", SELECTION) == SELECTION,
+            "metric": told["metric"]["best"] in ("highest", "lowest"),
+        }
+        wrong += [f"search.{name}" for name, holds in checks.items() if not holds]
+    if wrong:
+        said = "says something else than dpdist does of such a run, or another version of dpdist wrote it"
+        raise _WrongError(*(f"{name} {said}" for name in wrong))
 
 
 def _epsilon(facts: Mapping[str, Any]) -> Spent:
@@ -209,10 +256,18 @@ def _constants(facts: Mapping[str, Any]) -> None:
         f"delta is not below 1/N = {1 / size:.2g}": delta < 1 / size or large,
         "neighbouring datasets are not those that this accounting is for": facts["adjacency"] == ADJACENCY,
         "rho is larger than dpdist allows": 0 <= float(facts["rho"]) <= _LARGEST_RHO,
+        "the grid is none of this C and rho": _fits_grid(facts["grid"], float(facts["clip_norm"]), float(facts["rho"])),
         "C is not positive": 0 < float(facts["clip_norm"]) < math.inf,
     }
     if wrong := [name for name, holds in checks.items() if not holds]:
         raise _WrongError(*wrong)
+
+
+def _fits_grid(spacing: float | None, clip_norm: float, rho: float) -> bool:
+    """Whether rho is at least that of a single coordinate: how many of an export's parameters trained is not known."""
+    if spacing is None:
+        return True
+    return spacing > 0 and math.frexp(spacing)[0] == 0.5 and rho >= 2 * spacing / clip_norm
 
 
 def _config(export: Path, facts: Mapping[str, Any]) -> None:
@@ -230,24 +285,42 @@ def _config(export: Path, facts: Mapping[str, Any]) -> None:
         "other noise": sigma is None or sigma == facts["noise_multiplier"],
         "another unit": unit_name(config) == facts["unit_name"] and unit_of(config) == facts["unit"],
     }
-    if sigma is None and target is not None and len(facts["incarnations"]) == 1:
+    if sigma is None and target is not None:
         checks["other noise than its target asks for"] = _is_calibrated(config, facts)
     if wrong := [name for name, holds in checks.items() if not holds]:
         raise _WrongError(*(f"{CONFIG} says otherwise: {name}" for name in wrong))
 
 
 def _is_calibrated(config: Config, facts: Mapping[str, Any]) -> bool:
-    """Whether sigma is what the config's target asks for, and not more."""
+    """Whether sigma is what the config's target asks for, and not more.
+
+    It was worked out by the newest incarnation, or by the one since which neither it nor q has changed.
+    """
+    told, target = facts["incarnations"], float(config.privacy.target_epsilon or 0)
+    phases = [
+        Phase(float(each["sampling_probability"]), float(each["noise_multiplier"]), int(each["charged_steps"]))
+        for each in told
+    ]
+    number = max((n for n in range(1, len(told)) if not phases[n].alike(phases[n - 1])), default=0)
+    if any(reason.startswith(_NOISE_SETTING) for each in told[number + 1 :] for reason in each["reasons"]):
+        return True  # what it was calibrated for, if it was, is said by an earlier config
+    q, delta, planned = phases[number].sampling_probability, float(facts["delta"]), told[number]
+    steps = int(planned.get("steps", facts["steps"])) - int(planned["start"])
     try:
-        sigma = calibrate(
-            target_epsilon=float(config.privacy.target_epsilon or 0),
-            sampling_probability=float(facts["sampling_probability"]),
-            steps=int(facts["steps"]),
-            delta=float(facts["delta"]),
-        )
+        if number == 0:
+            sigma = calibrate(target_epsilon=target, sampling_probability=q, steps=steps, delta=delta)
+        else:
+            sigma = calibrate_further_steps(
+                phases[:number],
+                sampling_probability=q,
+                steps=steps,
+                target_epsilon=target,
+                order=int(facts["renyi_order"]),
+                delta=delta,
+            )
     except UnreachableBudgetError:
         return False
-    return math.isclose(float(facts["noise_multiplier"]), sigma, rel_tol=_STATED_ABOVE)
+    return math.isclose(phases[number].noise_multiplier, sigma, rel_tol=_STATED_ABOVE)
 
 
 def _text(export: Path, facts: Mapping[str, Any]) -> None:

@@ -81,7 +81,10 @@ def _together(sweep: Sweep) -> dict[str, Any]:
     if ledgers[0].path.parent.name != names[0]:  # the bound's order is that of this point, fixed before any result
         return {"composed": None, "composed_says": f"no composed epsilon before {names[0]} has begun"}
     # How many have begun may depend on what was seen: as long as some have not, only a bound that allows for it holds.
-    fixed = len(asked) == 1 and len(ledgers) == len(names)
+    # Nor was a point asked for that began with other settings than the record has.
+    digests = {point["name"]: point["digest"] for points in asked for point in points}
+    as_asked = all(ledger.plans[0].settings == digests[ledger.path.parent.name] for ledger in ledgers)
+    fixed = len(asked) == 1 and len(ledgers) == len(names) and as_asked
     cost = cost_together(ledgers, at_once=fixed)
     text = (
         f"choosing the best of the sweep costs the composed epsilon, {cost.epsilon:.4g} at delta {cost.delta:g}, and "

@@ -17,7 +17,7 @@ from private_runs import export_of, more, private_run
 from dpdist import config as config_module
 from dpdist.config import file as configfile
 from dpdist.errors import InputError
-from dpdist.joint.charging import charge, require_room
+from dpdist.joint.charging import charge, charge_spent, require_room
 from dpdist.joint.registry import Registry, create, locked, standing
 from dpdist.mechanism.accounting import epsilon
 from dpdist.mechanism.ledger import Ledger
@@ -25,8 +25,10 @@ from dpdist.run.layout import RunPaths
 from dpdist_launch.cli import main
 
 
-def registered(root: Path, where: Path, name: str = "people", **plan: Any) -> Path:
-    """A run that names a registry and has not been charged."""
+def registered(root: Path, where: Path, name: str = "people", *, made: bool = True, **plan: Any) -> Path:
+    """A run that names a registry, which is made where it is not there, and has not been charged."""
+    if made and not (where / f"{name}.jsonl").exists():
+        create(where, name, delta=1e-5, budget=None)
     return private_run(root, run={"registry": str(where), "registry_dataset": name}, **plan)
 
 
@@ -166,17 +168,33 @@ def test_killed_at_any_byte_of_the_line_a_run_is_charged_once_when_it_is_started
             assert (tmp_path / "reg" / "people.head").read_text() == head
 
 
-def test_killed_in_the_first_line_the_registry_begins_anew(tmp_path: Path) -> None:
-    run = registered(tmp_path / "a", tmp_path / "reg")
+def test_a_registry_that_is_not_there_is_not_made_by_a_run(tmp_path: Path) -> None:
+    run, where = registered(tmp_path / "a", tmp_path / "reg", made=False), tmp_path / "reg"
+    starts = (charged, charge_alone, lambda run: charge_spent(where, "people", [run]))
+    for start in starts:
+        with pytest.raises(InputError, match=r"dpdist privacy registry .*/reg --create people"):
+            start(run)
+    assert not where.exists(), "nothing was made"
+    create(where, "peeple", delta=1e-5, budget=1.0)
+    for start in starts:
+        with pytest.raises(InputError, match="Is the name right"):
+            start(run)
+    assert sorted(path.name for path in where.iterdir()) == ["peeple.head", "peeple.jsonl", "peeple.lock"]
+
+
+def test_killed_in_the_first_line_there_is_no_registry_until_it_is_made_anew(tmp_path: Path) -> None:
+    run = registered(tmp_path / "a", tmp_path / "reg", made=False)
     (tmp_path / "reg").mkdir()
     (tmp_path / "reg" / "people.jsonl").write_text('{"record": "regis')
+    with pytest.raises(InputError, match="is no registry"):
+        charged(run)
+    create(tmp_path / "reg", "people", delta=1e-5, budget=None)
     charged(run)
     assert len(Registry(tmp_path / "reg", "people").runs) == 1
 
 
 def test_a_full_disk_charges_nothing_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, path = registered(tmp_path / "a", tmp_path / "reg"), tmp_path / "reg" / "people.jsonl"
-    create(tmp_path / "reg", "people", delta=1e-5, budget=None)
     before, write = path.read_bytes(), os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:20]))
     with pytest.raises(InputError, match="no step may run uncharged"):
@@ -294,6 +312,23 @@ def test_other_units_and_runs_without_a_guarantee_are_refused(tmp_path: Path) ->
         charged(seed)
 
 
+@pytest.mark.parametrize("other", [{"split_seed": 1}, {"test_fraction": 0.3}])
+def test_a_run_that_is_tested_on_what_another_trains_on_is_refused(tmp_path: Path, other: dict[str, Any]) -> None:
+    first, same = registered(tmp_path / "a", tmp_path / "reg"), registered(tmp_path / "b", tmp_path / "reg")
+    for run in (first, same):
+        charged(run)
+    lines = (tmp_path / "reg" / "people.jsonl").read_bytes()
+    second = registered(tmp_path / "c", tmp_path / "reg", data=other)
+    with pytest.raises(InputError, match="publishes its accuracy on them exactly"):
+        charged(second)
+    with pytest.raises(InputError, match="publishes its accuracy on them exactly"):
+        charge_spent(tmp_path / "reg", "people", [second])
+    create(tmp_path / "reg", "others", delta=1e-5, budget=None)
+    with pytest.raises(InputError, match=f"has another data.{next(iter(other))}"):
+        charge_spent(tmp_path / "reg", "others", [first, second])
+    assert (tmp_path / "reg" / "people.jsonl").read_bytes() == lines
+
+
 def test_who_does_not_keep_to_the_lock_is_noticed_and_who_holds_it_too_long_is_named(tmp_path: Path) -> None:
     create(tmp_path / "reg", "people", delta=1e-5, budget=None)
     with locked(tmp_path / "reg", "people") as registry:
@@ -301,6 +336,7 @@ def test_who_does_not_keep_to_the_lock_is_noticed_and_who_holds_it_too_long_is_n
             file.write("\n")
         with pytest.raises(InputError, match="does not keep to its lock"):
             registry.append({"record": "charge"})
+    create(tmp_path / "reg2", "people", delta=1e-5, budget=None)
     code = "from dpdist.joint.registry import *; from pathlib import Path; import sys\n"
     code += "with locked(Path(sys.argv[1]), 'people'): print('held', flush=True); sys.stdin.read()"
     holder = [sys.executable, "-c", code, str(tmp_path / "reg2")]

@@ -214,7 +214,7 @@ def without_the_weights(facts: dict[str, Any]) -> None:
     [
         (smaller, "epsilon"),
         (a_little_smaller, "epsilon"),
-        (not_a_number, "epsilon"),
+        (not_a_number, "statement"),
         (more_noise, "epsilon"),
         (more_noise_and_its_epsilon, "config"),
         (fewer_steps, "constants"),
@@ -307,6 +307,23 @@ def test_a_search_that_says_fewer_trials_or_a_dearer_one_is_found(export: Path) 
     assert not wrong(export)
     rewrite(export, lambda facts: facts["search"]["trial"].update(noise_multiplier=9.0))
     assert "epsilon" in wrong(export)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epsilon_of_one_trial", 0.001),
+        ("distribution", "fixed, known to all"),
+        ("epsilon", 0.1),
+        ("metric", {"name": "none", "best": "any"}),
+    ],
+)
+def test_words_and_numbers_of_a_search_that_follow_from_others_are_compared(
+    export: Path, name: str, value: Any
+) -> None:
+    rewrite(export, as_search)
+    rewrite(export, lambda facts: facts["search"].update({name: value}))
+    assert set(wrong(export)) == {"words"}
 
 
 def test_whoever_changes_all_consistently_is_found_by_the_senders_digest_alone(given: Path, export: Path) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import secrets
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.numpy import save_file
 
 from dpdist import config as config_module
 from dpdist.config import file as configfile
@@ -15,9 +20,11 @@ from dpdist.mechanism.accounting import epsilon as computed
 from dpdist.mechanism.composition import Phase, charged_phases, total_cost
 from dpdist.mechanism.keys import Secret
 from dpdist.mechanism.ledger import Ledger, Plan, PrivacyTerms
+from dpdist.release.export import shareable
 from dpdist.release.statement import as_text, statement
 from dpdist.run.calibration import best_order
 from dpdist.run.directory import write_atomically
+from dpdist.run.fingerprints import params_digest
 from dpdist.run.layout import RunPaths
 
 #: Many runs of a test are alike.
@@ -123,6 +130,29 @@ def export_of(root: Path, to: Path) -> Path:
     (to / "privacy.json").write_text(json.dumps(facts))
     (to / "PRIVACY.md").write_text(as_text(facts))
     return to
+
+
+def whole_export(root: Path, to: Path) -> Path:
+    """A run's export with all its files, of made-up parameters."""
+    facts = json.loads((export_of(root, to) / "privacy.json").read_text())
+    params = {"dense": {"bias": np.zeros(2, np.float32), "kernel": np.ones((3, 2), np.float32)}}
+    facts["params_sha256"] = params_digest(params)
+    arrays = {f"dense/{name}": array for name, array in params["dense"].items()}
+    metadata = {"params_sha256": facts["params_sha256"], "guarantee": facts["guarantee"]}
+    save_file(arrays, to / "params.safetensors", metadata=metadata)
+    config = config_module.from_dict(configfile.read(RunPaths(root).config))
+    (to / "config.yaml").write_text(yaml.safe_dump(shareable(config)))
+    (to / "model.json").write_text("{}")
+    restate(to, facts)
+    return to
+
+
+def restate(export: Path, facts: dict[str, Any]) -> None:
+    """Write a statement as a careful liar does: PRIVACY.md and all digests follow."""
+    (export / "PRIVACY.md").write_text(as_text(facts))
+    names = sorted(path.name for path in export.iterdir() if path.name != "privacy.json")
+    facts["files"] = {name: hashlib.sha256((export / name).read_bytes()).hexdigest() for name in names}
+    (export / "privacy.json").write_text(json.dumps(facts))
 
 
 def edit(file: Path, **changes: Any) -> None:
