@@ -29,6 +29,8 @@ from dpdist.run.summary import exposed_secret, guarantee, is_trial
 PRIVACY, SWEEP, SEARCH = "privacy.json", "sweep.json", "search.json"
 #: Relative difference that two versions of the accountant may have.
 VERSIONS_DIFFER = 1e-6
+#: How much more than it costs an epsilon may be stated as, relatively: more shows that another number was changed.
+STATED_ABOVE = 1e-3
 #: What reading a file that says something else than it should may raise.
 BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError)
 #: How exports from before there was `unit_name` say that the unit is a record.
@@ -189,14 +191,18 @@ def _export(file: Path) -> Member:
     try:
         facts = parse_statement(file.read_text())
         _require_guarantee(file.parent, None if facts["guarantee"] in HOLDS else facts["guarantee"])
-        searched = facts.get("search")
+        searched, charges = facts.get("search"), charges_of(facts)
+        stated = _checked(file.parent, charges, facts["epsilon"], facts["epsilon_rdp"], facts["accountant"], searched)
+        # A joint bound is computed from the constants: a sigma that somebody has raised would lower it.
+        if searched is None and stated.epsilon > charges.alone().epsilon * (1 + STATED_ABOVE):
+            cost = charges.alone().epsilon
+            remedy = f"states epsilon {stated.epsilon:.6g}, but its constants cost {cost:.6g} only: these were changed."
+            raise InputError("RUN", str(file.parent), remedy)
         return Member(
             path=file.parent,
             kind="search" if "search" in facts else "export",
-            charges=(charges := charges_of(facts)),
-            stated=_checked(
-                file.parent, charges, facts["epsilon"], facts["epsilon_rdp"], facts["accountant"], searched
-            ),
+            charges=charges,
+            stated=stated,
             unit=facts.get("unit_name") or _old_unit(file, facts),
             dataset_size=facts["dataset_size"],
             born=None,
@@ -320,6 +326,11 @@ def _checked(
     cost = alone.epsilon
     if not epsilon >= cost * (1 - VERSIONS_DIFFER):
         remedy = f"states epsilon {epsilon:.6g}, but what it charges costs {cost:.6g}: it was changed."
+        raise InputError("RUN", str(path), remedy)
+    if epsilon > cost * (
+        1 + STATED_ABOVE
+    ):  # the joint bound is computed from the constants: they must be the true ones
+        remedy = f"states epsilon {epsilon:.6g}, but its constants cost {cost:.6g} only: these were changed."
         raise InputError("RUN", str(path), remedy)
     return Spent(max(epsilon, cost), charges.delta, epsilon_rdp, accountant)
 

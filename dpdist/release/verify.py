@@ -23,7 +23,7 @@ from dpdist.config import Config
 from dpdist.config.file import parse
 from dpdist.errors import InputError
 from dpdist.joint.compose import rounded_up
-from dpdist.joint.members import BROKEN, HOLDS, VERSIONS_DIFFER, charges_of, parse_statement, unit_name
+from dpdist.joint.members import BROKEN, HOLDS, STATED_ABOVE, VERSIONS_DIFFER, charges_of, parse_statement, unit_name
 from dpdist.joint.selection import SELECTION, Law, best_of_fixed, stated_cost
 from dpdist.joint.views import curve
 from dpdist.mechanism.accounting import ADJACENCY, Spent
@@ -36,8 +36,6 @@ from dpdist.release.statement import as_text as statement_text
 from dpdist.release.statement import unit_of, words
 from dpdist.run.calibration import UnreachableBudgetError, calibrate, calibrate_further_steps
 
-#: How much more than it costs an epsilon may be stated as, relatively: more shows that another number was changed.
-_STATED_ABOVE = 1e-3
 #: The largest rho of `dpdist.mechanism.grid`.
 _LARGEST_RHO = 1e-3
 #: Relative room for numbers that are products of others.
@@ -203,7 +201,7 @@ def _words(facts: Mapping[str, Any]) -> None:
         one = float(told["epsilon_of_one_trial"])
         checks = {
             "distribution": told["distribution"] == Law.from_record(told).name,
-            "epsilon_of_one_trial": math.isclose(one, once, rel_tol=_STATED_ABOVE),
+            "epsilon_of_one_trial": math.isclose(one, once, rel_tol=STATED_ABOVE),
             "epsilon": told.get("epsilon", cost) == cost,
             "delta": told.get("delta", facts["delta"]) == facts["delta"],
             "accountant": told.get("accountant", SELECTION) == SELECTION,
@@ -225,7 +223,7 @@ def _epsilon(facts: Mapping[str, Any]) -> Spent:
     for name, value, again in (("epsilon", stated, cost.epsilon), ("epsilon_rdp", rdp, cost.epsilon_rdp)):
         if not value >= again * (1 - VERSIONS_DIFFER):
             wrong.append(f"{name} is stated as {value:.6g}, but what is stated of the training costs {again:.6g}")
-        elif value > again * (1 + _STATED_ABOVE):
+        elif value > again * (1 + STATED_ABOVE):
             wrong.append(f"{name} is {value:.6g}, and the other numbers say {again:.6g}: one of them was changed")
     pld = facts["epsilon_pld"]
     if pld is not None and float(pld) != stated:
@@ -320,7 +318,7 @@ def _is_calibrated(config: Config, facts: Mapping[str, Any]) -> bool:
             )
     except UnreachableBudgetError:
         return False
-    return math.isclose(phases[number].noise_multiplier, sigma, rel_tol=_STATED_ABOVE)
+    return math.isclose(phases[number].noise_multiplier, sigma, rel_tol=STATED_ABOVE)
 
 
 def _text(export: Path, facts: Mapping[str, Any]) -> None:

@@ -272,3 +272,15 @@ def test_one_run_is_stated_at_the_delta_that_is_asked_for_or_refused(tmp_path: P
     more(run, steps=300, sigma=1.5)
     with pytest.raises(InputError, match="holds at its own delta"):
         compose([run], delta=1e-7)
+
+
+def test_an_export_whose_constants_cost_less_than_it_states_is_not_composed(export: Path, tmp_path: Path) -> None:
+    """A joint bound is computed from the constants: a sigma that somebody has raised would lower it."""
+    other = private_run(tmp_path / "other")
+    assert compose([export, other])["epsilon"] > 0
+    facts = facts_of(export)
+    facts["noise_multiplier"] *= 10
+    facts["incarnations"][0]["noise_multiplier"] *= 10
+    (export / "privacy.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="its constants cost"):
+        compose([export, other])
