@@ -327,11 +327,6 @@ def _checked(
     if not epsilon >= cost * (1 - VERSIONS_DIFFER):
         remedy = f"states epsilon {epsilon:.6g}, but what it charges costs {cost:.6g}: it was changed."
         raise InputError("RUN", str(path), remedy)
-    if epsilon > cost * (
-        1 + STATED_ABOVE
-    ):  # the joint bound is computed from the constants: they must be the true ones
-        remedy = f"states epsilon {epsilon:.6g}, but its constants cost {cost:.6g} only: these were changed."
-        raise InputError("RUN", str(path), remedy)
     return Spent(max(epsilon, cost), charges.delta, epsilon_rdp, accountant)
 
 

@@ -141,10 +141,10 @@ def test_a_copy_that_stays_within_the_plan_is_not_taken_as_planned_either(tmp_pa
 
 
 def test_a_run_that_states_more_than_it_costs_is_not_joined_below_that(tmp_path: Path) -> None:
-    given = export_of(private_run(tmp_path / "a"), tmp_path / "given")
-    edit(given / "privacy.json", epsilon=7.0)
-    other = private_run(tmp_path / "b")
-    assert 7.0 <= compose([given, other], at_once=True)["epsilon"] <= 7.0 + compose([other])["epsilon"]
+    run, other = private_run(tmp_path / "a"), private_run(tmp_path / "b")
+    record, *rest = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (run / "ledger.jsonl").write_text("".join([json.dumps(json.loads(record) | {"epsilon": 7.0}) + "\n", *rest]))
+    assert 7.0 <= compose([run, other], at_once=True)["epsilon"] <= 7.0 + compose([other])["epsilon"]
 
 
 def test_an_old_export_that_may_be_the_run_is_refused_and_one_that_cannot_be_is_not(tmp_path: Path) -> None:
