@@ -46,7 +46,7 @@ def test_a_real_sweep_interrupted_and_taken_up_again(tmp_path: Path, capsys: pyt
         time.sleep(0.02)
     time.sleep(1.0)  # well into the second point
     first.send_signal(signal.SIGINT)
-    _, said = first.communicate(timeout=120)
+    _, said = first.communicate(timeout=300)
     assert first.returncode == 75, said
     assert "the same command goes on from here" in said
     before = files(to)
@@ -84,7 +84,7 @@ def test_a_real_point_beside_files_with_the_names_of_modules(tmp_path: Path) -> 
     for name in ("dpdist_launch.py", "json.py", "jax.py"):
         (tmp_path / name).write_text("import os\nos._exit(0)\n")
     run = start(config, tmp_path / "sweep", "--arms", "sgd", "--nodes", "1", cwd=tmp_path)
-    _, said = run.communicate(timeout=120)
+    _, said = run.communicate(timeout=300)
     assert run.returncode == 0, said
     assert len(files(tmp_path / "sweep")) == 1
 
@@ -103,7 +103,7 @@ def test_a_real_point_that_fails_is_shown_with_its_reason(tmp_path: Path) -> Non
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(TREE | {"data": {"source": "npy", "path": str(tmp_path / "none")}}))
     run = start(config, tmp_path / "sweep", "--arms", "sgd", "--nodes", "1")
-    _, said = run.communicate(timeout=120)
+    _, said = run.communicate(timeout=300)
     assert run.returncode == 1
     assert "[1/1] sgd n=1 r=1: failed" in said
     assert "dpdist: error: data.path = " in said
