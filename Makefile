@@ -5,7 +5,7 @@ export PYTHON
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-fast: ## the pure tests, in under a minute
+fast: ## the pure tests, in a few minutes
 	bash tests/run.sh fast
 
 test: ## all tests

@@ -28,7 +28,7 @@ LANES = {
     "tests/attacks": WAIT,
     "tests/attacks/test_accumulation.py": COMPUTE,
     "tests/attacks/test_odd_uses.py": COMPUTE,
-    "tests/attacks/test_joint_claims.py": FAST,
+    "tests/attacks/test_joint_claims.py": COMPUTE,
     "tests/attacks/test_leaving_the_plan.py": FAST,
     "tests/attacks/test_leaving_the_registry.py": FAST,
     "tests/attacks/test_threat_model.py": FAST,
