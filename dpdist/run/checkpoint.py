@@ -102,7 +102,10 @@ class Checkpoints:
 
         Orbax renames a checkpoint to its final name when it is whole, but synchronises nothing.
         """
-        return self._path(step).is_dir() and not (step == self._saving and self.busy())
+        if step == self._saving and self.busy():
+            return False
+        failed = self._failure is not None and self._failure.step == step  # it may have its name and not be on disk
+        return self._path(step).is_dir() and not failed
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Begin to save `state` (copied off the devices before this returns) and `meta` (JSON) as `step`. Collective.

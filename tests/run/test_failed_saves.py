@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -75,6 +76,26 @@ def test_a_disk_that_fills_at_any_moment_costs_no_checkpoint(tmp_path: Path, res
             ended.append(f"step {step}")
     assert {"step 1", "step 2"} <= set(ended), ended
     print(ended)
+
+
+def test_a_checkpoint_that_has_its_name_and_is_not_on_the_disk_is_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured on it must not be shown, however soon somebody asks after the failure."""
+
+    def fails(self: Checkpoints, step: int) -> None:
+        if step == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Checkpoints, "synchronise", fails)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (1, 2):
+        checkpoints.save(step, state(step), META)
+        assert not checkpoints.busy(60)
+    assert checkpoints.steps() == [1, 2]
+    assert [checkpoints.committed(step) for step in (1, 2)] == [True, False]
+    with pytest.raises(SaveFailedError):
+        checkpoints.close()
 
 
 def test_another_reason_than_space_is_named_with_another_remedy(tmp_path: Path) -> None:
