@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -173,7 +172,7 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
 
 def _check_capacity(config: Config, checkpoints: Checkpoints, setup: TrainingSetup, world: World) -> None:
     """Whether disk and memory hold the state: it is about to be placed, and each process reads or saves a copy."""
-    state = sum(leaf.nbytes for leaf in jax.tree.leaves(setup.initial))
+    state = setup.memory.state
     require_memory(world, each=state * (len(world.mesh.local_devices) if world.platform == "cpu" else 1))
     more = max(1, config.checkpoint.keep + 1 - len(checkpoints.steps()))  # an old one goes when a new one is whole
     for warning in require_disk(Path(config.run.dir), world, checkpoint=state, more=more):

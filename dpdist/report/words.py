@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from dpdist.joint.compose import rounded_up
-from dpdist.joint.views import curve
+from dpdist.joint.views import Curve, curve
 from dpdist.mechanism.composition import Phase
 
 #: A share of absent records that an attacker wrongly accuses, for which the share of present ones he finds is told.
@@ -18,11 +20,10 @@ _STRONG, _USUAL = 1.0, 10.0
 def true_positive_rate(epsilon: float, delta: float, false_positive_rate: float) -> float:
     """The largest share of present records that any test finds, if it accuses so many absent ones.
 
-    Both inequalities of (epsilon, delta): Kairouz, Oh and Viswanath 2015, arXiv 1311.0776, theorem 2.1.
+    By (epsilon, delta) alone.
     """
-    grown = math.exp(min(epsilon, 700.0)) * false_positive_rate + delta
-    shrunk = 1 - math.exp(-epsilon) * (1 - delta - false_positive_rate)
-    return min(1.0, grown, shrunk)
+    stated = Curve(np.array([epsilon]), np.array([delta]))
+    return stated.true_positive_rate(false_positive_rate)
 
 
 def _found(facts: dict[str, Any]) -> float:
