@@ -40,7 +40,9 @@ def sweep(*options: str) -> int:
 
 
 def begin(point: Path, *, steps: int = 16, sigma: float = 4.0) -> None:
-    """What a run leaves that has its plan and has taken no step."""
+    """What a run leaves that has its plan, with the settings it was asked for with, and has taken no step."""
+    asked = json.loads((point.parent / "sweep.json").read_text())["asked"]
+    digests = {told["name"]: told["digest"] for points in asked for told in points}
     terms = PrivacyTerms(
         clip_norm=1.0,
         noise_multiplier=sigma,
@@ -61,6 +63,7 @@ def begin(point: Path, *, steps: int = 16, sigma: float = 4.0) -> None:
         steps=steps,
         steps_asked=steps,
         privacy=terms,
+        settings=digests[point.name],
     )
     Ledger(RunDirectory(point).ledger).begin(plan)
 
