@@ -90,5 +90,19 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], prepare: Callable[[dict[st
         module.train() if training else module.eval()
         return module(prepare(example))
 
-    # One compiled program initialises in half the time of many small ones.
-    return NnxModel(init=jax.jit(init), apply=apply, randomised=bool(leaves), module=build, prepare=prepare)
+    return NnxModel(init=_run_once(init), apply=apply, randomised=bool(leaves), module=build, prepare=prepare)
+
+
+def _run_once(init: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """Compile `init` as one program, with few optimisations on a CPU, where compiling takes longer than running.
+
+    Within another program, which has options of its own, it is a part of that one.
+    """
+    quick = {"xla_backend_optimization_level": 1}
+
+    def initialise(key: Array) -> Any:
+        if isinstance(key, jax.core.Tracer):
+            return init(key)
+        return jax.jit(init, compiler_options=quick if jax.default_backend() == "cpu" else None)(key)
+
+    return initialise

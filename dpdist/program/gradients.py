@@ -137,7 +137,7 @@ def build_gradients(
     frozen = frozen_paths(config.model, loss.params)
     if plan.privacy is None:
         plain = plain_grad_sum(loss.loss_fn, frozen=frozen)
-        _require_supported(plain, loss, config, frozen)
+        _require_supported(plain, loss, config, frozen, world)
         examples = examples_at_a_time(loss.loss_fn, loss.params, loss.example, world.platform)
         return Gradients(
             grad_sum=plain, frozen=frozen, strategies=None, precision="highest", examples_at_a_time=examples
@@ -158,23 +158,29 @@ def build_gradients(
         strategies=strategies,
         frozen=frozen,
     )
-    _require_supported(grad_sum, loss, config, frozen)
+    _require_supported(grad_sum, loss, config, frozen, world)
     examples = examples_at_a_time(loss.loss_fn, loss.params, loss.example, world.platform)
     return Gradients(
         grad_sum=grad_sum, frozen=frozen, strategies=strategies, precision=precision, examples_at_a_time=examples
     )
 
 
-def _require_supported(grad_sum: GradSum, loss: ExampleLoss, config: Config, frozen: frozenset[str]) -> None:
-    """Trace the gradient sum of one example, outside the mesh and before anything is compiled.
+def _require_supported(
+    grad_sum: GradSum, loss: ExampleLoss, config: Config, frozen: frozenset[str], world: World
+) -> None:
+    """Trace the gradient sum of one example, outside the mesh and before anything is compiled; on process 0, for all.
 
     Raises:
         InputError: the loss is refused, by whatever method.
     """
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), loss.example)
-    try:
-        users = users_code("model.loss", config.model.loss or config.model.name)
-        with users, naming_the_fault(loss.loss_fn, loss.params, batch, frozen):
-            jax.eval_shape(grad_sum, loss.params, batch, jax.ShapeDtypeStruct((1,), jnp.float32))
-    except UnsupportedLossError as error:
-        raise InputError("training.clipping", config.training.clipping, f"{error}.") from None
+
+    def traced() -> None:
+        try:
+            users = users_code("model.loss", config.model.loss or config.model.name)
+            with users, naming_the_fault(loss.loss_fn, loss.params, batch, frozen):
+                jax.eval_shape(grad_sum, loss.params, batch, jax.ShapeDtypeStruct((1,), jnp.float32))
+        except UnsupportedLossError as error:
+            raise InputError("training.clipping", config.training.clipping, f"{error}.") from None
+
+    decide(world, traced, timeout=config.cluster.initialization_timeout)
