@@ -46,7 +46,7 @@ from dpdist.program.update import placed
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import all_finite, params_digest, step_inputs
-from dpdist.run.opening import agree, agree_on_data, agree_on_start, open_secret, open_writer
+from dpdist.run.opening import agree, agree_on_data, agree_on_start, open_cache, open_secret, open_writer
 from dpdist.run.profiler import Profiler
 from dpdist.run.progress import say
 from dpdist.run.resume import ResumeRequest, Start, require_fits
@@ -86,6 +86,7 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
         writer = open_writer(config, run, world, began=began)
         cleanup.callback(writer.release)
         cleanup.push(lambda kind, error, trace: writer.failed(error))
+        open_cache(config, run, world)
         dataset = open_dataset(config, dataset)
         opened = open_model(config, dataset)
         secret, secret_lost = open_secret(config, run, world)

@@ -151,9 +151,6 @@ def _configure(cluster: config.Cluster, membership: Membership) -> None:
     jax.config.update("jax_cpu_collectives_implementation", None if membership.num_processes == 1 else "gloo")
     if cluster.platform != "gpu" and cluster.devices_per_process is not None:
         jax.config.update("jax_num_cpu_devices", cluster.devices_per_process)
-    if cluster.compilation_cache is not None:
-        # Process 0 writes and all read: JAX's own rule. What compiles in under a second stays out of it.
-        jax.config.update("jax_compilation_cache_dir", cluster.compilation_cache)
 
 
 def _initialize(cluster: config.Cluster, membership: Membership) -> None:

@@ -316,8 +316,9 @@ class Cluster(Section):
     #: GB/s of the all-reduce, for each device, below which the preflight ends the job and names the slow node; null
     #: measures alone.
     least_bandwidth: Annotated[float | None, Positive("give a positive number, or null.")] = None
-    #: Directory of XLA's persistent compilation cache, on a path all nodes share; null is off.
-    compilation_cache: Annotated[str | None, IsPath()] = None
+    #: Where compiled programs are kept, so that a restart need not compile again: a directory that all nodes share and
+    #: nobody else can write. `auto` is the run's own `private/compiled` on GPUs and nothing on CPU; null is nothing.
+    compilation_cache: Annotated[Literal["auto"] | str | None, IsPath()] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

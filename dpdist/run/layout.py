@@ -84,6 +84,11 @@ class RunPaths:
         return self.private / "ranks.json"
 
     @property
+    def compiled(self) -> Path:
+        """Compiled programs, for the next start."""
+        return self.private / "compiled"
+
+    @property
     def profile(self) -> Path:
         return self.private / "profile"
 

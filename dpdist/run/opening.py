@@ -7,6 +7,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
 from dpdist.cluster.agreement import decide, require_same
 from dpdist.cluster.lease import Lease
 from dpdist.cluster.preflight import require_shared
@@ -29,6 +32,9 @@ from dpdist.run.progress import say
 from dpdist.run.resume import ResumeRequest, Start, find_start
 from dpdist.run.summary import opening_line
 from dpdist.run.writer import RunWriter, SilentWriter
+
+#: Seconds that compiling must take for a program to be kept. JAX's default of one second leaves half of a start.
+_WORTH_KEEPING = 0.2
 
 
 def agree(config: Config, run: RunDirectory, world: World) -> None:
@@ -86,6 +92,23 @@ def _read_ledger(run: RunDirectory) -> Ledger:
         return Ledger(run.ledger)
     except LedgerError as error:
         raise InputError("ledger.jsonl", str(run.ledger), f"{error}.") from None
+
+
+def open_cache(config: Config, run: RunDirectory, world: World) -> None:
+    """Keep what is compiled from here on as `cluster.compilation_cache` says: process 0 writes, all read.
+
+    That is JAX's own rule; where the directory can't be written it warns and compiles. XLA's programs for CPUs are for
+    the processor that compiled them, which another node of the job may not have: `auto` keeps none. Nor does it take
+    the place of a directory that the environment names.
+    """
+    where = config.cluster.compilation_cache
+    if where == "auto":
+        ours = world.platform == "gpu" and getattr(jax.config, "jax_compilation_cache_dir", None) is None
+        where = str(run.compiled) if ours else None
+    if where is not None:
+        compilation_cache.reset_cache()  # JAX asks once in a process whether there is one
+        compilation_cache.set_cache_dir(where)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
 
 
 def open_secret(config: Config, run: RunDirectory, world: World) -> tuple[Secret, bool]:
