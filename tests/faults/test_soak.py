@@ -1,4 +1,4 @@
-"""Random kills and resumes for a while (DPDIST_SOAK_MINUTES, 2 by default), and proof that the checks can fail."""
+"""Random kills and resumes for a while (DPDIST_SOAK_MINUTES, 1 by default), and proof that the checks can fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .soak import Soak, soak
 
 def test_a_run_that_is_killed_at_random_again_and_again_ends_bit_for_bit_as_if_left_alone(tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(2**32)
-    minutes = float(os.environ.get("DPDIST_SOAK_MINUTES", "2"))
+    minutes = float(os.environ.get("DPDIST_SOAK_MINUTES", "1"))
     tally = soak(tmp_path, seed, [2], minutes=minutes)
     print(tally.record())
     assert not tally.violations, f"python -m tests.faults.soak --seed {seed} --cycles {tally.cycles} --processes 2"

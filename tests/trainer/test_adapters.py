@@ -76,7 +76,7 @@ OTHERS = {
 }
 
 
-def test_adapters_of_every_other_transformer_train_in_two_processes(jobs: Jobs) -> None:
+def test_adapters_of_every_other_transformer_train(jobs: Jobs) -> None:
     sizes = {"width": 16, "depth": 1, "heads": 2, "mlp": 16}
     text = {"vocabulary": 12, "positions": 8}
     options = {"llama": sizes | text, "bert": sizes | text, "vit": sizes | {"patch": 4, "image_size": 8}}
@@ -84,7 +84,7 @@ def test_adapters_of_every_other_transformer_train_in_two_processes(jobs: Jobs) 
     settings = ("model.lora={rank: 2}", "training.steps=2", "sampling.expected_batch_size=16")
     started = [
         jobs.launch(
-            runs[name], 2, 1, f"model.name={name}", f"model.options={json.dumps(options[name])}", *settings, *more
+            runs[name], 1, 1, f"model.name={name}", f"model.options={json.dumps(options[name])}", *settings, *more
         )
         for name, more in OTHERS.items()
     ]
