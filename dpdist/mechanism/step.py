@@ -122,22 +122,21 @@ class StepPrograms:
         width, kind = self.parameters + len(DIAGNOSTICS), jnp.float32 if spec.grid is None else jnp.int64
 
         state, total, key = _as_on_devices(spec.state), _shape((width,), kind), _shape((2,), jnp.uint32)
-        self._accumulate = {
+        accumulates = {
             size: self._on_each_device(
                 self._accumulate_on_device, state.params, total, self._microbatch(size), key, consumed=1
             )
             for size in sorted(set(spec.batch_sizes))
         }
-        self._update = self._on_each_device(self._update_on_device, state, total, consumed=0)
-        self._width, self._kind = width, kind
+        update = self._on_each_device(self._update_on_device, state, total, consumed=0)
+        self._width, self._kind, draw = width, kind, None
         whole = [_shape((self.devices * width,), kind, self.sharded)]
-        self._noise_shape, self._draw = (self.devices * self.parameters,), None
+        self._noise_shape = (self.devices * self.parameters,)
         if spec.grid is not None and spec.noise_scale is not None:
-            draw = partial(integer_noise, coordinates=self.parameters, units=spec.noise_scale / spec.grid)
+            noise = jax.jit(partial(integer_noise, coordinates=self.parameters, units=spec.noise_scale / spec.grid))
             keys = _shape((self.blocks, 3, 2), jnp.uint32, SingleDeviceSharding(self.designated))
-            self._draw = _lower(jax.jit(draw), keys).compile() if self.draws else None
-            others = [device for device in self.local.values() if device != self.designated]
-            self._silence = [_zeros(self.parameters, kind, device) for device in others]
+            draw = _lower(noise, keys) if self.draws else None
+            self._silence = [_zeros(self.parameters, kind, to) for to in self.local.values() if to != self.designated]
             whole.append(_shape(self._noise_shape, kind, self.sharded))
         reduce = jax.shard_map(
             self._reduce_on_device,
@@ -146,18 +145,18 @@ class StepPrograms:
             in_specs=PartitionSpec(axis),
             out_specs=(PartitionSpec(), PartitionSpec(axis)),
         )
-        self._reduce = _lower(jax.jit(reduce, donate_argnums=0), *whole).compile()
+        lowered = accumulates, update, draw, _lower(jax.jit(reduce, donate_argnums=0), *whole)
+        with ThreadPoolExecutor() as pool:  # XLA compiles several programs at once
+            futures = jax.tree.map(lambda program: pool.submit(program.compile), lowered)
+            self._accumulate, self._update, self._draw, self._reduce = jax.tree.map(lambda each: each.result(), futures)
 
     def _on_each_device(self, function: Callable[..., Any], *shapes: Any, consumed: int) -> dict[int, Any]:
-        """Compile one program for each of this process's devices, by position; the same code on all of them."""
-
+        """One program for each of this process's devices, by position; the same code on all of them."""
         jitted = jax.jit(function, donate_argnums=consumed)
-        lowered = [
-            _lower(jitted, *jax.tree.map(partial(_placed, SingleDeviceSharding(device)), shapes))
-            for device in self.local.values()
-        ]
-        with ThreadPoolExecutor(len(lowered)) as pool:
-            return dict(zip(self.local, pool.map(lambda each: each.compile(), lowered), strict=True))
+        return {
+            position: _lower(jitted, *jax.tree.map(partial(_placed, SingleDeviceSharding(device)), shapes))
+            for position, device in self.local.items()
+        }
 
     def _accumulate_on_device(self, params: Any, acc: Array, batch: Microbatch, key: Array) -> Array:
         """Add the (clipped) gradient sum and the diagnostics of one microbatch to the device's accumulator."""
