@@ -111,7 +111,7 @@ def least_noise(costs: Sequence[Callable[[float], float]], target: float, too_li
     for cost in costs:
         ends = _Bracket(target, low, at_low, high, at_high)
         for factor in (1.0, 1 / 1.0005, 1 / 1.02, 1.02):
-            if ends.low < about * factor < ends.high:
+            if ends.low < about * factor < ends.high and not ends.closed:
                 ends.narrow(about * factor, cost)
         ends.close(cost)
         about = ends.high
@@ -128,6 +128,11 @@ class _Bracket:
     high: float
     at_high: float
 
+    @property
+    def closed(self) -> bool:
+        """Whether the upper end costs the target, near enough, or there is nothing between the two."""
+        return self.at_high >= self.target * (1 - _CLOSE) or self.high <= self.low * (1 + _JUMP)
+
     def narrow(self, noise_multiplier: float, cost: Callable[[float], float]) -> None:
         """Compute the cost of one in between, which replaces the end on its side of the target."""
         spent = cost(noise_multiplier)
@@ -139,7 +144,7 @@ class _Bracket:
     def close(self, cost: Callable[[float], float]) -> None:
         """Search on logarithmic scales, by turns along the secant and half-way."""
         halve = False
-        while self.at_high < self.target * (1 - _CLOSE) and self.high > self.low * (1 + _JUMP):
+        while not self.closed:
             share = 0.5
             if not halve and self.at_high > 0:
                 # Aim a little below the target, so that the point found can be taken.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,15 @@ def test_incarnations_as_a_run_makes_them_are_read(tmp_path: Path) -> None:
 TARGET = 1.0
 
 
+@cache
+def found() -> float:
+    """The noise multiplier of `TARGET`."""
+    return calibrate(target_epsilon=TARGET, sampling_probability=0.01, steps=100, delta=1e-5)
+
+
 def calibrated_run(root: Path, *, sigma: float | None = None, target: float = TARGET) -> Path:
-    found = calibrate(target_epsilon=TARGET, sampling_probability=0.01, steps=100, delta=1e-5)
     privacy = {"noise_multiplier": None, "target_epsilon": target, "delta": 1e-5}
-    return private_run(root, sigma=found if sigma is None else sigma, privacy=privacy, training={"steps": 300})
+    return private_run(root, sigma=found() if sigma is None else sigma, privacy=privacy, training={"steps": 300})
 
 
 def test_noise_beyond_what_the_target_asks_for_is_found_beside_other_incarnations_too(tmp_path: Path) -> None:
