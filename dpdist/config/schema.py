@@ -90,13 +90,12 @@ class Model(Section):
     classes: Annotated[
         int | None, AtLeast(2, "give at least 2 classes, or leave it out to take the data source's.")
     ] = None
-    #: Paths of the parameters that train, `*` standing for anything: `["head/*"]`. The others stay as they are.
-    trainable: Annotated[list[str], NonEmpty('name at least one, or leave it out for ["*"].')] = field(
-        default_factory=lambda: ["*"]
-    )
+    #: Paths of the parameters that train, `*` standing for anything: `["head/*"]`. The others stay as they are. null is
+    #: all of them; beside `lora` it is the adapters, and a classifier's `head/*`.
+    trainable: Annotated[list[str] | None, NonEmpty("name at least one, or leave it out to train all.")] = None
     #: Low-rank adapters beside frozen layers: `{rank: 8, alpha: 16, targets: ["*attention/*/kernel"]}`. alpha / rank
     #: multiplies their product, and targets are kernels of `nnx.Linear` layers; left out, alpha is the rank and targets
-    #: are those of the attention. Unless `trainable` says otherwise, they train, and a classifier's `head/*`.
+    #: are those of the attention. What trains beside them, `trainable` says.
     lora: dict[str, Any] | None = None
     #: The format in which matrices that do not train are kept; they cost no norm and no optimizer state in either.
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -14,21 +14,20 @@ from dpdist.errors import InputError
 from dpdist.mechanism.clipping import matching, paths_of
 from dpdist.models import Model
 
-ALL = ["*"]
-
 
 def frozen_paths(chosen: config_module.Model, params: Any) -> frozenset[str]:
     """Paths of the parameters that `model.trainable` leaves out.
 
-    With adapters (`model.lora`), the default is that they train, and the classifier `head`: a new one is all zeros,
-    and behind it nothing would have a gradient.
+    Where it is null, all train; but with adapters (`model.lora`) these alone, and the classifier `head`: a new one is
+    all zeros, and behind it nothing would have a gradient.
 
     Raises:
         InputError: a pattern matches no parameter, or there are adapters of which none trains.
     """
     paths, patterns = frozenset(paths_of(params)), chosen.trainable
-    if chosen.lora is not None and patterns == ALL:
-        patterns = ["*lora_a", "*lora_b", *(["head/*"] if any(path.startswith("head/") for path in paths) else [])]
+    if patterns is None:
+        adapters = ["*lora_a", "*lora_b", *(["head/*"] if any(path.startswith("head/") for path in paths) else [])]
+        patterns = ["*"] if chosen.lora is None else adapters
     try:
         moving = matching(params, patterns)
     except ValueError as error:

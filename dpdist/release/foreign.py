@@ -24,7 +24,7 @@ def without_adapters(trained: TrainedRun) -> TrainedRun:
     section, params = trained.config.model, trained.params
     if section.lora is not None:
         params = merged(params, read(section.lora))
-    section = dataclasses.replace(section, lora=None, trainable=["*"], frozen_dtype="float32")
+    section = dataclasses.replace(section, lora=None, trainable=None, frozen_dtype="float32")
     return dataclasses.replace(
         trained,
         config=dataclasses.replace(trained.config, model=section),

@@ -176,6 +176,7 @@ def test_adapters_of_which_none_trains_are_refused() -> None:
     with pytest.raises(InputError, match="no adapter of"):
         frozen_paths(section("gpt2", lora=LORA, trainable=["norm/*"]), params)
     assert "norm/scale" not in frozen_paths(section("gpt2", lora=LORA, trainable=["norm/*", "*lora_a"]), params)
+    assert frozen_paths(section("gpt2", lora=LORA, trainable=["*"]), params) == frozenset()  # as asked for
 
 
 def test_a_short_format_is_refused_where_nothing_is_frozen() -> None:
