@@ -200,6 +200,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="LIBRARY",
         help="transformers or timm: write weights and config.json as it reads them, adapters merged",
     )
+    export.add_argument(
+        "--sign",
+        type=path_argument,
+        metavar="KEY",
+        help="sign it with this SSH key, such as ~/.ssh/id_ed25519, for `dpdist verify --signer`",
+    )
     export.set_defaults(run=_export)
 
     data.add_to(commands)
@@ -310,6 +316,7 @@ def _export(options: argparse.Namespace) -> int:
         without_guarantee=options.without_guarantee,
         merge_lora=options.merge_lora,
         library=options.library,
+        sign_with=options.sign,
     )
     names = ("guarantee", "epsilon", "delta", "released_after_step", "params_sha256", "statement_sha256")
     print(json.dumps({"to": str(options.to)} | {name: told[name] for name in names}))

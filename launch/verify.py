@@ -25,6 +25,12 @@ def add_to(commands: Any) -> None:
         metavar="SHA256",
         help="the statement_sha256 that `dpdist export` printed, as the sender told you by another way",
     )
+    verify.add_argument(
+        "--signer",
+        type=path_argument,
+        metavar="KEY.pub",
+        help="the sender's public SSH key, which must have signed the export (`dpdist export --sign`)",
+    )
     verify.add_argument("--json", action="store_true", help="print one JSON object")
     verify.set_defaults(run=run)
 
@@ -33,6 +39,6 @@ def run(options: argparse.Namespace) -> int:
     """Print what was found."""
     from dpdist.release.verify import as_text, verify
 
-    found = verify(options.export, expect=options.expect)
+    found = verify(options.export, expect=options.expect, signer=options.signer)
     print(json.dumps(found) if options.json else as_text(found))
     return 0 if found["holds"] else 1

@@ -32,6 +32,7 @@ from dpdist.release.exported import (
     sha256_of,
 )
 from dpdist.release.foreign import without_adapters, write_foreign
+from dpdist.release.signature import sign
 from dpdist.release.statement import SearchedFor, as_text, of_search
 from dpdist.release.trained import TrainedRun
 from dpdist.release.trained_run import load_run
@@ -56,6 +57,7 @@ def export(
     merge_lora: bool = False,
     library: str | None = None,
     searched: SearchedFor | None = None,
+    sign_with: Path | None = None,
 ) -> dict[str, Any]:
     """Write `params.safetensors`, `model.json`, `config.yaml`, `privacy.json` and `PRIVACY.md` into a new directory.
 
@@ -67,13 +69,14 @@ def export(
         library: `transformers` or `timm`: weights and config as it reads them, adapters merged, instead of the first
             two files.
         searched: the search that this run is the best trial of; the statement is then of the whole search.
+        sign_with: an SSH key to sign the statement with, into `privacy.json.sig`.
 
     Returns:
         The statement, as in `privacy.json`, whose own SHA-256 is its `statement_sha256`.
 
     Raises:
-        InputError: there is nothing to export, `to` holds something, no guarantee holds, or what was written cannot be
-            loaded again.
+        InputError: there is nothing to export, `to` holds something, no guarantee holds, what was written cannot be
+            loaded again, or the key cannot sign.
     """
     run_dir = expand_home(run_dir, "run_dir")
     run, to = RunDirectory(Path(run_dir)), Path(expand_home(to, "--to"))
@@ -117,6 +120,8 @@ def export(
         (made / PRIVACY).write_text(json.dumps(privacy, indent=2) + "\n")
         if library is None and not removed_options(shared["model"]["options"]):
             load_export(made, allow_code=True)
+        if sign_with is not None:
+            sign(made, sign_with)
         for path in made.iterdir():
             path.chmod(0o644)
         made.chmod(0o755)

@@ -32,6 +32,7 @@ from dpdist.models.foreign import PREPROCESSOR
 from dpdist.release.exported import CONFIG, MODEL, PARAMS, PRIVACY, STATEMENT, sha256_of
 from dpdist.release.foreign import WEIGHTS
 from dpdist.release.names import digests_by_name, names_tell
+from dpdist.release.signature import SIGNATURE, public_key, refused
 from dpdist.release.statement import as_text as statement_text
 from dpdist.release.statement import unit_of, words
 from dpdist.run.calibration import UnreachableBudgetError, calibrate, calibrate_further_steps
@@ -60,8 +61,9 @@ DIGEST = (
 )
 SENDER = (
     "that the files come from who you think: ask the sender, by another way than the one by which the files came, for "
-    "the statement_sha256 that `dpdist export` printed, and give it as --expect"
+    "the statement_sha256 that `dpdist export` printed, and give it as --expect; or for their public key, as --signer"
 )
+SIGNER = "that the key of --signer is the sender's, and that they keep its private part to themselves"
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,16 @@ class _WrongError(Exception):
         self.reasons = reasons
 
 
-def verify(export: Path, *, expect: str | None = None) -> dict[str, Any]:
+def verify(export: Path, *, expect: str | None = None, signer: Path | None = None) -> dict[str, Any]:
     """What holds of an export, as JSON; `holds` is true where every check does.
 
     Args:
         export: the directory.
         expect: the SHA-256 of `privacy.json` that the sender told.
+        signer: a file with the sender's public SSH key, which must have signed it.
 
     Raises:
-        InputError: it is no export.
+        InputError: it is no export, or `signer` no public key.
     """
     file = export / PRIVACY
     if not file.is_file():
@@ -105,8 +108,12 @@ def verify(export: Path, *, expect: str | None = None) -> dict[str, Any]:
     if expect is not None:
         other = [] if digest == expect.strip().lower() else [f"{PRIVACY} has SHA-256 {digest}, not the expected one"]
         checks.append(Check("sender", tuple(other), f"{PRIVACY} is the one that the sender speaks of"))
+    trusted = [*ON_TRUST, SENDER] if expect is None and signer is None else list(ON_TRUST)
+    if signer is not None:
+        said = refused(export, public_key(signer))
+        checks.append(Check("signature", () if said is None else (said,), f"the key in {signer} has signed {PRIVACY}"))
+        trusted.append(SIGNER)
     cost: list[Spent] = []
-    trusted = list(ON_TRUST)
     if not unread:
         checks += [
             _check("files", "all files are those that the statement was written for", lambda: _files(export, facts)),
@@ -132,7 +139,7 @@ def verify(export: Path, *, expect: str | None = None) -> dict[str, Any]:
         "recomputed": _recomputed(cost[0]) if cost else None,
         "checks": [{"check": check.name, "holds": not check.wrong, "wrong": list(check.wrong)} for check in checks],
         "says": [check.says for check in checks if not check.wrong],
-        "on_trust": [*trusted, *([] if expect is not None else [SENDER])],
+        "on_trust": trusted,
         "statement_sha256": digest,
         "right_guesses_at_most": _right_guesses(facts) if holds else None,
     }
@@ -154,7 +161,7 @@ def _files(export: Path, facts: Mapping[str, Any]) -> None:
         raise _WrongError(
             "it has no digests of its files: they were removed, or an older version of dpdist exported it"
         )
-    here = {path.name for path in export.iterdir()} - {PRIVACY}
+    here = {path.name for path in export.iterdir()} - {PRIVACY, SIGNATURE}
     wrong = [f"{name} is missing" for name in sorted(told.keys() - here)]
     wrong += [f"{name} does not belong to the export: take it out" for name in sorted(here - told.keys())]
     for name in sorted(here & told.keys()):
