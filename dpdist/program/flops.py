@@ -31,7 +31,7 @@ def peak_flops(device_kind: str, platform: str) -> float | None:
 
 
 def speed(
-    flops: float | None, examples_per_second: float, devices: int, device_kind: str, platform: str
+    flops: float | None, examples_per_second: float | None, devices: int, device_kind: str, platform: str
 ) -> dict[str, float | None]:
     """TFLOP/s of one device, and MFU: the part of `peak_flops` that this is. None where it is not known.
 
@@ -39,7 +39,7 @@ def speed(
         flops: operations an example.
         examples_per_second: of all `devices` together.
     """
-    if flops is None:
+    if flops is None or examples_per_second is None:
         return {"tflops_per_device": None, "mfu": None}
     rate, peak = flops * examples_per_second / devices, peak_flops(device_kind, platform)
     return {"tflops_per_device": rate / 1e12, "mfu": None if peak is None else rate / peak}

@@ -1,9 +1,12 @@
-"""The progress of a run: a bar on a terminal, a line every few seconds in a log."""
+"""The progress of a run: a bar on a terminal, a line every few seconds in a log.
+
+It has no clock of its own. When a line comes, and the time left that it tells, would say how long single steps took,
+and so how large their samples were; both follow from times that `dpdist.run.recorder` has made public.
+"""
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
 from typing import Literal
 
@@ -20,7 +23,7 @@ class ProgressLine:
 
     Args:
         steps: the last step.
-        start: the step a resumed run begins at.
+        start: the step at which this part of the run begins.
         budget: the epsilon to compare with (the target, or the plan's epsilon); None without privacy.
         style: `bar`, `lines`, `off`, or `auto`: a bar where stderr is a terminal.
     """
@@ -31,8 +34,7 @@ class ProgressLine:
         if style == "auto":
             style = "bar" if sys.stderr.isatty() else "lines"
         self._steps, self._start, self._budget = steps, start, budget
-        self._began = self._shown = time.monotonic()
-        self._lines = style == "lines"
+        self._shown, self._lines = start, style == "lines"
         self._bar = None
         self._metric = ""
         if style == "bar":
@@ -47,17 +49,24 @@ class ProgressLine:
         for name, value in list(metrics.items())[:1]:
             self._metric = f" | {_SHORT.get(name, name)} {'-' if value is None else f'{value:.4g}'}"
 
-    def update(self, step: int, epsilon: float | None, examples_per_second: float | None) -> None:
-        """Show the state after `step` steps; lines appear at most every five seconds, and at the end."""
-        now = time.monotonic()
-        if self._bar is None and (not self._lines or (now - self._shown < _LINE_SECONDS and step < self._steps)):
+    def update(
+        self, step: int, epsilon: float | None, examples_per_second: float | None, step_seconds: float | None
+    ) -> None:
+        """Show the state after `step` steps; lines appear about every five seconds, and at the end.
+
+        Args:
+            step_seconds: the mean time of a step so far, of those whose time is public; None before there are any.
+        """
+        apart = 1 if step_seconds is None else max(1, round(_LINE_SECONDS / max(step_seconds, 1e-9)))
+        if self._bar is None and (not self._lines or (step - self._shown < apart and step < self._steps)):
             return
-        self._shown = now
-        left = (now - self._began) / max(1, step - self._start) * (self._steps - step)
+        self._shown = step
+        remaining = self._steps - step
+        left = "-" if step_seconds is None and remaining else _clock((step_seconds or 0.0) * remaining)
         spent = f" | eps {epsilon:.2f} of {self._budget:.2f}" if epsilon is not None else ""
         # Short enough to stand beside the bar in 80 columns.
         rate = "-" if examples_per_second is None else f"{examples_per_second:,.0f}"
-        text = f"{step}/{self._steps}{spent} | {rate} ex/s | ETA {_clock(left)}{self._metric}"
+        text = f"{step}/{self._steps}{spent} | {rate} ex/s | ETA {left}{self._metric}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         else:

@@ -119,9 +119,13 @@ class Recorder:
         """Upper bound on epsilon once the run is at `step`; None without privacy."""
         return None if self._spending is None else self._spending(step - self._plan.start)
 
-    def examples_per_second(self) -> float:
-        """B * steps / time since this process started its first step: a public number."""
-        return self._rate(self._done - self._start, time.perf_counter() - self._started)
+    def examples_per_second(self) -> float | None:
+        """B * steps / time from this process's first step to the last whose time was shown; None before there is one.
+
+        Not to the newest: with the times that were shown, that would tell how long the few steps after these took.
+        """
+        steps = self._logged_step - self._start
+        return None if steps == 0 else self._rate(steps, self._logged - self._started)
 
     def close(self) -> None:
         """Close the files and give the terminal back."""
@@ -168,9 +172,9 @@ class Recorder:
             )
 
     def _log(self) -> None:
-        """Write the public numbers; those of time change once enough steps are timed together, and at the end."""
+        """Write the public numbers; those of time change only once enough steps are timed together."""
         steps = self._done - self._logged_step
-        if steps >= _TIMED_TOGETHER or self._done == self._plan.steps:
+        if steps >= _TIMED_TOGETHER:
             now = time.perf_counter()
             rate = self._rate(steps, now - self._logged)
             self._timed = {"examples_per_second": rate, "seconds": now - self._started}
@@ -178,4 +182,6 @@ class Recorder:
         spent = self.epsilon(self._done)
         self._public.write({"step": self._done, "epsilon": spent} | self._timed | self._untold)
         self._untold = {}
-        self._progress.update(self._done, spent, self._timed["examples_per_second"])
+        passed, timed = self._timed["seconds"], self._logged_step - self._start
+        each = None if passed is None else passed / timed
+        self._progress.update(self._done, spent, self._timed["examples_per_second"], each)

@@ -38,7 +38,8 @@ class Outcome:
     #: What the ledger charges; None without privacy.
     epsilon_spent: float | None
     charged_steps: int
-    examples_per_second: float
+    #: Of the steps whose time is public; None before there are any.
+    examples_per_second: float | None
     #: `tflops_per_device` and `mfu` at this rate.
     speed: dict[str, float | None]
     processes: int

@@ -72,7 +72,7 @@ class RunWriter:
         self._step = 0
         self._told_end = False
         self._recorder: Recorder
-        self._speed: Callable[[float], dict[str, float | None]]
+        self._speed: Callable[[float | None], dict[str, float | None]]
         self._goodput = Goodput(
             run.goodput, nodes=len(set(world.nodes)), began=began, last_sign=_last_sign_of_predecessor(run, lease)
         )
@@ -120,7 +120,7 @@ class RunWriter:
             say(going_on(self._step, start.plan.steps, ended, taken=start.step is not None))
             self._tell("resume", **here, restarts=number, after=ended)
 
-    def start_recording(self, start: Start, speed: Callable[[float], dict[str, float | None]]) -> None:
+    def start_recording(self, start: Start, speed: Callable[[float | None], dict[str, float | None]]) -> None:
         """Open the metrics; throughput is measured from here on.
 
         Args:
@@ -319,7 +319,7 @@ class SilentWriter:
         jax.block_until_ready(self._latest)
         self._latest = None
 
-    def start_recording(self, start: Start, speed: Callable[[float], dict[str, float | None]]) -> None: ...
+    def start_recording(self, start: Start, speed: Callable[[float | None], dict[str, float | None]]) -> None: ...
 
     def looked(self, step: int, incarnation: int, found: dict[str, Any]) -> None:
         _only_process_0()

@@ -242,7 +242,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 def _eta(shown: list[dict[str, Any]], plan: dict[str, Any], age: float) -> float | None:
     """Seconds to the last step, at the rate of the steps of this part of the run, as far as they are at hand."""
-    timed = [record for record in shown if "seconds" in record]
+    timed = [record for record in shown if record.get("seconds") is not None]
     if not timed or "steps" not in plan:
         return None
     last = timed[-1]
