@@ -46,7 +46,7 @@ from dpdist.program.update import placed
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import all_finite, params_digest, step_inputs
-from dpdist.run.opening import agree, agree_on_data, agree_on_start, open_cache, open_secret, open_writer
+from dpdist.run.opening import agree, agree_on_data, agree_on_start, begin, open_cache, open_secret, open_writer
 from dpdist.run.profiler import Profiler
 from dpdist.run.progress import say
 from dpdist.run.resume import ResumeRequest, Start, require_fits
@@ -90,7 +90,8 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
         dataset = open_dataset(config, dataset)
         opened = open_model(config, dataset)
         secret, secret_lost = open_secret(config, run, world)
-        tags = agree_on_data(secret, fingerprints(dataset.train, dataset.test), world)
+        digests = fingerprints(dataset.train, dataset.test)
+        tags = agree_on_data(secret, digests, world)
         stacks = run.logs / f"rank-{world.process_id}.stacks"
         watchdog = Watchdog(config.cluster.watchdog_timeout, stacks, world.membership.label)
         cleanup.callback(watchdog.stop)
@@ -109,6 +110,8 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
                 inputs=step_inputs(config, world, data=tags["training data"]),
                 dataset_size=len(dataset.train),
                 test_data=tags["test data"],
+                test_digest=digests["test data"].hex(),
+                tested=dataset.test is not None,
                 coordinates=opened.coordinates,
             )
             start = agree_on_start(request, writer, world)
@@ -129,7 +132,7 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
                 state = checkpoints.restore(start.step, state)
             with writer.phase("compile"):
                 decide(world, lambda: _try_out(setup, state, start, dataset.train, writer))
-            decide(world, lambda: writer.begin(start, checkpoints))
+            begin(run, writer, start, checkpoints, world, test_data=digests["test data"])
             decide(world, lambda: charging.charge(config, run, writer.ledger), timeout=2 * charging.PATIENCE)
             meta = {
                 "config": config_module.to_dict(replace(config, model=settled(config.model))),

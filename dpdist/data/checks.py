@@ -170,8 +170,16 @@ def fingerprint_of_what_stays(train: Source, test: Source | None) -> bytes:
 
 
 def fingerprints(train: Source, test: Source | None) -> dict[str, bytes]:
-    """The fingerprints of a dataset's parts, by the names that error messages use. Key them, as each."""
-    return {"training data": fingerprint(train), "test data": fingerprint_of_what_stays(train, test)}
+    """The fingerprints of a dataset's parts, by the names that error messages use. Key them, as each.
+
+    Raises:
+        InputError: both parts are the same records, whose accuracy would then be published exactly.
+    """
+    found = {"training data": fingerprint(train), "test data": fingerprint_of_what_stays(train, test)}
+    if found["training data"] == found["test data"]:
+        remedy = "holds the training records themselves, and what is measured on test records is published as it is; "
+        raise InputError("data.source", "the test part", f"{remedy}hold some records out, or leave the test part out.")
+    return found
 
 
 def _update_stored(digest: Any, source: EncodedSource, places: Int64[np.ndarray, " n"]) -> None:

@@ -134,8 +134,27 @@ def require_apart(train: UnitSource, test: Source) -> None:
     """Check that no unit has records in both parts: those that are tested on are covered by no guarantee.
 
     Raises:
-        InputError: one has; its cause says how many.
+        InputError: one has, and its cause says how many; or it cannot be seen, since the test records do not say whose
+            they are, or say it in another form.
     """
+    first = np.zeros(1, np.int64)
+    told = read_rows(test, first).get(train.column)
+    if told is None:
+        raise InputError(
+            "data.unit",
+            train.column,
+            "the test records have no such column, so that nobody can see whether some are a training unit's, and the "
+            "guarantee covers no test record; add it to them.",
+        )
+    # Names are held as two numbers, so a unit's name in one part and its number in the other would never meet.
+    if told.shape != (form := read_rows(train.source, first)[train.column].shape) or told.dtype.kind not in "iu":
+        raise InputError(
+            "data.unit",
+            train.column,
+            f"training records hold it as {list(form[1:])} integers each and test records as {told.dtype.name}"
+            f"{list(told.shape[1:])}, so that nobody can see whether a unit is in both; read both parts by one kind of "
+            "source, or number the units in both.",
+        )
     both = np.intersect1d(train.owner, owners(test, train.column))
     if both.size:
         remedy = (

@@ -79,12 +79,25 @@ class RunDirectory(RunPaths):
         """Create the secret if there is none. For process 0.
 
         Returns:
-            Whether the run had an earlier secret, which is lost.
+            Whether the run had an earlier secret, which is lost, and no incarnation has begun since.
         """
         if self.secret.exists():
-            return False
+            return self.secret_lost.exists()
+        lost = self.ledger.exists()
+        if lost:  # first: a start that is killed now must not make the new secret pass for the old one
+            write_atomically(self.secret_lost, "", mode=0o600)
         write_atomically(self.secret, Secret.fresh().reveal(), mode=0o600)
-        return self.ledger.exists()
+        return lost
+
+    def begun(self, test_data: str) -> None:
+        """Note what no later part of the run may change, and that what its steps draw from is its own. For process 0.
+
+        Args:
+            test_data: SHA-256 of what `dpdist.data.checks.fingerprint_of_what_stays` covers. Whoever reads it here can
+                read the secret too, and with that the keyed tag of the same in the ledger.
+        """
+        write_atomically(self.test_data, test_data + "\n", mode=0o600)
+        self.secret_lost.unlink(missing_ok=True)
 
     def settings(self) -> dict[str, Any]:
         """The settings in `config.yaml` that a step depends on; empty where it cannot be read. For process 0."""

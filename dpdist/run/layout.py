@@ -53,6 +53,16 @@ class RunPaths:
         return self.private / "secret.key"
 
     @property
+    def secret_lost(self) -> Path:
+        """Empty; there from the loss of the secret until an incarnation with a new one has begun."""
+        return self.private / "secret.lost"
+
+    @property
+    def test_data(self) -> Path:
+        """The digest of the test records, and of whose the training records are: outlives the secret."""
+        return self.private / "test_data.sha256"
+
+    @property
     def diagnostics(self) -> Path:
         return self.private / "diagnostics.jsonl"
 

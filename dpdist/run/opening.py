@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
 import time
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +22,7 @@ from dpdist.config import Config, flatten
 from dpdist.errors import InputError
 from dpdist.mechanism.keys import Secret
 from dpdist.mechanism.ledger import Ledger, LedgerError
+from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import (
     code_digest,
@@ -100,15 +105,39 @@ def open_cache(config: Config, run: RunDirectory, world: World) -> None:
     That is JAX's own rule; where the directory can't be written it warns and compiles. XLA's programs for CPUs are for
     the processor that compiled them, which another node of the job may not have: `auto` keeps none. Nor does it take
     the place of a directory that the environment names.
+
+    Raises:
+        InputError: others than its owner can write the directory: what lies there is run as it is.
     """
-    where = config.cluster.compilation_cache
-    if where == "auto":
-        ours = world.platform == "gpu" and getattr(jax.config, "jax_compilation_cache_dir", None) is None
-        where = str(run.compiled) if ours else None
-    if where is not None:
-        compilation_cache.reset_cache()  # JAX asks once in a process whether there is one
-        compilation_cache.set_cache_dir(where)
+    asked, found = config.cluster.compilation_cache, _found_cache()
+    if asked == "auto":
+        asked = str(run.compiled) if world.platform == "gpu" and found is None else found
+    decide(world, lambda: None if asked is None else _require_trusted(Path(asked)))
+    compilation_cache.reset_cache()  # JAX asks once in a process whether there is one
+    compilation_cache.set_cache_dir(asked)
+    if asked not in (None, found):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
+
+
+@cache
+def _found_cache() -> str | None:
+    """The directory that JAX has of its environment; asked once, before a run names its own."""
+    found: str | None = getattr(jax.config, "jax_compilation_cache_dir", None)
+    return found
+
+
+def _require_trusted(directory: Path) -> None:
+    """Many systems give a user a group of their own, and let it write: that is nobody else."""
+    if not directory.is_dir():
+        return
+    found = directory.stat()
+    if found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid != os.getgid()):
+        raise InputError(
+            "cluster.compilation_cache",
+            str(directory),
+            "can be written by others, who could have the job run what they like; take that away (chmod go-w), or name "
+            "another directory.",
+        )
 
 
 def open_secret(config: Config, run: RunDirectory, world: World) -> tuple[Secret, bool]:
@@ -159,3 +188,25 @@ def agree_on_start(request: ResumeRequest, writer: RunWriter | SilentWriter, wor
     if world.is_main:
         say(opening_line(start.plan, world, insecure=request.secret.insecure))
     return start
+
+
+def begin(
+    run: RunDirectory,
+    writer: RunWriter | SilentWriter,
+    start: Start,
+    checkpoints: Checkpoints,
+    world: World,
+    *,
+    test_data: bytes,
+) -> None:
+    """Write down how this part of the run begins, before its first step. Collective.
+
+    Args:
+        test_data: the fingerprint of what a run may not change, not keyed.
+    """
+
+    def write_down() -> None:
+        writer.begin(start, checkpoints)  # first: until its incarnation is in the ledger, a lost secret counts as lost
+        run.begun(test_data.hex())
+
+    decide(world, write_down)

@@ -43,6 +43,9 @@ class ResumeRequest:
     dataset_size: int
     #: The keyed tag of the test data.
     test_data: str
+    #: Its digest, which is not keyed, as `RunDirectory.begun` keeps it; and whether there is any.
+    test_digest: str
+    tested: bool
     #: d, the number of single parameters that train.
     coordinates: int
 
@@ -145,6 +148,19 @@ def _require_one_statement(config: Config, plan: Plan) -> None:
 def _require_one_split(request: ResumeRequest, plan: Plan) -> None:
     """Raises where records that were trained on may have become test records, whose accuracy is published exactly."""
     before, now = request.run.settings(), flatten(request.config)
+    if request.secret_lost and request.tested:
+        try:
+            same = request.run.test_data.read_text().strip() == request.test_digest
+        except OSError:
+            same = False
+        if not same:
+            raise InputError(
+                "data.source",
+                now["data.source"],
+                "the run's secret is lost, and with it what shows that no record that was trained on is a test record "
+                f"now, unless these are the former ones, which {request.run.test_data} does not say; bring the files "
+                "of private/ back, or name a new run.dir.",
+            )
     # A former ledger has no tag of the test data, and a tag is keyed by the secret: then every change of data counts.
     known = bool(plan.test_data) and not request.secret_lost
     names = SPLIT if known else _MAY_SPLIT

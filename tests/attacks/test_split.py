@@ -75,6 +75,17 @@ def test_a_test_set_that_a_run_had_not_is_refused(jobs: Jobs, tmp_path: Path) ->
     assert (told[0], "test records are not those" in told[2]) == ("data.source", True)
 
 
+def test_the_training_records_as_test_records_are_refused(jobs: Jobs, tmp_path: Path) -> None:
+    """Their accuracy would be published exactly."""
+    shutil.copy(erasable.__file__, jobs.root)
+    (tmp_path / "all").touch()
+    run, data = jobs.new("same"), {"source": "erasable:records", "options": {"erased": str(tmp_path / "erased")}}
+    config = config_with(run.root, data=data, model={"name": "erasable:linear"}, training={"steps": EVERY})
+    (told,) = jobs.call("train_all", configs=[config])
+    assert isinstance(told, list), told
+    assert (told[0], "training records themselves" in told[2]) == ("data.source", True)
+
+
 def test_more_steps_over_the_same_split_go_on(jobs: Jobs, digits: Run) -> None:
     run = digits.copy(jobs.new("further").root)
     told = again(jobs, run)

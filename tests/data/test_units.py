@@ -83,6 +83,20 @@ def test_units_with_training_and_test_records_are_refused_without_naming_them() 
     assert "11" not in str(caught.value)
     assert "such as 11" in str(caught.value.__cause__)
     require_apart(units(), ArraySource({"who": np.array([5, 6])}))
+    require_apart(units(), ArraySource({"who": np.array([5, 6], np.uint8)}))
+
+
+def test_a_test_part_that_does_not_say_whose_its_records_are_is_refused() -> None:
+    """Nor can names, which are held as two numbers, be compared with numbers."""
+    without = {name: column for name, column in COLUMNS.items() if name != "who"}
+    for other in (without, without | {"who": numbered(Texts(["7"] * 10), "who", "here")}):
+        with pytest.raises(InputError, match="nobody can see"):
+            require_apart(units(), ArraySource(other))
+        with pytest.raises(InputError, match="nobody can see"):
+            open_dataset(Data(source="python", unit="who", records_per_unit=2), (COLUMNS, other))
+    named = units(columns=COLUMNS | {"who": numbered(Texts(["a", "b"] * 5), "who", "here")})
+    with pytest.raises(InputError, match="nobody can see"):
+        require_apart(named, ArraySource(COLUMNS))
 
 
 def test_a_built_in_source_is_split_by_unit(tmp_path: Any) -> None:

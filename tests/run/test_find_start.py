@@ -59,6 +59,8 @@ def request(run: RunDirectory, checkpoints: Checkpoints, **training: Any) -> Res
         inputs=StepInputs(**{name: plan[name] for name in ("environment", "settings", "code", "data")}),
         dataset_size=1437,
         test_data="t",
+        test_digest="d",
+        tested=True,
         coordinates=650,
     )
 

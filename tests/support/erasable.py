@@ -24,9 +24,9 @@ def columns() -> tuple[np.ndarray, np.ndarray]:
 class Records:
     """Random access; once the file `erased` exists, the victim is blank."""
 
-    def __init__(self, erased: str) -> None:
-        self.image, self.label = columns()
-        if Path(erased).exists():
+    def __init__(self, erased: str, count: int = 1000) -> None:
+        self.image, self.label = (column[:count] for column in columns())
+        if Path(erased).exists() and count > VICTIM:
             self.image[VICTIM] = 0
 
     def __len__(self) -> int:
@@ -37,8 +37,9 @@ class Records:
 
 
 def records(erased: str) -> tuple[Source, Source | None]:
-    """Beside `erased`, the file `test` makes the training records test records too."""
-    return Records(erased), Records(erased) if Path(erased).with_name("test").exists() else None
+    """Beside `erased`, the file `test` makes some of the training records test records too; `all`, all of them."""
+    parts = {name: count for name, count in (("test", 100), ("all", 1000)) if Path(erased).with_name(name).exists()}
+    return Records(erased), Records(erased, max(parts.values())) if parts else None
 
 
 def linear(*, example: dict[str, jax.ShapeDtypeStruct], classes: int) -> Model:

@@ -275,7 +275,9 @@ def yes_or_no() -> tuple[Source, Source]:
 def owned(by: int = 1) -> tuple[Source, Source]:
     """1,000 records of 300 people, some of whom have many; the test records are of others. `by` live in a house."""
     owner = np.minimum(np.random.default_rng(8).zipf(1.3, 1000) % 300, 299).astype(np.int32) // by
-    return ArraySource(train_columns() | {"who": owner}), ArraySource(test_columns())
+    others = test_columns()
+    others |= {"who": np.arange(1000, 1000 + len(others["label"]), dtype=np.int32)}
+    return ArraySource(train_columns() | {"who": owner}), ArraySource(others)
 
 
 def sentences(vocabulary: int = 12) -> tuple[Source, Source]:

@@ -19,6 +19,7 @@ from dpdist.mechanism.keys import Keys, Secret
 from dpdist.mechanism.sampling import poisson_sample
 from dpdist.run import metrics
 from dpdist.run.calibration import best_order
+from dpdist.run.directory import RunDirectory
 
 SIGMA, DELTA = 4.0, 1e-4
 OWN_SECRET = "privacy.insecure_seed=null"
@@ -196,6 +197,28 @@ def test_a_lost_secret_is_replaced_and_the_ledger_goes_on(jobs: Jobs, secretive:
     assert run.summary["charged_steps"] == STEPS + EVERY
     assert run.plans[0] == secretive.plan
     assert run.summary["guarantee"] == "holds"
+
+
+def test_a_start_that_is_killed_does_not_make_a_new_secret_pass_for_the_lost_one(jobs: Jobs, secretive: Run) -> None:
+    run = secretive.copy(jobs.new("lost-and-killed").root).crash(EVERY)
+    (run.root / "private/secret.key").unlink()
+    assert RunDirectory(run.root).create_secret()
+    ended = jobs.train(run, OWN_SECRET).wait()
+    assert ended.code == 0, ended.err
+    assert "secret.key was lost" in ended.err
+    assert not (run.root / "private/secret.lost").exists()
+
+
+def test_without_its_secret_a_run_goes_on_over_the_same_test_records_alone(jobs: Jobs, secretive: Run) -> None:
+    """Or records that were trained on could become test records, whose accuracy is published exactly."""
+    for name, gone in (("other", ()), ("unknown", ("test_data.sha256",))):
+        run = secretive.copy(jobs.new(f"lost-{name}").root).crash(EVERY)
+        for file in ("secret.key", *gone):
+            (run.root / "private" / file).unlink()
+        other = () if gone else ("data.source=userland:items",)
+        ended = jobs.train(run, OWN_SECRET, *other).wait()
+        assert ended.code == 2, ended.err
+        assert "no record that was trained on is a test record" in ended.err
 
 
 def test_a_copied_directory_draws_noise_of_its_own(jobs: Jobs, secretive: Run) -> None:
