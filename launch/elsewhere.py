@@ -22,7 +22,9 @@ from dpdist.config import Config
 from dpdist.data import Dataset, open_dataset
 from dpdist.data.cifar import CIFAR10, CIFAR100
 from dpdist.errors import InputError
+from dpdist.joint.charging import room_for
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
+from dpdist.mechanism.ledger import Plan
 from dpdist.models.families import settled
 from dpdist.program import optimizer as optimizers
 from dpdist.program.assignments import make_assigner, shape_of_work
@@ -116,6 +118,7 @@ def plan_elsewhere(
     busy = plan.expected_batch_size / devices / (1 - shape["padding"])
     return {
         **facts_of_plan(plan),
+        "registry": _registry(config, plan),
         "devices": devices,
         "nodes": nodes,
         "physical_batch_size": physical,
@@ -182,6 +185,13 @@ def _dataset(config: Config, examples: int | None, columns: str | None) -> Datas
     if ",".join(f"{n}={d}[{s}]" for n, (d, s) in found.items()) != columns.replace(" ", ""):
         raise InputError("--columns", columns, f"write NAME=DTYPE[SHAPE], such as {_EXAMPLE}.")
     return Dataset(train=Shapes(count, shapes), classes=known[2] if known else None, name=config.data.source)
+
+
+def _registry(config: Config, plan: Plan) -> dict[str, Any] | None:
+    """`room_for` the run; of a registry that is not here either, its name alone."""
+    if config.run.registry is None or Path(config.run.registry).is_dir():
+        return room_for(config, plan)
+    return {"dataset": config.run.registry_dataset, "fits": None}
 
 
 def _memory(config: Config, opened: OpenModel, work: workload.Workload, steps: int, *, private: bool) -> Any:

@@ -182,6 +182,12 @@ class Registry:
             return 0.0
         return wall_cost([run.charges for run in self.runs.values()], order=self.order, delta=self.delta)
 
+    def cost_with(self, record: dict[str, Any]) -> float:
+        """The joint epsilon with one more charge."""
+        with_it = Registry(self.folder, self.dataset)
+        with_it._take(record)
+        return with_it.cost()
+
     def holds(self, record: dict[str, Any]) -> bool:
         """Whether all of a charge is in it already."""
         run = self.runs.get(record["run"])
@@ -202,9 +208,7 @@ class Registry:
         self.require_alike(record)
         if self.budget is None:
             return
-        spent, with_it = self.cost(), Registry(self.folder, self.dataset)
-        with_it._take(record)
-        cost = with_it.cost()
+        spent, cost = self.cost(), self.cost_with(record)
         if cost > self.budget:
             remedy = (
                 f"its budget is epsilon {self.budget:g} at delta {self.delta:g}; {spent:.4g} is spent on "
