@@ -106,7 +106,7 @@ def plan_elsewhere(
             strategies=config.training.clipping_strategies,
             frozen=opened.frozen,
         )
-    work = workload.workload_of(opened.loss.loss_fn, opened.params, opened.loss.example)
+    work = workload.workload_of(opened.loss.loss_fn, opened.params, opened.loss.example, frozen=opened.frozen)
     limit = _TAKEN * _MEMORY[device]
     memory = _memory(config, opened, work, plan.steps_asked, private=private)
     physical = _physical(config, plan, hosts, limit, memory)
@@ -204,9 +204,11 @@ def _memory(config: Config, opened: OpenModel, work: workload.Workload, steps: i
     sums = (8 if private else 4) * opened.coordinates
     row = 8 + sum(math.prod(x.shape) * x.dtype.itemsize for x in opened.example.values())
     total = sum(math.prod(x.shape) for x in jax.tree.leaves(opened.params))
+    # What is passed back is kept until then; of the rest, one product at a time.
+    kept = _TEMPORARY * max(work.moved_back, work.largest)
 
     def at(physical: int) -> dict[str, float]:
-        read, temporary = (config.data.prefetch + 2) * physical * row, int(_TEMPORARY * physical * work.moved)
+        read, temporary = (config.data.prefetch + 2) * physical * row, int(physical * kept)
         if private and config.training.clipping == "per_example":
             temporary += 4 * physical * opened.coordinates
         # As `dpdist.program.memory.Memory.needed`.
