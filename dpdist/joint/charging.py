@@ -57,6 +57,7 @@ def charge_of(config: Config, run_dir: Path, ledger: Ledger | None, plan: Plan) 
         "delta": terms.delta,
         "order": terms.renyi_order,
         "unit": unit_name(config),
+        "records_per_unit": config.data.records_per_unit,
         "split": split_of(config),
         "dataset_size": plan.dataset_size,
         "first": [first.sampling_probability, terms.noise_multiplier, first.steps - first.start],
@@ -75,7 +76,8 @@ def room_for(config: Config, plan: Plan) -> dict[str, Any] | None:
     """
     if config.run.registry is None or config.run.registry_dataset is None:
         return None
-    from dpdist.joint.registry import Registry, standing
+    from dpdist.joint.registry import Registry
+    from dpdist.joint.standing import standing
 
     registry = Registry(Path(config.run.registry), config.run.registry_dataset)
     registry.require_made()
@@ -162,6 +164,7 @@ def _record_of(member: Member) -> dict[str, Any]:
         "delta": charges.delta,
         "order": charges.order,
         "unit": member.unit,
+        "records_per_unit": member.records_per_unit,
         "split": dict(member.split),
         "dataset_size": member.dataset_size,
         "first": [first.sampling_probability, first.noise_multiplier, first.steps],

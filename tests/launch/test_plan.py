@@ -12,7 +12,8 @@ from private_runs import config_of, private_run
 
 from dpdist.errors import InputError
 from dpdist.joint.charging import charge, require_room, room_for
-from dpdist.joint.registry import create, standing
+from dpdist.joint.registry import create
+from dpdist.joint.standing import standing
 from dpdist.mechanism.ledger import Ledger
 from dpdist.run.layout import RunPaths
 from dpdist_launch.plan import _size, text
