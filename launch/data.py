@@ -280,10 +280,9 @@ def text(report: dict[str, Any]) -> str:
             continue
         lines += ["", f"{name}: {part['examples']:,} {'units' if report['unit'] and name == 'train' else 'examples'}"]
         for column, kind in part["columns"].items():
-            low, high = part["ranges"].get(column, ("", ""))
-            lines.append(
-                f"  {column:16} {kind:20} from {low:.6g} to {high:.6g} in {min(part['examples'], _TIMED)} examples"
-            )
+            found = part["ranges"].get(column)
+            values = "no values" if found is None else f"from {found[0]:.6g} to {found[1]:.6g}"
+            lines.append(f"  {column:16} {kind:20} {values} in {min(part['examples'], _TIMED)} examples")
         if part["labels"] is not None:
             counts = [f"{label}: {count:,}" for label, count in part["labels"].items()]
             lines.append(f"  labels           {', '.join(counts[:20])}{' ...' * (len(counts) > 20)}")

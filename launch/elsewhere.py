@@ -22,7 +22,9 @@ from dpdist.config import Config
 from dpdist.data import Dataset, open_dataset
 from dpdist.data.cifar import CIFAR10, CIFAR100
 from dpdist.errors import InputError
+from dpdist.joint.charging import room_for
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
+from dpdist.mechanism.ledger import Plan
 from dpdist.models.families import settled
 from dpdist.program import optimizer as optimizers
 from dpdist.program.assignments import make_assigner, shape_of_work
@@ -104,7 +106,7 @@ def plan_elsewhere(
             strategies=config.training.clipping_strategies,
             frozen=opened.frozen,
         )
-    work = workload.workload_of(opened.loss.loss_fn, opened.params, opened.loss.example)
+    work = workload.workload_of(opened.loss.loss_fn, opened.params, opened.loss.example, frozen=opened.frozen)
     limit = _TAKEN * _MEMORY[device]
     memory = _memory(config, opened, work, plan.steps_asked, private=private)
     physical = _physical(config, plan, hosts, limit, memory)
@@ -116,6 +118,7 @@ def plan_elsewhere(
     busy = plan.expected_batch_size / devices / (1 - shape["padding"])
     return {
         **facts_of_plan(plan),
+        "registry": _registry(config, plan),
         "devices": devices,
         "nodes": nodes,
         "physical_batch_size": physical,
@@ -184,6 +187,13 @@ def _dataset(config: Config, examples: int | None, columns: str | None) -> Datas
     return Dataset(train=Shapes(count, shapes), classes=known[2] if known else None, name=config.data.source)
 
 
+def _registry(config: Config, plan: Plan) -> dict[str, Any] | None:
+    """`room_for` the run; of a registry that is not here either, its name alone."""
+    if config.run.registry is None or Path(config.run.registry).is_dir():
+        return room_for(config, plan)
+    return {"dataset": config.run.registry_dataset, "fits": None}
+
+
 def _memory(config: Config, opened: OpenModel, work: workload.Workload, steps: int, *, private: bool) -> Any:
     """A function from the physical batch to what `plan_report` says of memory; temporary memory is estimated."""
     optimizer = optimizers.build(config.optimizer, steps)
@@ -194,9 +204,11 @@ def _memory(config: Config, opened: OpenModel, work: workload.Workload, steps: i
     sums = (8 if private else 4) * opened.coordinates
     row = 8 + sum(math.prod(x.shape) * x.dtype.itemsize for x in opened.example.values())
     total = sum(math.prod(x.shape) for x in jax.tree.leaves(opened.params))
+    # What is passed back is kept until then; of the rest, one product at a time.
+    kept = _TEMPORARY * max(work.moved_back, work.largest)
 
     def at(physical: int) -> dict[str, float]:
-        read, temporary = (config.data.prefetch + 2) * physical * row, int(_TEMPORARY * physical * work.moved)
+        read, temporary = (config.data.prefetch + 2) * physical * row, int(physical * kept)
         if private and config.training.clipping == "per_example":
             temporary += 4 * physical * opened.coordinates
         # As `dpdist.program.memory.Memory.needed`.

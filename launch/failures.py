@@ -34,8 +34,10 @@ def report_failure(error: BaseException, *, ours: tuple[type[BaseException], ...
     Returns:
         The exit code: 2 for bad input, 1 for the rest.
     """
-    log = record_exception(traceback.format_exc())
-    if isinstance(error, InputError):
+    bad_input = isinstance(error, InputError)
+    whole = not bad_input or error.__cause__ is not None  # the text of an InputError says it all
+    log = record_exception(traceback.format_exc() if whole else f"dpdist: error: {error}")
+    if bad_input:
         more = f" ({log} says more)" if log is not None and error.__cause__ is not None else ""
         print(f"dpdist: error: {error}{more}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -14,6 +14,8 @@ from dpdist.cluster.join import join
 from dpdist.config import Config
 from dpdist.data import open_dataset
 from dpdist.errors import InputError
+from dpdist.joint.charging import room_for
+from dpdist.joint.compose import rounded_up
 from dpdist.mechanism.clipping import LeafStrategy
 from dpdist.mechanism.keys import Keys, Secret, fresh_nonce
 from dpdist.mechanism.ledger import Plan
@@ -58,6 +60,7 @@ def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int 
         nonce=fresh_nonce(secret),
         environment=environment(world.platform),
     )
+    registry = room_for(config, plan)
     setup = build_setup(config, plan, opened, dataset, world, earlier=None)
     assigner = make_assigner(config, plan, setup, Keys(secret, bytes.fromhex(plan.nonce)), world)
     work = shape_of_work(tuple(assigner(step) for step in range(min(STEPS_LOOKED_AT, plan.steps))))
@@ -66,6 +69,7 @@ def plan_report(config: Config, *, nodes: int | None = None, gpus_per_node: int 
         leaves = strategies_for(config, setup.loss, world)
     return {
         **facts_of_plan(plan),
+        "registry": registry,
         "devices": len(world.host_of_device),
         "nodes": max(world.host_of_device) + 1,
         "physical_batch_size": setup.physical,
@@ -125,6 +129,8 @@ def text(report: dict[str, Any]) -> str:
         )
     if (search := report.get("search")) is not None:
         lines += _of_search(search)
+    if (registry := report["registry"]) is not None:
+        lines += _of_registry(registry, searched=search is not None)
     lines += [
         f"devices     {report['devices']} on {report['nodes']} node(s), each {report['microbatches_per_step']:.1f} "
         f"microbatches a step of {report['physical_batch_size']} and {report['tail_batch_size']} examples; "
@@ -163,6 +169,22 @@ def _of_search(search: dict[str, Any]) -> list[str]:
         f"{search['epsilon_of_all_released']:.4g}; one run: {one:.4g}",
         f"            {same} would make the whole search cost {one:.4g} (`dpdist tune`)",
     ]
+
+
+def _of_registry(registry: dict[str, Any], *, searched: bool) -> list[str]:
+    """What the registry of the dataset has left, and whether the run fits."""
+    if registry["fits"] is None:
+        return [f"registry    {registry['dataset']}: not here, so whether the run fits is not known"]
+    spent, cost, budget = registry["epsilon"], rounded_up(registry["epsilon_with_this_run"]), registry["budget"]
+    left = "no budget" if budget is None else f"{registry['left']:.4g} of {budget:g} left"
+    verdict = "it fits" if registry["fits"] else "IT DOES NOT FIT, and would be refused"
+    lines = [
+        f"registry    {registry['dataset']}: epsilon {rounded_up(spent)} at delta {registry['delta']:g} spent by "
+        f"{registry['runs']} run(s), {left}; with this run {cost}: {verdict}"
+    ]
+    if searched:
+        lines.append("            a search cannot be charged to it: `dpdist tune` refuses a registry")
+    return lines
 
 
 def grouped(rows: Sequence[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:

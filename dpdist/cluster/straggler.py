@@ -14,7 +14,6 @@ import itertools
 import json
 import logging
 import math
-import socket
 import statistics
 import time
 from collections import deque
@@ -45,7 +44,7 @@ class Detector:
     """Decides from the times of successive samples which ranks are stragglers.
 
     Args:
-        hosts: host name of each rank.
+        hosts: the node of each rank.
     """
 
     def __init__(self, hosts: Sequence[str]) -> None:
@@ -95,9 +94,8 @@ def share_waited(seconds: Mapping[int, tuple[float, float]]) -> float:
 class Stragglers:
     """Times one in `every` steps of the loop and finds the stragglers on process 0. Does nothing with one process.
 
-    Construction is collective and raises what `agreement.all_gather` does. Afterwards nothing here waits for another
-    process, and a missing rank is no error: its times are skipped. An error of the computation itself is raised by
-    the method that waits for it.
+    All ranks make theirs in the same order. Nothing here waits for another process, and a missing rank is no error: its
+    times are skipped. An error of the computation itself is raised by the method that waits for it.
 
     Args:
         every: steps between two samples. A sampled step cannot overlap with its neighbours, so sample rarely.
@@ -106,7 +104,7 @@ class Stragglers:
     def __init__(self, world: World, every: int = 20) -> None:
         self._world, self._every = world, every
         self._key = f"dpdist/straggler/{next(_serial)}"
-        self._detector = Detector(agreement.all_gather(socket.gethostname(), world))
+        self._detector = Detector(world.nodes)
         self._started_at = self._own = math.nan
         #: The newest sampled step; the others may still be sending their times of it.
         self._pending: int | None = None

@@ -1,4 +1,9 @@
-"""Image files (PNG, JPEG, ...) as arrays: decoded by Pillow when an example is read, cut to one size if asked."""
+"""Image files (PNG, JPEG, ...) as arrays: decoded by Pillow when an example is read, cut to one size if asked.
+
+An image is turned as its EXIF data say, which is how every viewer shows it. Of 16 bits a channel, PNGs in colour give
+the upper 8, so that the whole range is from 0 to 255; in gray, whose values are often those of an instrument and fill a
+part of the range, they are refused.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +22,8 @@ MODES = {"rgb": ("RGB", 3), "grayscale": ("L", 1)}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 #: Pillow's modes of more than 8 bits a channel, which a conversion to 8 bits would cut off.
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+#: EXIF's tag for how an image is to be turned: 1 is not at all, and from 5 on its height becomes its width.
+_ORIENTATION, _SIDEWAYS = 0x0112, 5
 
 
 class Images:
@@ -89,13 +96,26 @@ class Images:
                     "an image of more than 8 bits a channel",
                     "save the images with 8 bits, from 0 to 255.",
                 )
+            orientation = _orientation(image)
             if self._size is not None:
                 # JPEG decodes to a half, a quarter or an eighth at once; twice the size wanted hides that.
-                image.draft(self._mode, (2 * self._size[1], 2 * self._size[0]))
+                height, width = self._size if orientation < _SIDEWAYS else self._size[::-1]
+                image.draft(self._mode, (2 * width, 2 * height))
+            if orientation > 1:
+                image = self._ops.exif_transpose(image)
             image = image.convert(self._mode)
             if self._size is not None and image.size != self._size[::-1]:
                 image = self._ops.fit(image, self._size[::-1], self._pillow.Resampling.BILINEAR)
             return np.asarray(image).reshape(image.height, image.width, self.channels)
+
+
+def _orientation(image: Any) -> int:
+    """How an image is to be turned, 1 to 8; 1 where it does not say, or not in a way that can be read."""
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # the pixels of an image whose EXIF data are damaged are whole, and viewers show them
+        return 1
+    return found if found in range(1, 9) else 1
 
 
 def _size(size: Any) -> tuple[int, int] | None:

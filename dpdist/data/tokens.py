@@ -13,7 +13,8 @@ from dpdist.data import optional
 from dpdist.data.sources import ArraySource, BadRecordError
 from dpdist.errors import InputError
 
-#: What tokenizers call the token that pads, and the one that ends a document.
+#: What tokenizers call the token that begins a document, the one that pads, and the one that ends a document.
+_BEGINS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
 _PADS = ("[PAD]", "<pad>", "<|pad|>", "<|finetune_right_pad_id|>")
 _ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
 
@@ -46,14 +47,23 @@ class Tokenizer:
         self.length = length
         self.vocabulary = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         padding = self._tokenizer.padding or {}
-        known = (self._tokenizer.token_to_id(name) for name in _PADS)
+        pad = padding.get("pad_id", self._first(_PADS))
         #: The id behind the end of a short document, where the attention mask is 0; 0 where the tokenizer has none.
-        self.pad = padding.get("pad_id", next((number for number in known if number is not None), 0))
+        self.pad = 0 if pad is None else pad
+        #: The id that ends a document; None where the tokenizer has none.
+        self.end = self._first(_ENDS)
+        named = {"bos_token_id": self._first(_BEGINS), "eos_token_id": self.end, "pad_token_id": pad}
+        #: Ids of the special tokens that it has, by their keys in a config.json of `transformers`.
+        self.special = {key: number for key, number in named.items() if number is not None}
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.identity = hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest() + f" {length}"
         self._cut = library.Tokenizer.from_str(self._tokenizer.to_str())
         self._cut.enable_truncation(length)
+
+    def _first(self, names: Sequence[str]) -> int | None:
+        """The id of the first of these tokens that the tokenizer has."""
+        return next((number for name in names if (number := self._tokenizer.token_to_id(name)) is not None), None)
 
     def encode(self, document: str) -> dict[str, np.ndarray]:
         """`input_ids` int32[length], cut off or padded, and `attention_mask` int32[length], 1 where tokens are."""
@@ -76,8 +86,7 @@ class Tokenizer:
         Raises:
             InputError: the tokenizer has no such token, or there are no documents.
         """
-        end = next((number for name in _ENDS if (number := self._tokenizer.token_to_id(name)) is not None), None)
-        if end is None:
+        if (end := self.end) is None:
             raise InputError(
                 "data.options.pack",
                 True,

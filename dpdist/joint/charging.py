@@ -26,13 +26,17 @@ if TYPE_CHECKING:
 PATIENCE = 60.0
 
 
-def charge_of(config: Config, run_dir: Path, ledger: Ledger, plan: Plan) -> dict[str, Any]:
+def charge_of(config: Config, run_dir: Path, ledger: Ledger | None, plan: Plan) -> dict[str, Any]:
     """The charge of a run whose current incarnation is, or is to be, `plan`.
+
+    Args:
+        ledger: None of a run that has not begun.
 
     Raises:
         InputError: it adds no noise, or its secret is a known seed: no budget covers that.
     """
-    plans = [*(each for each in ledger.plans if each.nonce != plan.nonce), plan]
+    before = [] if ledger is None else [each for each in ledger.plans if each.nonce != plan.nonce]
+    plans = [*before, plan]
     for each in plans:
         if each.privacy is None or each.insecure:
             what = "adds no noise" if each.privacy is None else "has a known seed for a secret"
@@ -45,7 +49,7 @@ def charge_of(config: Config, run_dir: Path, ledger: Ledger, plan: Plan) -> dict
 
     first, terms = plans[0], plans[0].private_terms()
     kinds = [(each.nonce, each.sampling_probability, each.private_terms().noise_multiplier) for each in plans]
-    steps = [ledger.charged_to(each.incarnation) for each in plans[:-1]] + [plan.steps - plan.start]
+    steps = [ledger.charged_to(each.incarnation) for each in before if ledger is not None] + [plan.steps - plan.start]
     return {
         "record": "charge",
         "run": first.nonce,
@@ -53,11 +57,36 @@ def charge_of(config: Config, run_dir: Path, ledger: Ledger, plan: Plan) -> dict
         "delta": terms.delta,
         "order": terms.renyi_order,
         "unit": unit_name(config),
+        "records_per_unit": config.data.records_per_unit,
         "split": split_of(config),
         "dataset_size": plan.dataset_size,
         "first": [first.sampling_probability, terms.noise_multiplier, first.steps - first.start],
         "incarnations": [[*kind, count] for kind, count in zip(kinds, steps, strict=True)],
     }
+
+
+def room_for(config: Config, plan: Plan) -> dict[str, Any] | None:
+    """What the registry that the config names has left, and whether a new run of `plan` fits, as JSON; writes nothing.
+
+    Returns:
+        None where the config names none.
+
+    Raises:
+        InputError: the registry is not there or damaged, or would refuse the run for another reason than its budget.
+    """
+    if config.run.registry is None or config.run.registry_dataset is None:
+        return None
+    from dpdist.joint.registry import Registry
+    from dpdist.joint.standing import standing
+
+    registry = Registry(Path(config.run.registry), config.run.registry_dataset)
+    registry.require_made()
+    record = charge_of(config, Path(config.run.dir), None, plan)
+    registry.require_alike(record)
+    found, cost = standing(registry.folder, registry.dataset), registry.cost_with(record)
+    told = {name: found[name] for name in ("dataset", "epsilon", "delta", "budget", "left")}
+    fits = registry.budget is None or cost <= registry.budget
+    return told | {"runs": len(registry.runs), "epsilon_with_this_run": cost, "fits": fits}
 
 
 def require_room(config: Config, run: RunPaths, ledger: Ledger, plan: Plan) -> None:
@@ -135,6 +164,7 @@ def _record_of(member: Member) -> dict[str, Any]:
         "delta": charges.delta,
         "order": charges.order,
         "unit": member.unit,
+        "records_per_unit": member.records_per_unit,
         "split": dict(member.split),
         "dataset_size": member.dataset_size,
         "first": [first.sampling_probability, first.noise_multiplier, first.steps],

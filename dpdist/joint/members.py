@@ -26,7 +26,7 @@ from dpdist.mechanism.ledger import Ledger, LedgerError
 from dpdist.run.layout import RunPaths
 from dpdist.run.summary import exposed_secret, guarantee, is_trial
 
-PRIVACY, SWEEP, SEARCH = "privacy.json", "sweep.json", "search.json"
+PRIVACY, SWEEP, SEARCH, CONFIG = "privacy.json", "sweep.json", "search.json", "config.yaml"
 #: Relative difference that two versions of the accountant may have.
 VERSIONS_DIFFER = 1e-6
 #: How much more than it costs an epsilon may be stated as, relatively: more shows that another number was changed.
@@ -55,6 +55,8 @@ class Member:
     stated: Spent
     #: For whom the guarantee is, by `unit_name`.
     unit: str
+    #: The most records that a unit brings; None where the unit is a record, or where that is not known.
+    records_per_unit: int | None
     dataset_size: int
     #: When its ledger was made, in seconds; None where that is not known.
     born: float | None
@@ -156,6 +158,7 @@ def _run(root: Path) -> Member:
         charges=charges,
         stated=_checked(root, charges, terms.epsilon, terms.epsilon_rdp, terms.accountant),
         unit=unit_name(config),
+        records_per_unit=config.data.records_per_unit,
         dataset_size=ledger.plans[-1].dataset_size,
         born=None if born is None else float(born),
         nonces={plan.nonce: ledger.charged_to(plan.incarnation) for plan in ledger.plans},
@@ -198,16 +201,18 @@ def _export(file: Path) -> Member:
             cost = charges.alone().epsilon
             remedy = f"states epsilon {stated.epsilon:.6g}, but its constants cost {cost:.6g} only: these were changed."
             raise InputError("RUN", str(file.parent), remedy)
+        data, split = _data_of(file.parent / CONFIG)
         return Member(
             path=file.parent,
             kind="search" if "search" in facts else "export",
             charges=charges,
             stated=stated,
             unit=facts.get("unit_name") or _old_unit(file, facts),
+            records_per_unit=data.get("records_per_unit"),
             dataset_size=facts["dataset_size"],
             born=None,
             nonces={each["nonce"]: each["charged_steps"] for each in facts["incarnations"] if "nonce" in each},
-            split={},
+            split=split,
             on_trust=[f"{file} is what its sender wrote: see `dpdist verify`"],
         )
     except InputError:
@@ -216,6 +221,13 @@ def _export(file: Path) -> Member:
         raise InputError(
             PRIVACY, str(file), f"is damaged ({type(error).__name__}: {error}); get the export again."
         ) from None
+
+
+def _data_of(config: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The `data` section of an export's config and its split; empty where the statement came alone, or from before."""
+    data = dict(configfile.read(config)["data"]) if config.exists() else {}
+    split = {f"data.{name}": data[name] for name in ("split_seed", "test_fraction") if name in data}
+    return data, split if len(split) == 2 else {}
 
 
 def parse_statement(text: str) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class Charged:
     #: The Renyi order that the run chose with its first plan.
     order: int
     unit: str
+    #: The most records that a unit brings; None where the unit is a record, or in lines from before it was noted.
+    records_per_unit: int | None
     #: What says which records it is tested on, by setting; empty where it is not known.
     split: dict[str, Any]
     dataset_size: int
@@ -159,6 +161,7 @@ class Registry:
                 delta=float(record["delta"]),
                 order=int(record["order"]),
                 unit=str(record["unit"]),
+                records_per_unit=record.get("records_per_unit"),
                 split=dict(record["split"]),
                 dataset_size=int(record["dataset_size"]),
                 first=first,
@@ -182,6 +185,12 @@ class Registry:
             return 0.0
         return wall_cost([run.charges for run in self.runs.values()], order=self.order, delta=self.delta)
 
+    def cost_with(self, record: dict[str, Any]) -> float:
+        """The joint epsilon with one more charge."""
+        with_it = Registry(self.folder, self.dataset)
+        with_it._take(record)
+        return with_it.cost()
+
     def holds(self, record: dict[str, Any]) -> bool:
         """Whether all of a charge is in it already."""
         run = self.runs.get(record["run"])
@@ -202,9 +211,7 @@ class Registry:
         self.require_alike(record)
         if self.budget is None:
             return
-        spent, with_it = self.cost(), Registry(self.folder, self.dataset)
-        with_it._take(record)
-        cost = with_it.cost()
+        spent, cost = self.cost(), self.cost_with(record)
         if cost > self.budget:
             remedy = (
                 f"its budget is epsilon {self.budget:g} at delta {self.delta:g}; {spent:.4g} is spent on "
@@ -356,41 +363,3 @@ def _order_for(budget: float | None, delta: float) -> int:
     """A Renyi order at which plans that fill the budget are cheap: the best one where divergences are rho alpha."""
     wanted = 1 - 2 * (math.log(KEPT) + math.log(delta)) / (8.0 if budget is None else budget)
     return min(ORDERS, key=lambda order: abs(order - wanted))
-
-
-def datasets(folder: Path) -> Sequence[str]:
-    """The names of all registries in a directory.
-
-    Raises:
-        InputError: there is none.
-    """
-    names = sorted(path.stem for path in folder.glob("*.jsonl"))
-    if not names:
-        raise InputError("DIR", str(folder), "holds no registry; --create NAME makes one.")
-    return names
-
-
-def standing(folder: Path, dataset: str) -> dict[str, Any]:
-    """What was spent on one dataset, as JSON."""
-    registry = Registry(folder, dataset)
-    cost, budget = registry.cost(), registry.budget
-    return {
-        "dataset": dataset,
-        "epsilon": cost,
-        "delta": registry.delta,
-        "order": registry.order,
-        "budget": budget,
-        "left": None if budget is None else max(0.0, budget - cost),
-        "runs": [
-            {
-                "run_dir": run.run_dir,
-                "epsilon": run.charges.alone().epsilon,
-                "delta": run.delta,
-                "steps": sum(phase.steps for phase in run.incarnations.values()),
-                "dataset_size": run.dataset_size,
-                "unit": run.unit,
-            }
-            for run in registry.runs.values()
-        ],
-        "torn": registry.torn,
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from dpdist.models.pretrained import Naming, written
 
 #: The libraries, and our models that each can load.
 LIBRARIES = {"transformers": ("gpt2", "llama", "bert", "vit"), "timm": ("vit", "bit_resnet")}
+#: Models that generate, and so need to know where to stop.
+LANGUAGE_MODELS = ("gpt2", "llama")
 PREPROCESSOR = "preprocessor_config.json"
 #: `transformers`' name of the loss that a task of ours has.
 _PROBLEMS = {
@@ -23,7 +26,12 @@ _PROBLEMS = {
 
 
 def checkpoint(
-    chosen: config_module.Model, params: Any, library: str
+    chosen: config_module.Model,
+    params: Any,
+    library: str,
+    *,
+    class_names: Sequence[str] | None = None,
+    tokens: Mapping[str, int | list[int]] | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
     """Return the tensors of `model.safetensors` by name, and the JSON files beside it by name.
 
@@ -31,6 +39,8 @@ def checkpoint(
         chosen: the `model` section of the run, whose options are settled.
         params: parameters without LoRA factors.
         library: `transformers` or `timm`.
+        class_names: in the order of their numbers; None where they have none.
+        tokens: what a language model's special tokens are, by the keys of `transformers`, as far as that is known.
 
     Raises:
         InputError: there is no such library, or it has no such model.
@@ -46,8 +56,16 @@ def checkpoint(
     if chosen.name == "vit":
         options["channels"] = params["embed"]["kernel"].shape[0] // options["patch"] ** 2
     classes = int(params["head"]["bias"].size) if "head" in params else None
-    make = _transformers_files if library == "transformers" else _timm_files
-    files = make(chosen, family, options, classes)
+    # Both libraries look classes up by name, so that two of one name would be one.
+    names = list(map(str, class_names or ()))
+    named = names if len(set(names)) == classes else None
+    if library == "transformers":
+        files = _transformers_files(chosen, family, options, classes, named)
+        if chosen.name in LANGUAGE_MODELS:
+            files[CONFIG] |= dict(tokens or {})
+    else:
+        files = _timm_files(chosen, family, options, classes)
+        files[CONFIG] |= {} if named is None else {"label_names": named}
     return written(params, _naming(chosen.name, library, options)), files
 
 
@@ -62,14 +80,14 @@ def _naming(name: str, library: str, options: dict[str, Any]) -> Naming:
 
 
 def _transformers_files(
-    chosen: config_module.Model, family: Family, options: dict[str, Any], classes: int | None
+    chosen: config_module.Model, family: Family, options: dict[str, Any], classes: int | None, names: list[str] | None
 ) -> dict[str, dict[str, Any]]:
     said: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_types[0]}
     said |= {key: values[0] for key, values in family.fixed.items()}
     said |= {key: options[option] for option, key in (family.keys | family.suggested).items()}
     said |= {"dtype": "float32"}
     if classes is not None:
-        labels = {f"LABEL_{i}": i for i in range(classes)}
+        labels = {name: i for i, name in enumerate(names or [f"LABEL_{i}" for i in range(classes)])}
         said |= {"id2label": {str(i): label for label, i in labels.items()}, "label2id": labels}
         if (task := chosen.task or "classification") in _PROBLEMS:
             said |= {"problem_type": _PROBLEMS[task]}

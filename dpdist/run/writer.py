@@ -36,6 +36,7 @@ from dpdist.run.metrics import Stream
 from dpdist.run.progress import say
 from dpdist.run.ranks import Ranks
 from dpdist.run.recorder import NothingToLearnError, Recorder
+from dpdist.run.refusal import FormerFiles
 from dpdist.run.resume import Start
 from dpdist.run.summary import TRIAL, Outcome, closing_line, going_on, summarise
 
@@ -69,8 +70,9 @@ class RunWriter:
         self.ledger = ledger
         self._config, self._run, self._world, self._lease = config, run, world, lease
         self._began = began
-        self._step = 0
+        self._step = ledger.saved_step
         self._told_end = False
+        self._former = FormerFiles(run, ledger)
         self._recorder: Recorder
         self._speed: Callable[[float | None], dict[str, float | None]]
         self._goodput = Goodput(
@@ -94,6 +96,7 @@ class RunWriter:
             LedgerError: the ledger cannot be extended.
         """
         self._lease.check()
+        self._former.forget()
         self.ledger.begin(start.plan)  # first: a config without its incarnation would hide what changed
         if start.fresh and (reasons := [reason for reason in start.plan.reasons if reason != TRIAL]):
             say(
@@ -248,7 +251,9 @@ class RunWriter:
 
     def failed(self, error: BaseException | None) -> None:
         """Tell that this part of the run ends with `error`, if it has not been told; None is no failure."""
-        if error is not None and not self._told_end and self._is_ours():
+        if error is None or self._told_end or not self._is_ours():
+            return
+        if not self._former.restore(error):
             self._tell("failed", step=self._step, cause=events.public_cause(error, ours=QUOTES_NO_DATA))
 
     def _is_ours(self) -> bool:
@@ -266,7 +271,8 @@ class RunWriter:
         """Let the next job start at once."""
         with contextlib.suppress(LeaseLostError):  # then the file is another job's
             self._lease.check()
-            self._goodput.write(closed=True)
+            if not self._former.restored:
+                self._goodput.write(closed=True)
         self._lease.release()
 
     def _tell(self, kind: str, **fields: Any) -> None:

@@ -1,4 +1,8 @@
-"""What SLURM says of jobs, in one question for all of them, and within a bound: a login node must answer without it."""
+"""What SLURM says of jobs, in one question for all of them, and within a bound: a login node must answer without it.
+
+The controller forgets a job minutes after its end. Of a run that never began nothing else says what became of it, so
+the accounting is asked too, where there is one.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +37,12 @@ class Answer:
     failure: str | None = None
 
 
-def ask(jobs: Collection[str], *, patience: float = PATIENCE) -> Answer:
-    """Ask SLURM about jobs, by number. What it does not know is not in the answer."""
+def ask(jobs: Collection[str], *, past: Collection[str] = (), patience: float = PATIENCE) -> Answer:
+    """Ask SLURM about jobs, by number. What it does not know is not in the answer.
+
+    Args:
+        past: those of them to look up in the accounting where the controller has forgotten them.
+    """
     if not jobs:
         return Answer(jobs={})
     form = _SEPARATOR.join(("%i", "%T", "%r", "%S", "%N"))
@@ -48,7 +56,23 @@ def ask(jobs: Collection[str], *, patience: float = PATIENCE) -> Answer:
     if asked.returncode != 0 and "Invalid job id" not in asked.stderr:  # said where it has forgotten the only one
         said = asked.stderr.strip().partition("\n")[0]
         return Answer(jobs={}, failure=said or f"squeue returned {asked.returncode}")
-    return Answer(jobs=parsed(asked.stdout))
+    found = parsed(asked.stdout)
+    return Answer(jobs=found | _recorded(set(past) - found.keys(), patience))
+
+
+def _recorded(jobs: Collection[str], patience: float) -> dict[str, QueuedJob]:
+    """What the accounting says of jobs; nothing where there is none."""
+    if not jobs:
+        return {}
+    command = ["sacct", "-X", "--noheader", "--parsable2", "--format=JobID,State", f"--jobs={','.join(sorted(jobs))}"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=patience, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return {}
+    pairs = [line.split(_SEPARATOR) for line in asked.stdout.splitlines()]
+    # `CANCELLED by 1000` says who did it; an array has lines of other numbers.
+    states = {pair[0]: pair[1].split()[0] for pair in pairs if len(pair) == 2 and pair[1].strip() and pair[0] in jobs}
+    return {job: QueuedJob(state=state, reason=None, start=None, nodes="") for job, state in states.items()}
 
 
 def parsed(text: str) -> dict[str, QueuedJob]:

@@ -33,8 +33,9 @@ class Snapshot:
     """A run at one moment. What is not known is None."""
 
     path: str
-    #: SLURM's word where the run has a job that is not over; else `running`, the summary's status, `interrupted`, or
-    #: what is wrong with the directory: `not a run`, `not begun`, `broken`.
+    #: SLURM's word where the run has a job that is not over; else `running`, the summary's status, `interrupted`,
+    #: `cancelled` where its job was before it began, or what is wrong with the directory: `not a run`, `not begun`,
+    #: `broken`.
     state: str
     #: More about the state: SLURM's reason, or what is broken.
     reason: str | None = None
@@ -111,7 +112,7 @@ def _look(run: RunPaths, slurm: Answer) -> Snapshot:
     spent = [m["epsilon"] for m in shown if m.get("epsilon") is not None]
     tested = next((metrics_of(m) for m in reversed(shown) if is_evaluation(m)), {})
     running = state in ("running", "RUNNING")
-    well = running or state in (*DONE, "not begun") or events.how_it_ended(told) == "preempted"
+    well = running or state in (*DONE, "not begun", "cancelled") or events.how_it_ended(told) == "preempted"
     return Snapshot(
         path=str(run.root),
         state=state,
@@ -157,16 +158,21 @@ def state_of(
         return str(summary["status"])
     if told and (end := events.how_it_ended(told)) in ("failed", "preempted"):
         return end
-    return "interrupted" if begun or told else "not begun"
+    if begun or told:
+        return "interrupted"
+    return "cancelled" if queued is not None and queued.state == "CANCELLED" else "not begun"
 
 
 def _reason(queued: QueuedJob | None, state: str) -> str | None:
-    """SLURM's reason while a job waits; its last word where the run did not say how it ended."""
+    """SLURM's reason while a job waits; its last word where the run did not end, or did not say how."""
     if queued is None:
         return None
     if queued.state in GOING_ON:
         return queued.reason if queued.state != "RUNNING" else None
-    return f"SLURM says {queued.state}" if state == "interrupted" else None
+    if state == "cancelled":
+        return "its job was cancelled before the run began"
+    unsaid = state == "interrupted" or (state in ("preempted", "not begun") and queued.state != "COMPLETED")
+    return f"SLURM says {queued.state}" if unsaid else None
 
 
 def _summary(run: RunPaths) -> tuple[dict[str, Any] | None, str | None]:

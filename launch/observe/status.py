@@ -64,8 +64,9 @@ def snapshots(dirs: Sequence[Path]) -> tuple[list[Snapshot], queue.Answer]:
         InputError: one of them does not exist, or none was named and there is no ./runs.
     """
     found = [root for directory in dirs or [_DEFAULT] for root in _runs_in(directory, named=bool(dirs))]
-    numbers = {job for root in found if (job := _job(root)) is not None}
-    slurm = queue.ask(numbers)
+    jobs = {root: job for root in found if (job := _job(root)) is not None}
+    never_begun = {job for root, job in jobs.items() if not RunPaths(root).ledger.exists()}
+    slurm = queue.ask(set(jobs.values()), past=never_begun)
     return [look(root, slurm) for root in found], slurm
 
 

@@ -75,7 +75,8 @@ def _compose(options: argparse.Namespace) -> int:
 
 def _registry(options: argparse.Namespace) -> int:
     from dpdist.joint.charging import charge_spent
-    from dpdist.joint.registry import create, datasets, standing
+    from dpdist.joint.registry import create
+    from dpdist.joint.standing import datasets, standing
 
     if options.create is not None:
         if options.delta is None:

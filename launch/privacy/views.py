@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,9 @@ def add_to(questions: Any) -> None:
         ("zcdp", "zero-concentrated and Renyi differential privacy"),
         ("attack", "what any test for membership can reach: true positives at false positives, advantage"),
     ):
-        question = questions.add_parser(name, help=text, description=f"{text.capitalize()}. Prints one JSON object.")
+        question = questions.add_parser(
+            name, help=text, description=f"{text.capitalize()}. Prints one JSON object, and a sentence to stderr."
+        )
         question.add_argument(
             "run_or_export", nargs="?", type=path_argument, metavar="RUN", help="or the plan's numbers:"
         )
@@ -76,8 +80,7 @@ def _answer(options: argparse.Namespace) -> int:
         told |= zcdp(plan, delta, records=options.records)
         if for_records:
             told["rho_for_one_record_of_a_unit"] = 4 * told["rho"]
-        print(json.dumps(told))
-        return 0
+        return _show(options.question, told)
     found = curve(plan, records=options.records)
     seen: dict[str, Curve] = {told["for"]: found} | ({_PART: found.apart(2)} if for_records else {})
     stated = epsilon(
@@ -100,8 +103,35 @@ def _answer(options: argparse.Namespace) -> int:
     else:
         rates = options.false_positive_rate or _RATES
         told["attacks"] = {name: attack(each, rates) for name, each in seen.items()}
-    print(json.dumps(told))
+    return _show(options.question, told)
+
+
+def _show(question: str, told: dict[str, Any]) -> int:
+    """Print the exact numbers as JSON, and for people a sentence to stderr, rounded so that it claims no less."""
+    print(json.dumps(told), flush=True)
+    print(sentence(question, told), file=sys.stderr)
     return 0
+
+
+def sentence(question: str, told: Mapping[str, Any]) -> str:
+    """An answer in words, its numbers to four digits and never below the exact ones."""
+    from dpdist.joint.compose import rounded_up
+
+    delta = f"{told['delta']:g}"
+    if question == "zcdp":
+        return f"for {told['for']}: rho {rounded_up(told['rho'])}"
+    if question == "gdp":
+        up_to = rounded_up(told["mu_up_to_delta"])
+        return f"for {told['for']}: mu {rounded_up(told['mu'])}, or {up_to} up to delta {delta}"
+    whole = f"for {told['for']}: epsilon {rounded_up(told['epsilon'])} at delta {delta}"
+    if question == "curve":
+        return whole
+    rates = told["attacks"][told["for"]]["rates"]
+    found = [
+        f"{rounded_up(100 * rate['true_positive'])}% at {100 * rate['false_positive']:.4g}% false alarms"
+        for rate in rates
+    ]
+    return f"{whole}; no attack finds more of the members than {', '.join(found)}"
 
 
 def _for_whom(unit: str, records: int) -> str:

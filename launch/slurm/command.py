@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -29,7 +30,8 @@ def add_to(commands: Any) -> None:
         "submit",
         help="train a config as a SLURM job, or a sweep of it as an array of jobs",
         description="Submit CONFIG as a SLURM job of one process a GPU. Preempted or short of time, it saves, goes "
-        "back to the queue, and goes on. Prints one JSON object; with --follow also the log and the summary, and "
+        "back to the queue, and goes on; a run that has ended as CONFIG asks is not queued. Prints one JSON object; "
+        "with --follow also the log and the summary, and "
         "the exit code is 0 only if the run has finished, 130 after Ctrl-C. With --sweep, every combination of the "
         "values is a run below the run directory, all of them one array of jobs; the same line again resumes those "
         "that have not ended, and prints where all stand and what choosing the best of them costs.",
@@ -70,9 +72,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _one(config: Config, options: argparse.Namespace) -> int:
+    from dpdist.run.directory import RunDirectory
     from dpdist_launch.slurm.job import JobFailedError
     from dpdist_launch.slurm.submit import running, submit
 
+    if (summary := RunDirectory(Path(config.run.dir)).ended(config)) is not None:
+        return _nothing_to_do(config, summary, follow=options.follow)
     job = running(config.run.dir) if options.follow else None
     if job is None:
         job = submit(config, paths_on_nodes=options.paths_on_nodes, **_request(options))
@@ -90,6 +95,16 @@ def _one(config: Config, options: argparse.Namespace) -> int:
     except JobFailedError as error:
         print(f"dpdist: {error}", file=sys.stderr)
         return EXIT_FAILED
+    return EXIT_DONE
+
+
+def _nothing_to_do(config: Config, summary: Mapping[str, Any], *, follow: bool) -> int:
+    """Say that the run has ended as `config` asks, in the form in which a job would be told of."""
+    root, status, step = Path(config.run.dir).absolute(), summary["status"], summary["step"]
+    print(f"{root} is {status} at step {step} of {summary['steps']}: nothing is queued", file=sys.stderr)
+    print(json.dumps({"job": None, "state": status, "reason": None, "run_dir": str(root), "log": None}))
+    if follow:
+        print(json.dumps(summary))
     return EXIT_DONE
 
 

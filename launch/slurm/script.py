@@ -68,6 +68,9 @@ def setup(site: Path | None, run_dirs: Sequence[Path]) -> list[str]:
         f"read_site {shlex.quote(str(repository()))}",
         f"dpdist_runs=({shlex.join(map(str, run_dirs))})",
         'begin_job ${dpdist_runs[@]:+"${dpdist_runs[${SLURM_ARRAY_TASK_ID:-0}]}"}',
+        # submitit logs to both streams, and to Python's root logger once that has a stream: lines came twice, and its
+        # first ones, in the other file, behind ours. Without a configuration of its own it says what fails, once.
+        "export SUBMITIT_LOG_LEVEL=NOCONFIG",
         # submitit writes the call of srun itself.
         'srun() { supervise "$@"; }',
     ]

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from private_runs import config_of, edit, export_of, more, private_run
+from private_runs import config_of, edit, export_of, more, private_run, whole_export
 
 from dpdist.data import fingerprint, open_dataset
 from dpdist.errors import InputError
+from dpdist.joint.charging import charge_spent
 from dpdist.joint.compose import as_text, compose, orders_of, rounded_up
 from dpdist.joint.members import read, unit_name
+from dpdist.joint.registry import create
+from dpdist.joint.standing import standing
 from dpdist.joint.together import composed
 from dpdist.mechanism.accounting import epsilon
 from dpdist.mechanism.composition import adaptive_epsilon
@@ -351,3 +354,14 @@ def test_the_data_is_compared_by_the_keyed_tag_of_every_run_whose_secret_is_here
     assert told[2] == f"of {given}, {hidden} it is taken on your word"
     with pytest.raises(InputError, match="needs a run directory"):
         compared([given])
+
+
+def test_the_registry_says_how_many_records_a_unit_brings_of_runs_and_of_exports(tmp_path: Path) -> None:
+    unit = {"unit": "patient", "records_per_unit": 8}
+    runs = [private_run(tmp_path / name, data=unit) for name in "ab"]
+    given = whole_export(runs[1], tmp_path / "given")
+    create(tmp_path / "reg", "people", delta=1e-5, budget=None)
+    charge_spent(tmp_path / "reg", "people", [runs[0], given])
+    assert [run["records_per_unit"] for run in standing(tmp_path / "reg", "people")["runs"]] == [8, 8]
+    lines = (tmp_path / "reg/people.jsonl").read_text().splitlines()
+    assert [json.loads(line)["records_per_unit"] for line in lines[1:]] == [8, 8]

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from private_runs import export_of, more, private_run
+from private_runs import export_of, more, private_run, whole_export
 
 from dpdist import config as config_module
 from dpdist.config import file as configfile
 from dpdist.errors import InputError
 from dpdist.joint.charging import charge, charge_spent, require_room
-from dpdist.joint.registry import Registry, create, locked, standing
+from dpdist.joint.registry import Registry, create, locked
+from dpdist.joint.standing import standing
 from dpdist.mechanism.accounting import epsilon
 from dpdist.mechanism.ledger import Ledger
 from dpdist.run.layout import RunPaths
@@ -324,8 +325,12 @@ def test_a_run_that_is_tested_on_what_another_trains_on_is_refused(tmp_path: Pat
     with pytest.raises(InputError, match="publishes its accuracy on them exactly"):
         charge_spent(tmp_path / "reg", "people", [second])
     create(tmp_path / "reg", "others", delta=1e-5, budget=None)
-    with pytest.raises(InputError, match=f"has another data.{next(iter(other))}"):
-        charge_spent(tmp_path / "reg", "others", [first, second])
+    given = whole_export(second, tmp_path / "given")
+    for charge_it in ([second], [given]):
+        with pytest.raises(InputError, match=f"has another data.{next(iter(other))}"):
+            charge_spent(tmp_path / "reg", "others", [first, *charge_it])
+    with pytest.raises(InputError, match="publishes its accuracy on them exactly"):
+        charge_spent(tmp_path / "reg", "people", [given])
     assert (tmp_path / "reg" / "people.jsonl").read_bytes() == lines
 
 

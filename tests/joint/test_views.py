@@ -15,6 +15,7 @@ from dpdist.joint.views import Curve, attack, curve, gaussian_delta, gdp, zcdp
 from dpdist.mechanism.accounting import epsilon
 from dpdist.mechanism.composition import Phase
 from dpdist_launch.cli import main
+from dpdist_launch.privacy.views import sentence
 
 WHOLE, SAMPLED = Phase(1.0, 20.0, 100), Phase(0.05, 1.0, 60)
 MU = 0.5
@@ -176,3 +177,19 @@ def test_a_run_with_a_unit_is_seen_for_the_unit_and_for_a_record_of_it(
 def test_bad_input_is_named(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
     assert main(["privacy", *argv]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_what_people_read_is_rounded_and_never_below_what_the_json_says(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--sampling-probability", "0.01", "--noise-multiplier", "1", "--steps", "1000", "--delta", "1e-5")
+    assert main(["privacy", "attack", *given, "--records", "3", "--false-positive-rate", "0.01"]) == 0
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert told["epsilon"] == pytest.approx(7.7)
+    assert err == (
+        "for somebody with 3 records: epsilon 7.7 at delta 1e-05; no attack finds more of the members than 17.16% at "
+        "1% false alarms\n"
+    )
+    found = told | {"mu": 1.00001, "mu_up_to_delta": 0.50005, "rho": 2.30001}
+    assert sentence("gdp", found) == "for somebody with 3 records: mu 1.001, or 0.5001 up to delta 1e-05"
+    assert sentence("zcdp", found) == "for somebody with 3 records: rho 2.301"
+    assert sentence("curve", found) == "for somebody with 3 records: epsilon 7.7 at delta 1e-05"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from pathlib import Path
 
@@ -95,3 +96,9 @@ def test_a_wrong_spec_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.Cap
     ):
         assert main(["data", "describe", spec]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_column_without_values_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "x.npz", train_x=np.zeros((10, 0), np.float32), train_label=np.arange(10, dtype=np.int32))
+    assert main(["data", "describe", f"npy:{tmp_path / 'x.npz'}"]) == 0
+    assert re.search(r"  x +float32\[0\] +no values in 8 examples\n", capsys.readouterr().out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from dpdist_launch import noise
 from dpdist_launch.cli import main
 from dpdist_launch.noise import NOISE, is_noise
 from dpdist_launch.observe.sources import Source, find, split
+from dpdist_launch.slurm.script import setup
 
 GLOO = NOISE[0].example
 PLACES = ["n1", "n1", "n2", "n2"]
@@ -170,3 +172,15 @@ def test_it_follows_until_the_run_has_ended(tmp_path: Path) -> None:
         (run.private / "lease.3").unlink()
         assert following.stdout.read() == "[1] three\n"
         assert following.wait(30) == 0
+
+
+def test_submitit_says_what_fails_once_and_nothing_else() -> None:
+    code = (
+        "import logging; from submitit.core.logger import get_logger\n"
+        "get_logger().info('at first')\nlogging.basicConfig(level=logging.WARNING)\n"
+        "get_logger().info('it is well')\nget_logger().error('it failed')"
+    )
+    exports = [line for line in setup(None, []) if line.startswith("export SUBMITIT")]
+    command = ["bash", "-c", "\n".join([*exports, f"{sys.executable} -c {shlex.quote(code)} 2>&1"])]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert said.splitlines() == ["ERROR:submitit:it failed"]

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 from jobs import CONFIG, Ended, Jobs
+from private_runs import config_of, private_run
 
+from dpdist.errors import InputError
+from dpdist.joint.charging import charge, require_room, room_for
+from dpdist.joint.registry import create
+from dpdist.joint.standing import standing
+from dpdist.mechanism.ledger import Ledger
+from dpdist.run.layout import RunPaths
 from dpdist_launch.plan import _size, text
 
 
@@ -118,7 +125,9 @@ def test_a_cluster_elsewhere_needs_neither_data_nor_weights(jobs: Jobs, tmp_path
     assert estimate["hours"] == pytest.approx(100 * estimate["seconds_per_step"] / 3600)
     fewer = json.loads(jobs.command("plan", str(config), "--device=A100", "--devices=40", "--json").wait().out)
     assert 1.7 < fewer["estimate"]["hours"] / estimate["hours"] < 2.3
-    text = jobs.command("plan", str(config), "--device=A100", "--devices=80").wait().out
+    registry = ("run.registry=/nowhere", "run.registry_dataset=people")
+    text = jobs.command("plan", str(config), "--device=A100", "--devices=80", *registry).wait().out
+    assert "people: not here, so whether the run fits is not known" in text
     assert "an ESTIMATE of the gradients alone, by assumed rates of the A100 in tf32" in text
     assert "layers/*/mlp/grow/kernel (3)" in text
     assert "head/kernel" in text
@@ -167,8 +176,10 @@ def test_examples_and_columns_stand_in_for_data(jobs: Jobs) -> None:
     assert json.loads(ended.out)["dataset_size"] == 5000
 
 
-def test_it_shows_what_a_search_costs_beside_one_run_and_beside_all_runs_released(jobs: Jobs) -> None:
-    found = jobs.command("plan", str(jobs.config), "--json", "--trials", "8").wait()
+def test_it_shows_what_a_search_costs_beside_one_run_and_beside_all_runs_released(jobs: Jobs, tmp_path: Path) -> None:
+    create(tmp_path, "people", delta=1e-4, budget=100.0)
+    named = (f"run.registry={tmp_path}", "run.registry_dataset=people", "privacy.insecure_seed=null")
+    found = jobs.command("plan", str(jobs.config), *named, "--json", "--trials", "8").wait()
     assert found.code == 0, found.err
     report = json.loads(found.out)
     search, privacy = report["search"], report["privacy"]
@@ -178,6 +189,34 @@ def test_it_shows_what_a_search_costs_beside_one_run_and_beside_all_runs_release
     assert search["noise_multiplier_of_search"] > privacy["noise_multiplier"]
     shown = text(report)
     assert f"the best alone released: epsilon {search['epsilon_of_search']:.4g}; 8 runs, all released: " in shown
+    assert (report["registry"]["fits"], report["registry"]["epsilon_with_this_run"]) == (True, privacy["epsilon"])
+    assert "\nregistry    people: epsilon 0 at delta 0.0001 spent by 0 run(s), 100 of 100 left; with this run " in shown
+    assert "a search cannot be charged to it" in shown
     plain = jobs.command("plan", str(jobs.config), "privacy.enabled=false", "--trials", "8").wait()
     assert plain.code == 2
     assert "has no privacy" in plain.err
+
+
+@pytest.mark.parametrize("budget", [None, 0.2, 9.0])
+def test_it_says_whether_the_registry_has_room_exactly_where_a_start_would_find_it(
+    tmp_path: Path, budget: float | None
+) -> None:
+    create(tmp_path / "reg", "people", delta=1e-5, budget=budget)
+    named = {"registry": str(tmp_path / "reg"), "registry_dataset": "people"}
+    runs = [RunPaths(private_run(tmp_path / name, run=named)) for name in "ab"]
+    plans = [Ledger(run.ledger) for run in runs]
+    config = config_of(run=named)
+    for run, ledger in zip(runs, plans, strict=True):
+        assert ledger.plan is not None
+        found = room_for(config, ledger.plan)
+        assert found is not None
+        if not found["fits"]:
+            with pytest.raises(InputError, match=f"it would be {found['epsilon_with_this_run']:.4g}"):
+                require_room(config, run, ledger, ledger.plan)
+            break
+        charge(config, run, ledger)
+        assert found["epsilon_with_this_run"] == standing(tmp_path / "reg", "people")["epsilon"]
+    told = standing(tmp_path / "reg", "people")
+    assert len(told["runs"]) == (1 if budget == 0.2 else 2)
+    assert found["left"] == (None if budget is None else pytest.approx(budget - found["epsilon"]))
+    assert room_for(config_of(), plans[0].plans[0]) is None

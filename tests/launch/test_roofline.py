@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from dpdist.config import Model
+from dpdist.mechanism.clipping import paths_of
 from dpdist.models import build, example_loss
 from dpdist.program.device_rates import PEAK_RATES, device_rates, faster, table_name
 from dpdist.program.gradients import choose_strategies
@@ -31,9 +32,12 @@ def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def vit() -> Workload:
+def vit(*trained: str) -> Workload:
+    """All of it trains, or the parameters whose paths begin so."""
     model = build(VIT.model, example=VIT.shapes(), classes=VIT.classes)
-    return workload_of(example_loss(model), jax.eval_shape(model.init, jax.random.key(0)), VIT.shapes())
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    frozen = {path for path in paths_of(params) if trained and not path.startswith(trained)}
+    return workload_of(example_loss(model), params, VIT.shapes(), frozen=frozen)
 
 
 def test_operations_are_counted_in_calls_scans_and_convolutions() -> None:
@@ -65,6 +69,24 @@ def test_the_uses_are_those_of_the_models_own_loss() -> None:
     assert uses["layers/1/mlp/grow/kernel"] == [(t, 24, 48)]
     assert uses["embed/kernel"] == [(16, 192, 24)]
     assert uses["layers/0/norm1/scale"] == []
+
+
+def test_what_does_not_train_has_no_gradient_to_compute_or_to_keep() -> None:
+    whole, head, last, t = vit(), vit("head"), vit("layers/1/mlp/grow"), 17
+    assert whole.parameter_flops == whole.back_flops == whole.weight_flops
+    assert (whole.data_back_flops, whole.moved_back) == (whole.data_flops, whole.moved)
+    # The forward pass is the same; before the first parameter that trains, nothing is passed back.
+    assert head.parameter_flops == last.parameter_flops == whole.parameter_flops
+    assert head.back_flops == head.weight_flops == 2 * 24 * 100
+    assert head.data_back_flops == last.data_back_flops == 0
+    assert last.weight_flops == 2 * t * 24 * 48
+    assert last.back_flops == 2 * last.weight_flops + head.weight_flops  # it, and the two products behind it
+    assert {leaf.path for leaf in head.leaves} == {"head/kernel", "head/bias"}
+    assert 0 < head.moved_back < last.moved_back < whole.moved_back
+    assert head.largest == whole.largest < whole.moved
+    seconds = [roofline.predict(work, A100)["tensor"]["seconds"] for work in (head, last, whole)]
+    assert sorted(seconds) == seconds
+    assert seconds[0] < seconds[2] / 2
 
 
 def test_highest_takes_the_strategies_that_training_takes_on_that_device() -> None:

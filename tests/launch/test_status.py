@@ -44,7 +44,11 @@ def waiting(state: str, reason: str | None = None, start: str | None = None) -> 
         ("interrupted", {"told": [START, PREEMPTED, RESUME]}),
         ("interrupted", {"begun": True}),
         ("interrupted", {"begun": True, "queued": waiting("NODE_FAIL")}),
+        ("interrupted", {"told": [START], "queued": waiting("CANCELLED")}),
+        ("preempted", {"summary": {"status": "preempted"}, "queued": waiting("CANCELLED")}),
         ("not begun", {}),
+        ("not begun", {"queued": waiting("TIMEOUT")}),
+        ("cancelled", {"queued": waiting("CANCELLED")}),
     ],
 )
 def test_the_state_is_slurms_of_a_job_that_goes_on_and_else_the_runs_own(state: str, known: dict[str, Any]) -> None:
@@ -229,6 +233,30 @@ def test_slurm_is_asked_once_for_all_jobs_and_a_waiting_one_says_why(
     assert lines[4] == "SLURM says NODE_FAIL"
     (asked,) = (tmp_path / "asked").read_text().splitlines()
     assert "--jobs=17,18" in asked
+
+
+def test_what_became_of_a_job_that_never_began_its_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, job in (("a", 17), ("b", 18), ("c", 19)):
+        (tmp_path / "runs" / name / "private/slurm").mkdir(parents=True)
+        (tmp_path / "runs" / name / "private/slurm/job.json").write_text(json.dumps({"job": str(job)}))
+    write_run(tmp_path / "runs/d", step=40, status="preempted", told=[START, PREEMPTED], job="20")
+    say = "17|CANCELLED|None|N/A|\\n20|CANCELLED|None|N/A|\\n"
+    fake_command(tmp_path / "bin", "squeue", f'printf "{say}"')
+    told = "18|CANCELLED by 1000\\n18_1|FAILED\\n"
+    fake_command(tmp_path / "bin", "sacct", f'echo "$@" >> {tmp_path}/asked; printf "{told}"')
+    monkeypatch.setenv("PATH", first_on_path(tmp_path / "bin"))
+    assert main(["status", str(tmp_path / "runs"), "--json"]) == 0
+    cancelled = "its job was cancelled before the run began"
+    assert [(run["state"], run["reason"]) for run in json.loads(capsys.readouterr().out)["runs"]] == [
+        ("cancelled", cancelled),
+        ("cancelled", cancelled),
+        ("not begun", None),
+        ("preempted", "SLURM says CANCELLED"),
+    ]
+    (asked,) = (tmp_path / "asked").read_text().splitlines()
+    assert "--jobs=18,19" in asked
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import sys
@@ -330,6 +331,22 @@ def test_a_finished_run_that_was_to_go_on_is_not_the_result(queue: Queue, tmp_pa
     run.begin(longer)
     run.write_summary({"status": "finished", "step": 9})
     assert later.result()["step"] == 9
+
+
+def test_a_run_that_has_ended_as_asked_is_not_queued(queue: Queue, capsys: pytest.CaptureFixture[str]) -> None:
+    job = submitted(run_dir := queue.root / "run")
+    assert job.config is not None
+    RunDirectory(run_dir).begin(job.config)
+    RunDirectory(run_dir).write_summary(summary := {"status": "finished", "step": 7, "steps": 7})
+    told = {"job": None, "state": "finished", "reason": None, "run_dir": str(run_dir), "log": None}
+    line = ["submit", "base.yaml", "--nodes", "1", "--run-dir", str(run_dir)]
+    assert main([*line, "--follow"]) == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(text) for text in out.splitlines()] == [told, summary]
+    assert err == f"{run_dir} is finished at step 7 of 7: nothing is queued\n"
+    assert len(queue.submitted()) == 1
+    assert main([*line, "training.steps=99"]) == 0
+    assert len(queue.submitted()) == 2
 
 
 def test_a_run_that_dies_while_it_begins_again_leaves_no_summary_of_the_former_config(

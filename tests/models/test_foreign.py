@@ -133,5 +133,28 @@ def test_what_has_no_counterpart_is_refused(name: str, library: str, message: st
     assert caught.value.field == "--as"
 
 
+def test_classes_have_their_names_and_a_language_model_its_special_tokens() -> None:
+    names = [f"a class {i}" for i in range(CLASSES)]
+    params = {name: golden_model(name)[1] for name in ("vit", "gpt2")}
+    _, files = checkpoint(chosen("vit"), params["vit"], "transformers", class_names=names, tokens={"eos_token_id": 3})
+    said = files["config.json"]
+    assert said["id2label"] == {str(i): name for i, name in enumerate(names)}
+    assert said["label2id"] == {name: i for i, name in enumerate(names)}
+    assert "eos_token_id" not in said
+    _, files = checkpoint(chosen("vit"), params["vit"], "timm", class_names=names)
+    assert files["config.json"]["label_names"] == names
+    for unusable in (None, names[1:], ["same"] * CLASSES):
+        for library in ("transformers", "timm"):
+            said = checkpoint(chosen("vit"), params["vit"], library, class_names=unusable)[1]["config.json"]
+            assert "label_names" not in said
+            assert library == "timm" or said["id2label"]["0"] == "LABEL_0"
+    known = {"bos_token_id": 1, "eos_token_id": [2, 3]}
+    said = checkpoint(chosen("gpt2"), params["gpt2"], "transformers", tokens=known)[1]["config.json"]
+    assert {key: said[key] for key in known} == known
+    # The library's own default is a token that this vocabulary has not.
+    said = checkpoint(chosen("gpt2"), params["gpt2"], "transformers")[1]["config.json"]
+    assert (said["bos_token_id"], said["eos_token_id"]) == (None, None)
+
+
 def test_every_model_of_a_family_can_be_written() -> None:
     assert {name for names in LIBRARIES.values() for name in names} == {"gpt2", "llama", "bert", "vit", "bit_resnet"}

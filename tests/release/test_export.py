@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import yaml
 from jobs import EVERY, STEPS, Ended, Jobs, Run
+from private_runs import config_of
 from safetensors.numpy import load_file
 
 import dpdist
 from dpdist.mechanism.accounting import epsilon
 from dpdist.release.export import shareable
 from dpdist.release.exported import REMOVED
+from dpdist.release.foreign import special_tokens
 
 OWN_SECRET = "privacy.insecure_seed=null"
 
@@ -215,3 +218,20 @@ def test_a_place_in_a_models_option_is_removed_and_a_variant_is_none(value: str)
     model = {"name": "mine:model", "options": {"table": value, "variant": "B/16"}}
     config = dpdist.from_dict({"privacy": {"enabled": False}, "training": {"steps": 1}, "model": model})
     assert shareable(config)["model"]["options"] == {"table": REMOVED, "variant": "B/16"}
+
+
+def test_special_tokens_are_those_of_the_tokenizer_or_of_the_weights_as_far_as_these_are_here(tmp_path: Path) -> None:
+    words = {word: number for number, word in enumerate(("[PAD]", "a", "<s>", "</s>"))}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": None, "eos_token_id": [7, 8], "n_head": 4}))
+
+    def known(source: str, tokenizer: Path, weights: Path) -> dict[str, Any]:
+        data = {"source": source, "path": "x", "options": {"tokenizer": str(tokenizer), "length": 4}}
+        return special_tokens(config_of(data=data, model={"name": "gpt2", "options": {"pretrained": str(weights)}}))
+
+    here, gone = tmp_path, tmp_path / "gone"
+    (here / "model.safetensors").touch()
+    assert known("text", here, here) == {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    assert known("text", gone, here / "model.safetensors") == {"eos_token_id": [7, 8]}
+    assert known("own:data", here, here) == {"eos_token_id": [7, 8]}
+    assert known("text", gone, gone) == {}

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from private_runs import private_run
 from worlds import alone
 
 import dpdist
 from dpdist.cluster.lease import Lease
 from dpdist.config import Config
 from dpdist.errors import InputError
+from dpdist.mechanism.ledger import Ledger
+from dpdist.run import events
 from dpdist.run.directory import RunDirectory
 from dpdist.run.opening import open_writer
 from dpdist.run.writer import RunWriter, SilentWriter
@@ -73,3 +77,41 @@ def test_a_writer_that_cannot_read_the_ledger_gives_the_lease_back(config: Confi
     lease = Lease.acquire(run.private, 5)
     assert lease.taken_from is None
     lease.release()
+
+
+@pytest.mark.parametrize("status", ["finished", "preempted"])
+def test_a_refused_start_leaves_a_run_that_had_begun_as_it_was(tmp_path: Path, config: Config, status: str) -> None:
+    root = private_run(tmp_path / "run")
+    run, ledger = RunDirectory(root), Ledger(root / "ledger.jsonl")
+    run.prepare()
+    ledger.record_saved(40)
+    run.ranks.write_text(json.dumps({"slurm_job": "17"}))
+    run.summary.write_text(json.dumps({"status": status}))
+    run.secret.unlink()
+
+    def content() -> dict[str, bytes]:
+        files = [path for path in root.rglob("*") if path.is_file() and not path.name.startswith("lease.")]
+        return {path.name: path.read_bytes() for path in files}
+
+    before = content()
+    writer = open_writer(config, run, alone())
+    run.create_secret()
+    assert "goodput.json" in content()
+    writer.failed(InputError("training.steps", 9, "cannot be."))
+    writer.release()
+    after = content()
+    told = [json.loads(line) for line in after.pop("events.jsonl", b"").splitlines()]
+    assert after == before
+    # Somebody may be waiting for a run that has not ended: they are told, and of the step that it has come to.
+    assert [(event["event"], event["step"]) for event in told] == ([] if status == "finished" else [("failed", 40)])
+
+
+def test_a_start_that_fails_without_being_refused_is_a_part_of_the_run(tmp_path: Path, config: Config) -> None:
+    run = RunDirectory(private_run(tmp_path / "run"))
+    run.prepare()
+    writer = open_writer(config, run, alone())
+    writer.failed(MemoryError())
+    writer.release()
+    assert json.loads(run.goodput.read_text())["closed"]
+    assert run.ranks.exists()
+    assert [event["event"] for event in events.read(run.events)] == ["failed"]

@@ -355,9 +355,14 @@ def test_parameters_that_do_not_train_stay_and_the_others_move(jobs: Jobs, singl
     for name in "abcd":
         assert np.array_equal(frozen[name], initial[name]) == (name in "bc"), name
     # There is nothing left to do with the others.
+    shown = ("events.jsonl", "config.yaml", "summary.json", "ledger.jsonl", "private/ranks.json")
+    before, logged = [(runs["frozen"].root / name).read_bytes() for name in shown], runs["frozen"].logs
     ended = jobs.train(runs["frozen"], "optimizer.average_decay=0").wait()
     assert ended.code == 2
     assert "model.trainable" in ended.err
+    assert [(runs["frozen"].root / name).read_bytes() for name in shown] == before
+    (line,) = runs["frozen"].logs.removeprefix(logged).splitlines()
+    assert "model.trainable" in line
 
 
 @pytest.mark.parametrize("method", ["ghost", "bookkeeping", "per_example"])

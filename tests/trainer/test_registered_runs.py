@@ -7,7 +7,8 @@ from pathlib import Path
 
 from jobs import EVERY, STEPS, Jobs
 
-from dpdist.joint.registry import create, standing
+from dpdist.joint.registry import create
+from dpdist.joint.standing import standing
 from dpdist.mechanism.accounting import epsilon
 
 OWN_SECRET = "privacy.insecure_seed=null"

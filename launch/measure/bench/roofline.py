@@ -124,10 +124,10 @@ def sgd(work: Workload, at: Setting) -> tuple[float, float]:
     Elementwise traffic is that of reading and writing every product's data-derived operands and results once in each of
     three passes.
     """
-    attention = 3 * work.data_flops / (at.rate * at.efficiency.attention)
+    attention = (work.data_flops + 2 * work.data_back_flops) / (at.rate * at.efficiency.attention)
     return (
-        2 * at.product(work.parameter_flops) + attention + at.moved(3 * work.moved),
-        at.product(work.parameter_flops),
+        at.product(work.parameter_flops + work.back_flops) + attention + at.moved(work.moved + 2 * work.moved_back),
+        at.product(work.weight_flops),
     )
 
 
@@ -140,7 +140,7 @@ def _without_factors(work: Workload, at: Setting) -> tuple[float, float]:
     """Return (seconds to write and twice read the gradients without factors, seconds of their products)."""
     only = [leaf for leaf in work.leaves if not leaf.groups]
     known = sum(_flops(group) for leaf in work.leaves for group in leaf.groups)
-    return at.moved(12 * sum(leaf.size for leaf in only)), at.product(max(0.0, work.parameter_flops - known))
+    return at.moved(12 * sum(leaf.size for leaf in only)), at.product(max(0.0, work.weight_flops - known))
 
 
 def highest(work: Workload, at: Setting) -> list[tuple[Leaf, Cost]]:

@@ -5,14 +5,17 @@ Nothing is computed and no parameter gets memory, so that a model of any size ca
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from dpdist.mechanism.clipping import paths_of
 from dpdist.mechanism.clipping.factors import Factors
 from dpdist.mechanism.clipping.strategy import Strategy
 from dpdist.models import build, example_loss
@@ -35,15 +38,26 @@ class Leaf:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The forward pass of one example, as far as a roofline looks at it."""
+    """One example's products, as far as a roofline looks at them.
 
+    A product is *passed back* where its result depends on a parameter that trains: only then is there a gradient at its
+    data. Where all parameters train, that is every product.
+    """
+
+    #: The parameters that train.
     leaves: tuple[Leaf, ...]
-    #: Operations (two a multiply-add) of products of data with parameters.
+    #: Operations (two a multiply-add) of products of data with parameters; and of those passed back, and of those
+    #: with parameters that train.
     parameter_flops: float
-    #: Operations of products of data with data: attention.
+    back_flops: float
+    weight_flops: float
+    #: Operations of products of data with data: attention; and of those passed back.
     data_flops: float
-    #: Bytes of data-derived operands and results of all these products.
+    data_back_flops: float
+    #: Bytes of data-derived operands and results of all these products; of those passed back; of the largest.
     moved: float
+    moved_back: float
+    largest: float
 
     @property
     def sharing(self) -> dict[int, int]:
@@ -55,8 +69,14 @@ class Workload:
         return counts
 
 
-def workload_of(loss: Callable[[Any, Any], Any], params: Any, example: Any) -> Workload:
-    """Trace `loss(params, example)`; both arguments are pytrees of shapes, of one example."""
+def workload_of(
+    loss: Callable[[Any, Any], Any], params: Any, example: Any, *, frozen: Collection[str] = frozenset()
+) -> Workload:
+    """Trace `loss(params, example)`; both arguments are pytrees of shapes, of one example.
+
+    Args:
+        frozen: paths of the parameters that do not train.
+    """
     found: list[Groups] = []
 
     def record(groups: Sequence[Sequence[Factors]]) -> tuple[Strategy, dict[str, float]]:
@@ -65,21 +85,28 @@ def workload_of(loss: Callable[[Any, Any], Any], params: Any, example: Any) -> W
 
     # `choose_strategies` asks the preference about the parameters whose gradients have factors, in their order.
     leaves = []
-    for leaf in choose_strategies(loss, params, example, prefer=record):
+    for leaf in choose_strategies(loss, params, example, prefer=record, frozen=frozen):
         leaves.append(Leaf(path=leaf.path, size=math.prod(leaf.shape), groups=() if leaf.reason else found.pop(0)))
     closed = jax.make_jaxpr(loss)(params, example)
-    kinds = [_PARAMETER] * len(jax.tree.leaves(params)) + [_DATA] * len(jax.tree.leaves(example))
-    products = list(_products(closed.jaxpr, kinds, 1))
+    kinds = [_PARAMETER if path in frozen else _PARAMETER | _TRAINS for path in paths_of(params)]
+    products = list(_products(closed.jaxpr, kinds + [_DATA] * len(jax.tree.leaves(example)), 1))
+    with_parameters = [each for each in products if not each.data_only]
+    of_data = [each for each in products if each.data_only]
     return Workload(
         leaves=tuple(leaves),
-        parameter_flops=sum(each.flops for each in products if not each.data_only),
-        data_flops=sum(each.flops for each in products if each.data_only),
+        parameter_flops=sum(each.flops for each in with_parameters),
+        back_flops=sum(each.flops for each in with_parameters if each.back),
+        weight_flops=sum(each.flops for each in with_parameters if each.trains),
+        data_flops=sum(each.flops for each in of_data),
+        data_back_flops=sum(each.flops for each in of_data if each.back),
         moved=sum(each.moved for each in products),
+        moved_back=sum(each.moved for each in products if each.back),
+        largest=max((each.largest for each in products), default=0.0),
     )
 
 
-#: What a value comes from: the larger of its inputs' kinds.
-_CONSTANT, _PARAMETER, _DATA = range(3)
+#: What a value comes from, each a bit: parameters, among them some that train, data.
+_CONSTANT, _PARAMETER, _TRAINS, _DATA = 0, 1, 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +114,12 @@ class _Product:
     flops: float
     #: True if both operands are data-derived, False if one comes from parameters.
     data_only: bool
-    #: Bytes of the data-derived operands and of the result.
+    #: True if the result depends on a parameter that trains; and if an operand without data does.
+    back: bool
+    trains: bool
+    #: Bytes of the data-derived operands and of the result; `largest` is those of one call.
     moved: float
+    largest: float
 
 
 def _products(jaxpr: Any, kinds: Sequence[int], times: int) -> Iterator[_Product]:
@@ -100,15 +131,15 @@ def _products(jaxpr: Any, kinds: Sequence[int], times: int) -> Iterator[_Product
     known = dict(zip(jaxpr.invars, kinds, strict=True))
     for equation in jaxpr.eqns:
         inputs = [_CONSTANT if hasattr(atom, "val") else known.get(atom, _CONSTANT) for atom in equation.invars]
-        kind = max(inputs, default=_CONSTANT)
+        kind = functools.reduce(operator.or_, inputs, _CONSTANT)
         for inner in _called(equation):
             # A branch of `cond` has no operand for the index; what else does not fit gets the equation's own kind.
             fits = len(inner.invars) <= len(inputs)
             passed = inputs[len(inputs) - len(inner.invars) :] if fits else [kind] * len(inner.invars)
             yield from _products(inner, passed, times * equation.params.get("length", 1))
         is_product = equation.primitive.name in ("dot_general", "conv_general_dilated")
-        if is_product and kind == _DATA and min(inputs[:2]) != _CONSTANT:
-            yield _product(equation, [each == _DATA for each in inputs[:2]], times)
+        if is_product and kind & _DATA and _CONSTANT not in inputs[:2]:
+            yield _product(equation, inputs[:2], times)
         known.update(dict.fromkeys(equation.outvars, kind))
 
 
@@ -121,7 +152,8 @@ def _called(equation: Any) -> Iterator[Any]:
                 yield inner
 
 
-def _product(equation: Any, data: Sequence[bool], times: int) -> _Product:
+def _product(equation: Any, kinds: Sequence[int], times: int) -> _Product:
+    data = [bool(kind & _DATA) for kind in kinds]
     left, right = (atom.aval for atom in equation.invars[:2])
     out = equation.outvars[0].aval
     if equation.primitive.name == "dot_general":
@@ -130,7 +162,14 @@ def _product(equation: Any, data: Sequence[bool], times: int) -> _Product:
     else:
         terms = math.prod(right.shape) // right.shape[equation.params["dimension_numbers"].rhs_spec[0]]
     moved = sum(_bytes(aval) for aval, derived in ((left, data[0]), (right, data[1]), (out, True)) if derived)
-    return _Product(flops=times * 2.0 * math.prod(out.shape) * terms, data_only=all(data), moved=float(times * moved))
+    return _Product(
+        flops=times * 2.0 * math.prod(out.shape) * terms,
+        data_only=all(data),
+        back=any(kind & _TRAINS for kind in kinds),
+        trains=any(kind & _TRAINS and not kind & _DATA for kind in kinds),
+        moved=float(times * moved),
+        largest=float(moved),
+    )
 
 
 def _bytes(aval: Any) -> int:
