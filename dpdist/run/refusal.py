@@ -25,7 +25,7 @@ class FormerFiles:
     def __init__(self, run: RunDirectory, ledger: Ledger) -> None:
         self._run = run
         self._content: dict[Path, bytes | None] = {}
-        for path in () if ledger.plan is None else (run.ranks, run.goodput, run.secret):
+        for path in () if ledger.plan is None else (run.ranks, run.goodput, run.secret, run.secret_lost):
             with contextlib.suppress(OSError):
                 self._content[path] = path.read_bytes() if path.exists() else None
         #: True once the files are as they were.
