@@ -17,7 +17,8 @@ to stderr. docs/benchmarks.md says how to read it.
 """
 _EPILOG = """\
 models:
-  mnist-cnn, vit-ti, vit-s, vit-b, vit-l (patches of 16, images of 224), r50x1 (BiT), bert-mini, bert-base (128 tokens)
+  mnist-cnn, vit-ti, vit-s, vit-b, vit-l (patches of 16, images of 224), r50x1 (BiT), bert-mini, bert-base (128 tokens),
+  gpt2-small (1,024 tokens), gpt2-tiny (32 tokens, 2 layers: to try a command)
 
 methods:
   sgd          no privacy; measured in any case
