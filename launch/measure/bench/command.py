@@ -12,8 +12,8 @@ from dpdist_launch.paths import path_argument
 
 _CLIPPING = """\
 Time every way to compute the clipped gradient sum of ONE physical batch, side by side: the arms take turns in rounds,
-and each is compared with the plain SGD gradient of its own framework in the same round. Prints a table; progress goes
-to stderr. docs/benchmarks.md says how to read it.
+and each is compared with the fastest plain SGD of its own framework in the same round. Prints a table; progress goes to
+stderr. docs/benchmarks.md says how to read it.
 """
 _EPILOG = """\
 models:
@@ -21,7 +21,8 @@ models:
   gpt2-small (1,024 tokens), gpt2-tiny (32 tokens, 2 layers: to try a command)
 
 methods:
-  sgd          no privacy; measured in any case
+  sgd          no privacy, as training computes it; measured in any case
+  sgd batch, sgd loop   no privacy: always the whole batch at once; one example after the other
   auto, bookkeeping, ghost, per_example   as training.clipping in a config, with training.precision=highest
   tensor       as auto, with training.precision=tensor
   jax-masked   the paper's method: every example's gradient scaled by clip factor and mask, then summed
