@@ -48,15 +48,20 @@ def jax_arm(name: str) -> Arm:
     )
 
 
-def grad_sum(name: str, problem: Problem) -> GradSum:
-    """Return the arm's `f(params, batch, mask) -> (sums, norms)`; see `clipped_grad_sum`."""
+def grad_sum(name: str, problem: Problem, *, device: Any = None) -> GradSum:
+    """Return the arm's `f(params, batch, mask) -> (sums, norms)`; see `clipped_grad_sum`.
+
+    Args:
+        problem: its arrays may be shapes.
+        device: what it is to run on; None means JAX's default.
+    """
     if name == MASKED:
         return masked_grad_sum(problem.loss, clip_norm=problem.clip_norm)
     if name == SGD_BATCH:
         return plain_grad_sum(problem.loss)
     if name == SGD_LOOP:
         return looped_grad_sum(problem.loss)
-    device = jax.devices()[0]
+    device = device or jax.devices()[0]
     example = jax.tree.map(lambda column: jax.ShapeDtypeStruct(column.shape[1:], column.dtype), problem.batch)
     examples = examples_at_a_time(problem.loss, problem.params, example, device.platform)  # as training does
     if name == SGD:
