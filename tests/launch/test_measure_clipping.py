@@ -23,7 +23,7 @@ from dpdist_launch.cli import main
 from dpdist_launch.measure.bench import arms, clipping, naive, peers, table
 from dpdist_launch.measure.bench.clipping import Request, distance, measure
 from dpdist_launch.measure.bench.program import LARGEST, Compiled, Sums, largest_batch
-from dpdist_launch.measure.bench.rounds import interleaved, ratios
+from dpdist_launch.measure.bench.rounds import Times, interleaved, ratios
 from dpdist_launch.measure.bench.tasks import TASKS, Problem, Task, problem_of
 from tests.support.fake_arms import Clock, fake
 from tests.support.small_tasks import BOUNDS, IMAGE, MLP, VIT
@@ -62,14 +62,14 @@ def test_arms_take_turns_and_each_round_begins_with_the_next() -> None:
     times = interleaved({name: run(name) for name in "abc"}, rounds=4, seconds=0.5, clock=clock)
     # Two calls a turn, of which the first is not timed.
     assert "".join(order[::2]) == "".join(order[1::2]) == "abc" + "bca" + "cab" + "abc"
-    assert times == {name: [1.0] * 4 for name in "abc"}
+    assert {name: found.wall for name, found in times.items()} == {name: [1.0] * 4 for name in "abc"}
 
 
 def test_a_turn_is_the_mean_of_the_calls_that_fill_it_without_the_first() -> None:
     clock = Clock()
     costs = iter([100.0, 1.0, 2.0, 3.0, 100.0, 4.0, 4.0])
-    times = interleaved({"a": clock.run(costs)}, rounds=2, seconds=5.0, clock=clock)
-    assert times == {"a": [2.0, 4.0]}
+    times = interleaved({"a": clock.run(costs)}, rounds=2, seconds=5.0, clock=clock, processor=lambda: 3 * clock.now)
+    assert times == {"a": Times(wall=[2.0, 4.0], processor=[6.0, 12.0])}
 
 
 def test_ratios_compare_within_a_round() -> None:
@@ -77,10 +77,11 @@ def test_ratios_compare_within_a_round() -> None:
     assert found == pytest.approx({"ratio": 1.2, "ratio_p25": 1.1, "ratio_p75": 1.3})
 
 
-def test_every_arm_is_compared_with_the_plain_sgd_of_its_own_framework() -> None:
+def test_every_arm_is_compared_with_the_fastest_plain_sgd_of_its_own_framework() -> None:
     clock = Clock()
     measured = [
-        fake("sgd", 2.0, clock, sums=7.0),
+        fake("sgd", 3.0, clock, sums=7.0),
+        fake("sgd loop", 2.0, clock, sums=7.0),
         fake("auto", 3.0, clock, sums=1.5),
         fake("per_example", 4.0, clock),
         fake("torch sgd", 1.0, clock, framework="torch", sums=7.0),
@@ -90,14 +91,17 @@ def test_every_arm_is_compared_with_the_plain_sgd_of_its_own_framework() -> None
     found = measure(MLP, 6, measured, naive=False, rounds=3, seconds=0.0, clock=clock)
     numbers = found["arms"]
     assert {name: arm.get("ratio") for name, arm in numbers.items()} == {
-        "sgd": 1.0,
+        "sgd": 1.5,
+        "sgd loop": 1.0,
         "auto": 1.5,
         "per_example": 2.0,
         "torch sgd": 1.0,
         "opacus": 2.5,
         "broken": None,
     }
+    assert found["baselines"] == {"jax": "sgd loop", "torch": "torch sgd"}
     assert numbers["auto"]["seconds"] == 3.0
+    assert numbers["auto"]["processor_seconds"] < 1.0  # of this process's own, not of the clock that was given
     assert numbers["auto"]["examples_per_second"] == 2.0
     assert numbers["auto"]["seconds_by_round"] == [3.0] * 3
     # Private sums are compared with per_example's, whatever the order; plain ones with each other.
@@ -125,7 +129,7 @@ def weighted(gradients: list[Sums], weights: np.ndarray) -> Sums:
     return {path: sum(w * own[path] for w, own in zip(weights, gradients, strict=True)) for path in gradients[0]}
 
 
-@pytest.mark.parametrize("name", [name for name in arms.ARMS if name not in (arms.SGD, arms.NAIVE)])
+@pytest.mark.parametrize("name", [name for name in arms.ARMS if name not in (*arms.PLAIN, arms.NAIVE)])
 def test_every_arm_computes_the_same_clipped_sum(
     name: str, half_clipped: tuple[Problem, list[Sums], np.ndarray]
 ) -> None:
@@ -141,9 +145,10 @@ def test_every_arm_computes_the_same_clipped_sum(
     assert program.compiled.flops
 
 
-def test_the_plain_arm_does_not_clip(half_clipped: tuple[Problem, list[Sums], np.ndarray]) -> None:
+@pytest.mark.parametrize("name", arms.PLAIN)
+def test_a_plain_arm_does_not_clip(name: str, half_clipped: tuple[Problem, list[Sums], np.ndarray]) -> None:
     problem, gradients, _ = half_clipped
-    program = arms.jax_arm(arms.SGD).prepare(problem)
+    program = arms.jax_arm(name).prepare(problem)
     assert distance(program.read(program.run()), weighted(gradients, np.array(problem.mask))) < 1e-5
 
 
@@ -255,13 +260,14 @@ def test_files_and_table_hold_what_was_measured(
             numbers = model["arms"][name]
             assert len(numbers["seconds_by_round"]) == 2
             assert numbers["seconds"] == np.median(numbers["seconds_by_round"])
+            assert numbers["processor_seconds"] > 0
             assert numbers.keys() >= {"ratio", "compile_seconds", "temp_bytes", "flops", "difference"}
             assert numbers["largest_batch"] == 2**30 // model["batch"]
         series = model["arms"]["naive"]
         assert series["compilations"] == len(set(series["sizes"]) - {0})
         assert series["ratio"] > model["arms"]["per_example"]["ratio"]
     rows = [line for line in printed.out.splitlines() if line.startswith(("| sgd |", "| per_example |", "| naive |"))]
-    assert len(rows) == 3 * 3  # ratios, rates, largest batches
+    assert len(rows) == 4 * 3  # ratios, of processor time too, rates, largest batches
     assert "| arm | tiny b6 | tinier b3 |" in printed.out
     assert "naive on tiny: mean over 2 steps" in printed.out
     assert "tiny: round 2 of 2" in printed.err
@@ -276,7 +282,15 @@ def test_the_table_shows_the_best_what_failed_and_wrong_sums() -> None:
     found = {
         "sgd": arm(1.0, private=False, temp_bytes=2**20, flops=1e9),
         "auto": arm(
-            1.25, temp_bytes=2**21, peak_bytes=5 * 2**20, flops=3e9, compile_seconds=4.0, ratio_p25=1.2, ratio_p75=1.3
+            1.25,
+            processor_seconds=0.2,
+            processor_ratio=1.1,
+            temp_bytes=2**21,
+            peak_bytes=5 * 2**20,
+            flops=3e9,
+            compile_seconds=4.0,
+            ratio_p25=1.2,
+            ratio_p75=1.3,
         ),
         "per_example": arm(1.5, difference=0.5),
         "opacus": {"framework": "torch", "private": True, "failed": "RuntimeError: no"},
@@ -290,7 +304,7 @@ def test_the_table_shows_the_best_what_failed_and_wrong_sums() -> None:
         "versions": {"jax": "0"},
         "about": {name: "what it is" for name in found},
         "absent": {"fastDP": "not installable from a registry"},
-        "models": {"m": {"batch": 4, "parameters": 10, "load_before": 0.5, "arms": found}},
+        "models": {"m": {"batch": 4, "parameters": 10, "load_before": 0.5, "baselines": {"jax": "sgd"}, "arms": found}},
     }
     page = table.text(content)
     assert "| sgd | 1.00 · 100 ms |" in page
@@ -302,7 +316,13 @@ def test_the_table_shows_the_best_what_failed_and_wrong_sums() -> None:
     assert "opacus failed on m: RuntimeError: no" in page
     assert "per_example computes ANOTHER SUM on m" in page
     assert "fastDP was not measured: not installable from a registry." in page
+    assert "The fastest were: m `sgd`." in page
+    assert "| auto | **1.10 · 200 ms** |" in page
     assert "times on a CPU" in page
+    found["auto"]["difference"] = 4e-3  # as bfloat16 rounds
+    assert "auto computes" not in table.text(content)
+    content["settings"] = content["settings"] | {"format": "float32"}
+    assert "auto computes ANOTHER SUM on m" in table.text(content)
 
 
 @pytest.mark.parametrize(

@@ -10,42 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 
 from dpdist.mechanism.clipping import clipped_grad_sum
-from dpdist_launch.measure.bench import gamma
-from dpdist_launch.measure.gpu import profile, zoo
+from dpdist_launch.measure.gpu import gamma, page, profile, zoo
 
 
-@pytest.mark.parametrize("bits", [7, 10])
-def test_operands_fit_their_format(bits: int) -> None:
-    rng = np.random.default_rng(0)
-    for pattern in gamma.PATTERNS:
-        for side in gamma.operands(pattern, 8, 64, bits, rng):
-            assert np.array_equal(side, np.asarray(jax.lax.reduce_precision(side, 8, bits)))
-            if bits == 7:
-                assert np.array_equal(side, side.astype(ml_dtypes.bfloat16).astype(np.float32))
-
-
-def test_an_error_is_told_in_units_of_the_bound() -> None:
-    a, b = np.full((1, 48), 2.0, np.float32), np.full((48, 1), 0.5, np.float32)
-    wrong = np.array([[48.0 * (1 - 3 * (48 + 16) * 2.0**-24)]])
-    assert gamma.error_of(wrong, a, b) == pytest.approx(3.0)
-    assert gamma.error_of(np.array([[48.0]]), a, b) == 0.0
-
-
-def test_a_device_that_accumulates_in_bfloat16_is_beyond_what_is_assumed(
+def test_a_device_that_loses_more_than_is_assumed_fails_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert gamma.main(["--tiny", "--to", str(tmp_path / "g.json")]) == 0
-    assert json.loads((tmp_path / "g.json").read_text())["formats"].keys() == gamma.FORMATS.keys()
-    matmul = gamma.jnp.matmul
-    short = lambda a, b, **how: matmul(a, b, **how).astype("bfloat16").astype("float32")  # noqa: E731
-    monkeypatch.setattr(gamma.jnp, "matmul", short)
-    assert gamma.main(["--tiny"]) == 1
-    assert "exceeds 4" in capsys.readouterr().err
+    losses = {"bfloat16": 0.1, "tf32": 2.5}
+    monkeypatch.setattr(gamma, "largest_loss", losses.__getitem__)
+    monkeypatch.setattr("sys.argv", ["gamma", "--to", str(tmp_path / "g.json")])
+    assert gamma.main() == 1
+    assert capsys.readouterr().err == "tf32 loses 2.5 times what the bound assumes\n"
+    content = json.loads((tmp_path / "g.json").read_text())
+    assert content["formats"] == losses
+    assert list(page.gamma(content))[-1].endswith("| tf32 | 2.500 | **BEYOND** |")
+    losses["tf32"] = 1.0
+    assert gamma.main() == 0
 
 
 def run_zoo(tmp_path: Path) -> dict[str, Any]:

@@ -20,8 +20,11 @@ from tests.support.small_tasks import MLP, VIT
 
 def test_rounds_end_in_time_but_not_before_the_first() -> None:
     clock = Clock()
-    assert interleaved({"a": clock.run(forever(1.0))}, rounds=9, seconds=0.0, clock=clock, until=5.0)["a"] == [1.0] * 3
-    assert interleaved({"a": clock.run(forever(1.0))}, rounds=9, seconds=0.0, clock=clock, until=0.0)["a"] == [1.0]
+    assert (
+        interleaved({"a": clock.run(forever(1.0))}, rounds=9, seconds=0.0, clock=clock, until=5.0)["a"].wall
+        == [1.0] * 3
+    )
+    assert interleaved({"a": clock.run(forever(1.0))}, rounds=9, seconds=0.0, clock=clock, until=0.0)["a"].wall == [1.0]
 
 
 def test_where_time_is_short_the_first_arms_are_measured_and_kept_as_they_come() -> None:

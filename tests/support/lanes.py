@@ -62,6 +62,7 @@ LANES = {
     "tests/launch/test_measure_clipping.py": COMPUTE,
     "tests/launch/test_measure_gpu.py": COMPUTE,
     "tests/launch/test_measure_in_time.py": COMPUTE,
+    "tests/launch/test_measure_memory.py": COMPUTE,
     "tests/launch/test_roofline.py": COMPUTE,
     "tests/launch/test_scaling_arms.py": COMPUTE,
     "tests/launch/test_scaling_model.py": FAST,

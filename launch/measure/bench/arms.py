@@ -1,4 +1,4 @@
-"""The benchmark's arms in JAX: plain SGD, every clipping method of dpdist, and the paper's masked method."""
+"""The benchmark's arms in JAX: plain SGD in three forms, every clipping method of dpdist, the paper's masked method."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ from dpdist_launch.measure.bench.tasks import Problem
 
 JAX = "jax"
 SGD, TENSOR, MASKED, NAIVE = "sgd", "tensor", "jax-masked", "naive"
+SGD_BATCH, SGD_LOOP = "sgd batch", "sgd loop"
+#: Ratios are to the fastest of these that is measured.
+PLAIN = (SGD, SGD_BATCH, SGD_LOOP)
 #: Every arm that `--methods` can name, with its description.
 ARMS = {
-    SGD: "plain SGD: one backward pass over the summed losses, no privacy",
+    SGD: "plain SGD as training computes it: one backward pass over the summed losses; on a CPU, without convolutions, "
+    "a few examples at a time",
+    SGD_BATCH: "plain SGD: the same, always of the whole batch at once",
+    SGD_LOOP: "plain SGD: a loop over single examples, `lax.scan` of `grad`",
     "auto": "dpdist, each parameter's norm in the way that is faster on the machine",
     TENSOR: "dpdist as `auto`, norms and sums from bfloat16 or TF32 factors on tensor cores",
     "bookkeeping": "dpdist, one forward and one backward pass, each norm in the way that needs less memory",
@@ -37,16 +43,25 @@ def jax_arm(name: str) -> Arm:
     return Arm(
         name=name,
         framework=JAX,
-        private=name != SGD,
+        private=name not in PLAIN,
         prepare=lambda problem: jax_program(grad_sum(name, problem), problem),
     )
 
 
-def grad_sum(name: str, problem: Problem) -> GradSum:
-    """Return the arm's `f(params, batch, mask) -> (sums, norms)`; see `clipped_grad_sum`."""
+def grad_sum(name: str, problem: Problem, *, device: Any = None) -> GradSum:
+    """Return the arm's `f(params, batch, mask) -> (sums, norms)`; see `clipped_grad_sum`.
+
+    Args:
+        problem: its arrays may be shapes.
+        device: what it is to run on; None means JAX's default.
+    """
     if name == MASKED:
         return masked_grad_sum(problem.loss, clip_norm=problem.clip_norm)
-    device = jax.devices()[0]
+    if name == SGD_BATCH:
+        return plain_grad_sum(problem.loss)
+    if name == SGD_LOOP:
+        return looped_grad_sum(problem.loss)
+    device = device or jax.devices()[0]
     example = jax.tree.map(lambda column: jax.ShapeDtypeStruct(column.shape[1:], column.dtype), problem.batch)
     examples = examples_at_a_time(problem.loss, problem.params, example, device.platform)  # as training does
     if name == SGD:
@@ -57,6 +72,21 @@ def grad_sum(name: str, problem: Problem) -> GradSum:
         problem.loss, clip_norm=problem.clip_norm, method=method, precision=precision, prefer=prefer
     )
     return clipped if name == NAIVE else few_at_a_time(clipped, examples, [problem.size])
+
+
+def looped_grad_sum(loss_fn: Callable[[Any, Any], Array]) -> GradSum:
+    """Make the plain gradient sum that takes one example after the other, so that the sum is all that is stored."""
+
+    def summed(params: Any, batch: Any, mask: Float[Array, " p"]) -> tuple[Any, Float32[Array, " p"]]:
+        def add(sums: Any, row: tuple[Any, Array]) -> tuple[Any, None]:
+            example, used = row
+            gradient = jax.grad(loss_fn)(params, example)
+            return jax.tree.map(lambda total, leaf: total + jnp.where(used > 0, leaf, 0), sums, gradient), None
+
+        sums, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (batch, mask))
+        return sums, jnp.zeros_like(mask)
+
+    return summed
 
 
 def masked_grad_sum(loss_fn: Callable[[Any, Any], Array], *, clip_norm: float) -> GradSum:

@@ -12,15 +12,17 @@ from dpdist_launch.paths import path_argument
 
 _CLIPPING = """\
 Time every way to compute the clipped gradient sum of ONE physical batch, side by side: the arms take turns in rounds,
-and each is compared with the plain SGD gradient of its own framework in the same round. Prints a table; progress goes
-to stderr. docs/benchmarks.md says how to read it.
+and each is compared with the fastest plain SGD of its own framework in the same round. Prints a table; progress goes to
+stderr. docs/benchmarks.md says how to read it.
 """
 _EPILOG = """\
 models:
-  mnist-cnn, vit-ti, vit-s, vit-b, vit-l (patches of 16, images of 224), r50x1 (BiT), bert-mini, bert-base (128 tokens)
+  mnist-cnn, vit-ti, vit-s, vit-b, vit-l (patches of 16, images of 224), r50x1 (BiT), bert-mini, bert-base (128 tokens),
+  gpt2-small (1,024 tokens), gpt2-tiny (32 tokens, 2 layers: to try a command)
 
 methods:
-  sgd          no privacy; measured in any case
+  sgd          no privacy, as training computes it; measured in any case
+  sgd batch, sgd loop   no privacy: always the whole batch at once; one example after the other
   auto, bookkeeping, ghost, per_example   as training.clipping in a config, with training.precision=highest
   tensor       as auto, with training.precision=tensor
   jax-masked   the paper's method: every example's gradient scaled by clip factor and mask, then summed
@@ -81,6 +83,25 @@ def add_to(commands: Any) -> None:
     add("--to", type=path_argument, metavar="DIR", help="write clipping.json and clipping.md there as well")
     clipping.set_defaults(run=_clipping)
 
+    memory = subjects.add_parser(
+        "memory",
+        help="the largest physical batch of every method, by XLA's analysis; nothing is run",
+        description="Compile the gradient sum of shapes at two physical batch sizes, for the device here or for a GPU "
+        "that is not (--target), and print the memory an example and the largest batches; see docs/benchmarks.md.",
+    )
+    memory.add_argument(
+        "--models",
+        default="vit-b,bert-base,bert-base:512,gpt2-small:256,gpt2-small",
+        help="separated by commas, NAME or NAME:TOKENS (%(default)s)",
+    )
+    memory.add_argument("--methods", default="auto,tensor", help="separated by commas, beside sgd (%(default)s)")
+    memory.add_argument("--format", default="bf16", help="of the models' products: bf16, tf32 or float32 (%(default)s)")
+    memory.add_argument("--sizes", default="8,16", help="the two physical batch sizes (%(default)s)")
+    memory.add_argument("--memory", default="40,80", help="of devices, in GiB (%(default)s)")
+    memory.add_argument("--target", help="a GPU to compile for: H100; needs JAX's CUDA plugin but no GPU")
+    memory.add_argument("--to", type=path_argument, metavar="FILE", help="write the JSON here as well")
+    memory.set_defaults(run=_memory)
+
     roofline = subjects.add_parser(
         "roofline",
         help="what clipping would cost on a GPU, predicted from its published rates; needs no GPU",
@@ -129,6 +150,30 @@ def _clipping(options: argparse.Namespace) -> int:
         )
     )
     print(table.text(content), end="")
+    return 0
+
+
+def _memory(options: argparse.Namespace) -> int:
+    from dpdist_launch.measure.bench import memory
+
+    try:
+        sizes, limits = tuple(map(int, _names(options.sizes))), [2**30 * float(x) for x in _names(options.memory)]
+    except ValueError:
+        raise InputError("--sizes, --memory", f"{options.sizes}, {options.memory}", "give numbers.") from None
+    if len(sizes) != 2:
+        raise InputError("--sizes", options.sizes, "give two numbers of examples.")
+    content = memory.bench_memory(
+        _names(options.models),
+        _names(options.methods),
+        form=options.format,
+        sizes=sizes,
+        limits=limits,
+        target=options.target,
+        progress=lambda line: print(f"dpdist: {line}", file=sys.stderr, flush=True),
+    )
+    print(memory.text(content), end="")
+    if options.to is not None:
+        options.to.write_text(json.dumps(content, indent=2) + "\n")
     return 0
 
 

@@ -65,23 +65,24 @@ class Arm:
 def jax_program(grad_sum: GradSum, problem: Problem) -> Program:
     """Compile `grad_sum(params, batch, mask)` for the problem."""
     arguments = (problem.params, problem.batch, problem.mask)
-    executable, compiled = _compile(grad_sum, arguments)
+    executable, analysis = compiled(grad_sum, arguments)
 
     def compile_at(size: int) -> Compiled:
         batch, mask = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), (problem.batch, problem.mask)
         )
-        return _compile(grad_sum, (problem.params, batch, mask))[1]
+        return compiled(grad_sum, (problem.params, batch, mask))[1]
 
     return Program(
         run=lambda: jax.block_until_ready(executable(*arguments)),
         read=lambda result: dict(zip(paths_of(result[0]), map(np.asarray, jax.tree.leaves(result[0])), strict=True)),
-        compiled=compiled,
+        compiled=analysis,
         compile_at=compile_at,
     )
 
 
-def _compile(grad_sum: GradSum, arguments: tuple[Any, Any, Any]) -> tuple[Any, Compiled]:
+def compiled(grad_sum: GradSum, arguments: tuple[Any, Any, Any]) -> tuple[Any, Compiled]:
+    """Compile `grad_sum(params, batch, mask)` for arguments, or for their shapes; returns it with XLA's analysis."""
     began = time.perf_counter()
     executable = jax.jit(grad_sum).lower(*arguments).compile()
     seconds = time.perf_counter() - began

@@ -30,9 +30,9 @@ class Task:
     batch: int
 
     @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return self.bounds["label"]
+    def classes(self) -> int | None:
+        """Number of classes; None where examples have no label, as those of a language model."""
+        return self.bounds.get("label")
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the shapes and dtypes of one example, for `dpdist.models.build`."""
@@ -114,6 +114,15 @@ def _text(variant: str, *, batch: int, length: int = 128, vocabulary: int = 3052
     )
 
 
+def _next_token(*, length: int, vocabulary: int = 50257, batch: int, **sizes: int) -> Task:
+    return Task(
+        model=Model(name="gpt2", options={"vocabulary": vocabulary, "positions": length, **sizes}),
+        example={"input_ids": ((length,), "int32")},
+        bounds={"input_ids": vocabulary},
+        batch=batch,
+    )
+
+
 TASKS = {
     "mnist-cnn": _images("cnn", None, side=28, channels=1, classes=10, batch=256),
     "vit-ti": _photographs("vit", "Ti/16", batch=8),
@@ -123,4 +132,6 @@ TASKS = {
     "r50x1": _photographs("bit_resnet", "50x1", batch=4),
     "bert-mini": _text("mini", batch=16),
     "bert-base": _text("base", batch=4),
+    "gpt2-small": _next_token(length=1024, batch=1),
+    "gpt2-tiny": _next_token(length=32, vocabulary=1000, batch=8, width=64, depth=2, heads=2),
 }

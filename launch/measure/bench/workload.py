@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,49 +176,12 @@ def _bytes(aval: Any) -> int:
     return math.prod(aval.shape) * int(jnp.dtype(aval.dtype).itemsize)
 
 
-#: A model that is not in dpdist yet; see `_gpt2_loss`.
-GPT2 = "gpt2-small"
-#: What `named` takes.
-NAMES = (*TASKS, GPT2)
 #: Models without an option `dtype`.
 FLOAT32_ONLY = frozenset({"mnist-cnn"})
 
 
 def named(name: str, dtype: str) -> Workload:
-    """Return the workload of a model of `NAMES` whose products are in `dtype`, `float32` or `bfloat16`."""
-    if name == GPT2:
-        return _gpt2(dtype)
+    """Return the workload of a model of `TASKS` whose products are in `dtype`, `float32` or `bfloat16`."""
     task = in_dtype(TASKS[name], dtype)
     model = build(task.model, example=task.shapes(), classes=task.classes)
     return workload_of(example_loss(model), jax.eval_shape(model.init, jax.random.key(0)), task.shapes())
-
-
-def _gpt2(dtype: str, *, depth: int = 12, width: int = 768, vocabulary: int = 50257, length: int = 1024) -> Workload:
-    """The sizes of GPT-2 small (Radford et al. 2019), typed by hand: the model is not in `dpdist.models` yet."""
-    layer = {"qkv": (width, 3 * width), "out": (width, width), "grow": (width, 4 * width), "shrink": (4 * width, width)}
-    vectors = {"biases": (9 * width,), "norms": (4 * width,)}
-    shapes: dict[str, Any] = {"table": (vocabulary, width), "positions": (length, width)}
-    params = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-        shapes | {"layers": [layer | vectors] * depth},
-        is_leaf=lambda shape: isinstance(shape, tuple),
-    )
-    tokens = {"ids": jax.ShapeDtypeStruct((length,), jnp.int32)}
-    return workload_of(lambda params, example: _gpt2_loss(params, example, jnp.dtype(dtype)), params, tokens)
-
-
-def _gpt2_loss(params: Any, example: Mapping[str, Any], dtype: Any) -> Any:
-    """GPT-2's products, tied embeddings included, with sums of vectors in the place of biases and layer norms."""
-    table = params["table"].astype(dtype)
-    x = table[example["ids"]] + params["positions"].astype(dtype)
-    length, width = x.shape
-    for layer in params["layers"]:
-        small = (jnp.sum(layer["biases"]) + jnp.sum(layer["norms"])).astype(dtype)
-        q, k, v = jnp.split((x + small) @ layer["qkv"].astype(dtype), 3, axis=-1)
-        q, k, v = (part.reshape(length, width // 64, 64) for part in (q, k, v))
-        scores = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=jnp.float32)
-        mixed = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores).astype(dtype), v).reshape(length, width)
-        x = x + mixed @ layer["out"].astype(dtype)
-        x = x + jax.nn.gelu(x @ layer["grow"].astype(dtype)) @ layer["shrink"].astype(dtype)
-    logits = jnp.einsum("td,vd->tv", x, table, preferred_element_type=jnp.float32)
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1))

@@ -16,20 +16,23 @@ Row = tuple[str, str, int, float]
 FIRST: list[Row] = [
     ("vit-b", "bf16", 32, 95),
     ("bert-base", "bf16", 64, 85),
+    ("gpt2-small", "bf16", 8, 85),
     ("r50x1", "tf32", 32, 75),
-    ("vit-b", "tf32", 32, 75),
 ]
 LATER: list[Row] = [
+    ("vit-b", "tf32", 32, 75),
     ("vit-l", "bf16", 16, 100),
     ("bert-base", "tf32", 64, 80),
+    ("gpt2-small", "tf32", 8, 85),
     ("r50x1", "bf16", 32, 80),
     ("vit-l", "tf32", 16, 100),
     ("vit-b", "float32", 32, 80),
     ("bert-base", "float32", 64, 80),
+    ("gpt2-small", "float32", 8, 85),
     ("r50x1", "float32", 32, 80),
     ("vit-l", "float32", 8, 100),
 ]
-TINY: list[Row] = [("mnist-cnn", "tf32", 8, 40), ("bert-mini", "bf16", 2, 60)]
+TINY: list[Row] = [("mnist-cnn", "tf32", 8, 40), ("bert-mini", "bf16", 2, 60), ("gpt2-tiny", "bf16", 2, 60)]
 #: In this order, as far as the time goes.
 METHODS, TINY_METHODS = "tensor,auto,per_example,jax-masked,bookkeeping", "tensor,auto,per_example"
 #: GPUs with less memory get half the batch.
@@ -53,7 +56,7 @@ def _on_a_gpu(command: Callable[[Context], Sequence[str]], context: Context) -> 
 
 def _others(first: Sequence[Row], later: Sequence[Row]) -> list[Step]:
     return [
-        _program("gamma", 40, "gamma", room="bench"),
+        _program("gamma", 40, "gamma"),
         _program("zoo", 60, "zoo"),
         _program("digits", 75, "digits"),
         Step(
@@ -81,10 +84,10 @@ def _python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
 
 
-def _program(name: str, limit: float, module: str, *, room: str = "gpu") -> Step:
+def _program(name: str, limit: float, module: str) -> Step:
     def command(context: Context) -> Sequence[str]:
-        line = _python(f"dpdist_launch.measure.{room}.{module}", "--to", str(context.out / f"{name}.json"))
-        if name != "facts" and context.tiny:
+        line = _python(f"dpdist_launch.measure.gpu.{module}", "--to", str(context.out / f"{name}.json"))
+        if name not in ("facts", "gamma") and context.tiny:
             line.append("--tiny")
         return [*line, "--limit", f"{0.8 * context.seconds:.0f}"] if name == "zoo" else line
 
