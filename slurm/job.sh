@@ -161,10 +161,10 @@ pass_on() {
 # job_field NAME: what SLURM says of this job.
 job_field() { timeout 10 scontrol show job --oneliner "$job_id" 2>/dev/null | grep -oE "\b$1=[^ ]+" | head -1 | cut -d= -f2 || true; }
 
-# wait_for_step PID: sets job_step_code, its exit code; nothing where srun had to be killed. After a rank has ended badly it
+# wait_for_step PID: sets job_step_code, its exit code; nothing where srun had to be killed. After a rank has ended badly srun
 # ends the others, by a TERM that a rank in a collective never sees, and waits minutes for a node that is dead.
 wait_for_step() {
-    local step=$1 timer since=0 patience=5 first=""
+    local step=$1 timer since=0 patience=5 first="" killer=""
     job_step_code=0
     while kill -0 "$step" 2>/dev/null; do
         sleep "$([ -z "$first" ] && echo 5 || echo 1)" &
@@ -174,14 +174,15 @@ wait_for_step() {
         if [ -z "$first" ]; then
             first=$(first_death)
             since=$SECONDS
-            [[ $first != *"exit code 75" && $first != *Terminated ]] || patience=20 # they have saved, and are leaving
+            [[ $first != *"exit code 75" && $first != *Terminated ]] || patience=30 # they have saved, and are leaving
         elif [ $((SECONDS - since)) -ge $((patience + 10)) ]; then
             kill -KILL "$step" 2>/dev/null || true
             wait "$step" 2>/dev/null || true
             job_step_code=""
             return 0
-        elif [ $((SECONDS - since)) -ge "$patience" ]; then
-            kill_steps
+        elif [ $((SECONDS - since)) -ge "$patience" ] && [ -z "$killer" ]; then
+            kill_ranks & # it waits for nodes that are dead
+            killer=$!
         fi
     done
     wait "$step" 2>/dev/null || job_step_code=$?
@@ -193,19 +194,26 @@ first_death() {
         | grep -m 1 -E '^srun: error: [^ ]+: tasks? ' || true
 }
 
-# kill_steps: end what still runs of this job's steps, so that the next one finds the run free.
-kill_steps() {
-    local step
-    for step in $(squeue --noheader --steps --jobs="$job_id" --format=%i 2>/dev/null || true); do
-        [[ ! $step =~ \.[0-9]+$ ]] || scancel --quiet --signal=KILL "$step" || true
-    done
+# kill_ranks: kill what earlier steps of this job have left on its nodes, so that the next one finds the run free. By a step of
+# our own: SLURM gives a rank that it has told to leave KillWait (30 s), and has scancel wait as long, whatever the signal.
+kill_ranks() {
+    # shellcheck disable=SC2016  # Its variables are those of the nodes.
+    on_each_node '
+        below() { local child; for child in $(pgrep -P "$1"); do below "$child"; echo "$child"; done; }
+        pgrep -af "^slurmstepd: \[$SLURM_JOB_ID\.[0-9]+\]" | while read -r daemon _ step; do
+            step=${step##*.}
+            [ "${step%]}" -ge "$SLURM_STEP_ID" ] || below "$daemon"
+        done | xargs --no-run-if-empty kill -KILL'
 }
 
 # answering_nodes: those on which a task can be started now. srun waits long for one that does not answer; we do not.
-answering_nodes() {
+answering_nodes() { on_each_node 'echo "$SLURMD_NODENAME"' | xargs; }
+
+# on_each_node COMMAND: run it once on each node that answers in time.
+on_each_node() {
     timeout --signal=KILL "${DPDIST_PROBE_SECONDS:-20}" srun --overlap --export=ALL --nodes="$(wc -w <<<"$job_nodes")" \
         --ntasks-per-node=1 --ntasks="$(wc -w <<<"$job_nodes")" --nodelist="${job_nodes// /,}" --cpus-per-task=1 --gpus-per-node=0 \
-        bash -c 'echo "$SLURMD_NODENAME"' 2>/dev/null | xargs || true
+        bash -c "$1" 2>/dev/null || true
 }
 
 # judge CODE: what to do next, as job_verdict: action, exit code, nodes, tasks, nodes to leave out, the reason.
