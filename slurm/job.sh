@@ -95,7 +95,7 @@ begin_job() {
         job_id=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID-}
         [ "$(job_field JobId)" = "${SLURM_JOB_ID:-}" ] || { job_id=${SLURM_JOB_ID:-0} && unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID; }
     fi
-    job_again=0
+    job_again=0 job_left_out=""
     # For `dpdist logs` and the goodput of the run: tasks can see neither from where they are.
     export DPDIST_LOG=$job_log DPDIST_QUEUED
     DPDIST_QUEUED=$(queued_seconds || true)
@@ -209,19 +209,20 @@ kill_ranks() {
 # answering_nodes: those on which a task can be started now. srun waits long for one that does not answer; we do not.
 answering_nodes() { on_each_node 'echo "$SLURMD_NODENAME"' | xargs; }
 
-# on_each_node COMMAND: run it once on each node that answers in time.
-on_each_node() {
+# on_each_node COMMAND: run it once on each node that answers in time. In a shell that does not tell of what it kills.
+on_each_node() (
+    exec 2>/dev/null
     timeout --signal=KILL "${DPDIST_PROBE_SECONDS:-20}" srun --overlap --export=ALL --nodes="$(wc -w <<<"$job_nodes")" \
         --ntasks-per-node=1 --ntasks="$(wc -w <<<"$job_nodes")" --nodelist="${job_nodes// /,}" --cpus-per-task=1 --gpus-per-node=0 \
-        bash -c "$1" 2>/dev/null || true
-}
+        bash -c "$1" || true
+)
 
 # judge CODE: what to do next, as job_verdict: action, exit code, nodes, tasks, nodes to leave out, the reason.
 judge() {
     local -a known=(
         "code=$1" "job=${SLURM_JOB_ID:-}" "run_dir=$job_run_dir" "begin=$job_begin" "restarts=${SLURM_RESTART_COUNT:-0}"
         "again=$job_again" "distribution=${SLURM_DISTRIBUTION:-}"
-        "most=${DPDIST_MAX_RESTARTS:-20}" "nodes=$job_nodes" "tasks=$job_tasks" "min_nodes=${DPDIST_MIN_NODES:-}"
+        "most=${DPDIST_MAX_RESTARTS:-20}" "nodes=$job_nodes" "tasks=$job_tasks" "left_out=$job_left_out" "min_nodes=${DPDIST_MIN_NODES:-}"
         "left=$(squeue --noheader --jobs="$job_id" --format=%L 2>/dev/null || true)"
         "grace=${DPDIST_GRACE:-300}" "state=$(job_field JobState)" "restarts_now=$(job_field Restarts)"
     )
@@ -267,7 +268,7 @@ go_on() {
         scontrol update JobId="$job_id" NodeList="${job_verdict[2]}" >/dev/null \
             || note "could not give back ${job_verdict[4]}, as the line above says"
         rm -f "slurm_job_${SLURM_JOB_ID}_resize.sh" "slurm_job_${SLURM_JOB_ID}_resize.csh"
-        job_nodes=${job_verdict[2]//,/ } job_tasks=${job_verdict[3]}
+        job_nodes=${job_verdict[2]//,/ } job_tasks=${job_verdict[3]} job_left_out+=" ${job_verdict[4]//,/ }"
     fi
     # --overlap: SLURM counts the former step as running until its last node has answered.
     job_step_options=(--overlap --nodelist="${job_verdict[2]}" --nodes="$(wc -w <<<"$job_nodes")" --ntasks="$((${job_verdict[3]//,/+}))")
@@ -277,7 +278,7 @@ go_on() {
 # end_job CODE: do what was found right after the last srun, which returned CODE; the reason is the last line.
 end_job() {
     [ -n "${job_verdict[*]-}" ] || judge "$1"
-    local action=${job_verdict[0]} code=${job_verdict[1]} reason=${job_verdict[5]} try excluded
+    local action=${job_verdict[0]} code=${job_verdict[1]} reason=${job_verdict[5]} until excluded
     [ "$action" != again ] || reason="failed (exit code $code) before it began to train" # nobody is there to start it
     say "$reason"
     [ "$action" != done ] || exit 0
@@ -288,7 +289,8 @@ end_job() {
         exit "$code"
     fi
     [ -n "${job_verdict[4]}" ] || exit 0
-    for ((try = 0; try < 20; try++)); do # only a job in the queue can be told
+    until=$((SECONDS + 20)) # then KillWait is near
+    while [ "$SECONDS" -lt "$until" ]; do # only a job in the queue can be told
         excluded=$(job_field ExcNodeList) # by the user, and by earlier starts
         [[ $excluded != "(null)" ]] || excluded=${job_verdict[4]}
         [[ ,$excluded, == *,${job_verdict[4]},* ]] || excluded+=,${job_verdict[4]}

@@ -46,6 +46,8 @@ class Start:
     tasks: tuple[int, ...] = ()
     #: Nodes that still start a task; None if nobody has asked.
     alive: frozenset[str] | None = None
+    #: Nodes that earlier starts in this allocation were lost on, and that it was left without.
+    left_out: tuple[str, ...] = ()
     #: Go on within the allocation with at least so many nodes; None means all of them.
     min_nodes: int | None = None
     #: Starts in a row that have saved nothing new, this one included; 0 if this one has.
@@ -135,11 +137,13 @@ def _restarted(start: Start, cause: Cause, failed: str, code: int) -> Verdict:
     if start.suspect in dead and start.suspect in start.alive:
         named = f"{cause.text}, as at the start before"
     if len(left) >= (start.min_nodes or len(start.nodes)) and start.nodes[0] not in dead:
-        text = f"{named}; it starts again on the other {len(left)} nodes of the job ({_counted(start)})"
+        others = f"{len(left)} nodes" if len(left) > 1 else "node"
+        text = f"{named}; it starts again on the other {others} of the job ({_counted(start)})"
         nodes, tasks = zip(*left, strict=True)
         return Verdict("again", code, text, nodes, tasks, dead)
-    text = f"{named}; requeued without {listed(dead)} ({_counted(start)})"
-    return Verdict("requeue", code, text, without=dead)
+    without = start.left_out + dead  # SLURM, which may believe that they live, asks for as many nodes as at first
+    text = f"{named}; requeued without {listed(without)} ({_counted(start)})"
+    return Verdict("requeue", code, text, without=without)
 
 
 def _returned_0(start: Start) -> Verdict:
@@ -295,6 +299,7 @@ def _read(known: Mapping[str, str], log: Sequence[str]) -> tuple[Start, Path | N
         nodes=tuple(known.get("nodes", "").split()),
         tasks=counts,
         alive=frozenset(known["alive"].split()) if "alive" in known else None,
+        left_out=tuple(known.get("left_out", "").split()),
         min_nodes=int(known["min_nodes"]) if known.get("min_nodes") else None,
         idle=0 if new else before + 1,
         in_blocks=(known.get("distribution") or "block").startswith("block"),

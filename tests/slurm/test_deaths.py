@@ -74,6 +74,7 @@ def test_the_dead_node_is_left_out_and_the_others_keep_their_ranks() -> None:
     again = judge(start("node-of-three", min_nodes=2, **known))
     assert (again.nodes, again.tasks, again.without) == (("n1", "n3"), (1, 1), ("n2",))
     assert judge(start("node-of-three", min_nodes=3, **known)).without == ("n2",)
+    assert judge(start("node-of-three", min_nodes=3, **known, left_out=("n4",))).without == ("n4", "n2")
     assert judge(start("node-of-three", min_nodes=3, **known)).action == "requeue"
 
 

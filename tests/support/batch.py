@@ -35,6 +35,11 @@ class Batch:
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the start that began last has said its last line."""
+        return "dpdist job:" in self.text.rpartition("\n+ job ")[2]
+
     def state(self) -> str:
         """SLURM's word, such as RUNNING or, of a job that ended, COMPLETED; SILENT where it does not answer in time.
 
@@ -69,7 +74,7 @@ class Batch:
         """Until the run has recorded `step` or a later one."""
 
         def reached() -> bool:
-            assert "dpdist job:" not in self.text, f"ended before step {step}:\n{self.text}"
+            assert not self.has_ended, f"ended before step {step}:\n{self.text}"
             return any(record["step"] >= step for record in run.diagnostics)
 
         wait_for(reached, LIMIT, every=0.05)
@@ -78,7 +83,7 @@ class Batch:
         """Until the log holds `text`."""
 
         def said() -> bool:
-            assert text in self.text or "dpdist job:" not in self.text, f"it ended without {text!r}:\n{self.text}"
+            assert text in self.text or not self.has_ended, f"it ended without {text!r}:\n{self.text}"
             return text in self.text
 
         wait_for(said, LIMIT, every=0.1)
