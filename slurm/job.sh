@@ -79,10 +79,9 @@ find_python() {
     job_python=python3
 }
 
-# begin_job [RUN_DIR]: once, before the first srun. A job without a run directory trains nothing.
+# begin_job [RUN_DIR]: once, before the first srun. A job without a run directory trains nothing; `begin_run` names it later.
 begin_job() {
-    local limit refusal
-    job_run_dir=${1-}
+    job_run_dir=""
     job_log=$(readlink /proc/$$/fd/2 || true)
     local name
     for name in DPDIST_MAX_RESTARTS DPDIST_MIN_NODES DPDIST_GRACE DPDIST_PROBE_SECONDS; do
@@ -103,10 +102,26 @@ begin_job() {
     job_tasks=${SLURM_TASKS_PER_NODE:-}
     job_step_options=()
     find_python
+    [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || tell_silent_end
+    if [ -n "${1-}" ]; then begin_run "$1"; else begin_start; fi
+}
+
+# begin_run RUN_DIR: the job trains this run.
+begin_run() {
+    local limit refusal
+    job_run_dir=$1
     limit=$(squeue --noheader --jobs="$job_id" --format=%l 2>/dev/null || true)
     refusal=$(verdict time "$limit" "${DPDIST_GRACE:-300}" || true)
-    [ -z "$refusal" ] || [ -z "$job_run_dir" ] || die "$refusal"
+    [ -z "$refusal" ] || die "$refusal"
     begin_start
+}
+
+# tell_silent_end: of the start before this one, where nobody was left to say how it ended.
+tell_silent_end() {
+    local last
+    last=$(grep -E '^(dpdist job: |\+ job )' "$job_log" 2>/dev/null | tail -1 || true)
+    [[ $last != "+ job "* ]] || note "start $((SLURM_RESTART_COUNT - 1)) ended without a last line: its first node died, or SLURM" \
+        "killed its batch script"
 }
 
 # queued_seconds: print how long this start of the job waited in the queue; nothing where SLURM does not say. A requeued

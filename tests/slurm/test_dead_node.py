@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from batch import LIMIT, SCRIPT, Batch, sbatch
-from jobs import Jobs, Run, wait_all, wait_for
+from jobs import Jobs, Run, children, wait_all, wait_for
 
 #: Of JAX in these jobs, and of the question to the nodes, in seconds; the defaults are 100 and 20.
 HEARTBEAT, PROBE = 10, 4
@@ -27,20 +27,32 @@ def undisturbed(jobs: Jobs) -> Run:
     return run
 
 
-@contextlib.contextmanager
-def without_power(batch: Batch, node: str, rank: int) -> Iterator[None]:
-    """All processes of a node are stopped: they neither answer nor close a connection."""
+def processes_of(batch: Batch, node: str) -> list[int]:
+    """A node's slurmd, and all that it has started for the job."""
     cluster = Path(batch.slurm["SLURM_CONF"]).parent
-    pids = [int((cluster / f"{node}.pid").read_text()), batch.tasks()[rank]]
+    found = [int((cluster / f"{node}.pid").read_text())]
     for directory in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if (directory / "cmdline").read_text().startswith(f"slurmstepd: [{batch.id}."):
                 logs = [str(file.readlink()) for file in (directory / "fd").iterdir()]
-                pids += [int(directory.name)] * any(name.endswith(f"/log/{node}.log") for name in logs)
+                if any(name.endswith(f"/log/{node}.log") for name in logs):
+                    found += below(int(directory.name))
+    return found
+
+
+def below(pid: int) -> list[int]:
+    """A process and its descendants."""
+    return [pid, *(found for child in children(pid) for found in below(child))]
+
+
+@contextlib.contextmanager
+def without_power(batch: Batch, node: str) -> Iterator[list[int]]:
+    """All processes of a node are stopped: they neither answer nor close a connection."""
+    pids = processes_of(batch, node)
     try:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
-        yield
+        yield pids
     finally:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -86,7 +98,7 @@ def test_nodes_die_at_start_up_and_in_a_step_and_in_a_save_and_the_run_goes_on_w
     def lost(rank: int, *slow: Path, then: str) -> Iterator[None]:
         """The node of a rank is without power, and nothing is `slow` any more."""
         began, node = time.monotonic(), nodes_of(batch)[rank]
-        with without_power(batch, node, rank):
+        with without_power(batch, node):
             for file in slow:
                 file.unlink()
             batch.wait_for_text(
@@ -113,6 +125,59 @@ def test_nodes_die_at_start_up_and_in_a_step_and_in_a_save_and_the_run_goes_on_w
             batch.wait_for_text("dpdist job: done")
     assert batch.wait() == "COMPLETED", batch.text
     assert batch.text.count("+ job") == 2  # it was in the queue once
+    assert "without a last line" not in batch.text
     assert (run.summary["status"], run.summary["processes"]) == ("finished", 1)
     assert run.summary["params_sha256"] == undisturbed.summary["params_sha256"]
     assert run.digests == undisturbed.digests
+
+
+def test_the_first_node_dies_with_the_batch_script_and_slurm_requeues_the_job(
+    slurm: dict[str, str], jobs: Jobs, undisturbed: Run
+) -> None:
+    """Rank 0 is not dead yet when the next start comes, as on a node that SLURM alone cannot reach any more."""
+    run = jobs.new("first-node")
+    step = run.root.with_suffix(".pace")
+    step.write_text("0.5")
+    batch = sbatch(
+        slurm,
+        SCRIPT,
+        str(jobs.config),
+        *("--run-dir", str(run.root), "data.prefetch=1"),
+        nodes=2,
+        tasks_per_node=1,
+        log=run.root.with_suffix(".log"),
+        options=("--cpus-per-task=1", "--gpus-per-node=1"),
+        cwd=jobs.root,
+        NPROC="1",
+        PACE=str(step),
+    )
+    batch.wait_for_step(run, 5)
+    first, rank_0 = nodes_of(batch)[0], batch.tasks()[0]
+    with powered_again(batch, first), without_power(batch, first) as pids:
+        # What SLURM does to a node after SlurmdTimeout, without the wait for it.
+        batch.ask("scontrol", "update", f"NodeName={first}", "State=DOWN", "Reason=test")
+        for pid in pids:
+            if rank_0 not in below(pid):
+                os.kill(pid, signal.SIGKILL)
+        batch.wait_until_requeued()
+        step.unlink()
+        batch.ask("scontrol", "update", f"JobId={batch.id}", "StartTime=now+1")
+        batch.wait_for_text("start 0 ended without a last line")
+        batch.wait_for_text(f"waiting for process {rank_0} on ")
+        os.kill(rank_0, signal.SIGKILL)
+        assert batch.wait() == "COMPLETED", batch.text
+        assert first not in nodes_of(batch)
+    assert batch.text.splitlines()[-1] == "dpdist job: done"
+    assert run.summary["params_sha256"] == undisturbed.summary["params_sha256"]
+    assert run.digests == undisturbed.digests
+
+
+@contextlib.contextmanager
+def powered_again(batch: Batch, node: str) -> Iterator[None]:
+    """At the end the node is what it was."""
+    try:
+        yield
+    finally:
+        batch.ask("slurmd", "-f", batch.slurm["SLURM_CONF"], "-N", node)
+        batch.ask("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        wait_for(lambda: "idle" in batch.ask("sinfo", "--noheader", f"--nodes={node}", "--format=%T"), 60, every=0.2)
