@@ -152,13 +152,14 @@ def test_the_first_node_dies_with_the_batch_script_and_slurm_requeues_the_job(
         PACE=str(step),
     )
     batch.wait_for_step(run, 5)
-    first, rank_0 = nodes_of(batch)[0], batch.tasks()[0]
+    first, (rank_0, rank_1) = nodes_of(batch)[0], [batch.tasks()[rank] for rank in range(2)]
     with powered_again(batch, first), without_power(batch, first) as pids:
         # What SLURM does to a node after SlurmdTimeout, without the wait for it.
         batch.ask("scontrol", "update", f"NodeName={first}", "State=DOWN", "Reason=test")
         for pid in pids:
             if rank_0 not in below(pid):
                 os.kill(pid, signal.SIGKILL)
+        os.kill(rank_1, signal.SIGKILL)  # as SLURM would after KillWait, 30 s
         batch.wait_until_requeued()
         step.unlink()
         batch.ask("scontrol", "update", f"JobId={batch.id}", "StartTime=now+1")
@@ -174,10 +175,9 @@ def test_the_first_node_dies_with_the_batch_script_and_slurm_requeues_the_job(
 
 @contextlib.contextmanager
 def powered_again(batch: Batch, node: str) -> Iterator[None]:
-    """At the end the node is what it was."""
+    """At the end the node is what it was: ReturnToService=2 takes it back once its slurmd registers."""
     try:
         yield
     finally:
         batch.ask("slurmd", "-f", batch.slurm["SLURM_CONF"], "-N", node)
-        batch.ask("scontrol", "update", f"NodeName={node}", "State=RESUME")
         wait_for(lambda: "idle" in batch.ask("sinfo", "--noheader", f"--nodes={node}", "--format=%T"), 60, every=0.2)
