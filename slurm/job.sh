@@ -217,7 +217,10 @@ kill_ranks() {
         below() { local child; for child in $(pgrep -P "$1"); do below "$child"; echo "$child"; done; }
         pgrep -af "^slurmstepd: \[$SLURM_JOB_ID\.[0-9]+\]" | while read -r daemon _ step; do
             step=${step##*.}
-            [ "${step%]}" -ge "$SLURM_STEP_ID" ] || below "$daemon"
+            [ "${step%]}" -lt "$SLURM_STEP_ID" ] || continue
+            for task in $(pgrep -P "$daemon"); do # of another cluster on this machine it has another log
+                ! grep -qzxF "DPDIST_LOG=$DPDIST_LOG" "/proc/$task/environ" || { below "$task"; echo "$task"; }
+            done
         done | xargs --no-run-if-empty kill -KILL'
 }
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpdist_launch.slurm.deaths import SIGNALS, Cause, Layout, cause_of, deaths_of, listed
+from dpdist_launch.slurm.deaths import SIGNALS, Cause, Layout, cause_of, deaths_of, failed_nodes, listed
 
 #: Starts in a row without anything new in a checkpoint after which a cause that comes from the job itself is given up:
 #: a time limit too short for one step, and a death with all nodes in order.
@@ -176,13 +176,17 @@ def _ended_by_slurm(start: Start) -> str | None:
     """What SLURM has done to the job itself, which leaves nothing to decide; None if nothing."""
     cancelled = [found for line in start.log if (found := _CANCELLED.search(line))]
     saved = "saved; " if start.fresh and start.status == "preempted" else ""
-    why = (cancelled[-1][1] or "") if cancelled else ""
-    if start.requeued or why == "JOB REQUEUE":
-        return f"{saved}SLURM has put the job back into the queue (scontrol requeue, or a preemption)"
-    if why == "TIME LIMIT" or start.state == "TIMEOUT":
+    word = (cancelled[-1][1] or "") if cancelled else ""
+    why = {"JOB REQUEUE": "scontrol requeue", "PREEMPTION": "preempted"}.get(word, word.lower())
+    if word == "NODE FAILURE" and (failed := failed_nodes(start.log)):
+        why = f"{listed(failed)} failed"
+    if start.requeued or word == "JOB REQUEUE":
+        why = why or "scontrol requeue, a preemption, or a failed node"
+        return f"{saved}SLURM has put the job back into the queue ({why})"
+    if word == "TIME LIMIT" or start.state == "TIMEOUT":
         return f"{saved}ended by SLURM at the time limit; submit it again, with --signal=TERM@300 to save before it"
     if why:
-        return f"{saved}ended by SLURM (due to {why.lower()}); submit it again to go on"
+        return f"{saved}ended by SLURM ({why}); submit it again to go on"
     if start.state in ("CANCELLED", "COMPLETING", "PREEMPTED"):
         return f"{saved}cancelled (scancel, or by an administrator); submit it again to go on"
     return None

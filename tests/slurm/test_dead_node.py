@@ -29,15 +29,8 @@ def undisturbed(jobs: Jobs) -> Run:
 
 def processes_of(batch: Batch, node: str) -> list[int]:
     """A node's slurmd, and all that it has started for the job."""
-    cluster = Path(batch.slurm["SLURM_CONF"]).parent
-    found = [int((cluster / f"{node}.pid").read_text())]
-    for directory in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if (directory / "cmdline").read_text().startswith(f"slurmstepd: [{batch.id}."):
-                logs = [str(file.readlink()) for file in (directory / "fd").iterdir()]
-                if any(name.endswith(f"/log/{node}.log") for name in logs):
-                    found += below(int(directory.name))
-    return found
+    slurmd = int((Path(batch.slurm["SLURM_CONF"]).parent / f"{node}.pid").read_text())
+    return [slurmd, *(pid for daemon in batch.daemons(node, r"\w+") for pid in below(daemon))]
 
 
 def below(pid: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs import Run, wait_for
+from jobs import Run, children, wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "slurm" / "train_80gpu.sh"
@@ -107,18 +108,23 @@ class Batch:
     def tasks(self) -> dict[int, int]:
         """Process ids of the ranks that run now, by rank."""
         found = {}
+        for daemon in self.daemons():
+            for pid in children(daemon):
+                with contextlib.suppress(OSError, UnicodeDecodeError):
+                    variables = Path(f"/proc/{pid}/environ").read_text()
+                    if rank := re.search(r"\0SLURM_PROCID=(\d+)\0", variables):
+                        found[int(rank[1])] = pid
+        return found
+
+    def daemons(self, node: str = "*", step: str = r"\d+") -> list[int]:
+        """Process ids of the slurmstepd of this job's steps on a node: and of this cluster."""
+        found = []
         for directory in Path("/proc").iterdir():
-            if not directory.name.isdecimal():
-                continue
-            try:
-                variables = dict(
-                    item.split("=", 1) for item in (directory / "environ").read_text().split("\0") if "=" in item
-                )
-                command = (directory / "cmdline").read_text()
-            except (OSError, UnicodeDecodeError):
-                continue
-            if variables.get("SLURM_JOB_ID") == self.id and "SLURM_PROCID" in variables and "dpdist" in command:
-                found[int(variables["SLURM_PROCID"])] = int(directory.name)
+            with contextlib.suppress(OSError):
+                if re.match(rf"slurmstepd: \[{self.id}\.{step}\]", (directory / "cmdline").read_text()):
+                    logs = [file.readlink() for file in (directory / "fd").iterdir()]
+                    ours = str(Path(self.slurm["SLURM_CONF"]).parent / "log" / f"{node}.log")
+                    found += [int(directory.name)] * any(log.match(ours) for log in logs)
         return found
 
 
