@@ -79,10 +79,9 @@ find_python() {
     job_python=python3
 }
 
-# begin_job [RUN_DIR]: once, before the first srun. A job without a run directory trains nothing.
+# begin_job [RUN_DIR]: once, before the first srun. A job without a run directory trains nothing; `begin_run` names it later.
 begin_job() {
-    local limit refusal
-    job_run_dir=${1-}
+    job_run_dir=""
     job_log=$(readlink /proc/$$/fd/2 || true)
     local name
     for name in DPDIST_MAX_RESTARTS DPDIST_MIN_NODES DPDIST_GRACE DPDIST_PROBE_SECONDS; do
@@ -95,7 +94,7 @@ begin_job() {
         job_id=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID-}
         [ "$(job_field JobId)" = "${SLURM_JOB_ID:-}" ] || { job_id=${SLURM_JOB_ID:-0} && unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID; }
     fi
-    job_again=0
+    job_again=0 job_left_out=""
     # For `dpdist logs` and the goodput of the run: tasks can see neither from where they are.
     export DPDIST_LOG=$job_log DPDIST_QUEUED
     DPDIST_QUEUED=$(queued_seconds || true)
@@ -103,10 +102,26 @@ begin_job() {
     job_tasks=${SLURM_TASKS_PER_NODE:-}
     job_step_options=()
     find_python
+    [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || tell_silent_end
+    if [ -n "${1-}" ]; then begin_run "$1"; else begin_start; fi
+}
+
+# begin_run RUN_DIR: the job trains this run.
+begin_run() {
+    local limit refusal
+    job_run_dir=$1
     limit=$(squeue --noheader --jobs="$job_id" --format=%l 2>/dev/null || true)
     refusal=$(verdict time "$limit" "${DPDIST_GRACE:-300}" || true)
-    [ -z "$refusal" ] || [ -z "$job_run_dir" ] || die "$refusal"
+    [ -z "$refusal" ] || die "$refusal"
     begin_start
+}
+
+# tell_silent_end: of the start before this one, where nobody was left to say how it ended.
+tell_silent_end() {
+    local last
+    last=$(grep -E '^(dpdist job: |\+ job )' "$job_log" 2>/dev/null | tail -1 || true)
+    [[ $last != "+ job "* ]] || note "start $((SLURM_RESTART_COUNT - 1)) ended without a last line: its first node died, or SLURM" \
+        "killed its batch script"
 }
 
 # queued_seconds: print how long this start of the job waited in the queue; nothing where SLURM does not say. A requeued
@@ -161,10 +176,10 @@ pass_on() {
 # job_field NAME: what SLURM says of this job.
 job_field() { timeout 10 scontrol show job --oneliner "$job_id" 2>/dev/null | grep -oE "\b$1=[^ ]+" | head -1 | cut -d= -f2 || true; }
 
-# wait_for_step PID: sets job_step_code, its exit code; nothing where srun had to be killed. After a rank has ended badly it
+# wait_for_step PID: sets job_step_code, its exit code; nothing where srun had to be killed. After a rank has ended badly srun
 # ends the others, by a TERM that a rank in a collective never sees, and waits minutes for a node that is dead.
 wait_for_step() {
-    local step=$1 timer since=0 patience=5 first=""
+    local step=$1 timer since=0 patience=5 first="" killer=""
     job_step_code=0
     while kill -0 "$step" 2>/dev/null; do
         sleep "$([ -z "$first" ] && echo 5 || echo 1)" &
@@ -174,14 +189,15 @@ wait_for_step() {
         if [ -z "$first" ]; then
             first=$(first_death)
             since=$SECONDS
-            [[ $first != *"exit code 75" && $first != *Terminated ]] || patience=20 # they have saved, and are leaving
+            [[ $first != *"exit code 75" && $first != *Terminated ]] || patience=30 # they have saved, and are leaving
         elif [ $((SECONDS - since)) -ge $((patience + 10)) ]; then
             kill -KILL "$step" 2>/dev/null || true
             wait "$step" 2>/dev/null || true
             job_step_code=""
             return 0
-        elif [ $((SECONDS - since)) -ge "$patience" ]; then
-            kill_steps
+        elif [ $((SECONDS - since)) -ge "$patience" ] && [ -z "$killer" ]; then
+            kill_ranks & # it waits for nodes that are dead
+            killer=$!
         fi
     done
     wait "$step" 2>/dev/null || job_step_code=$?
@@ -193,27 +209,38 @@ first_death() {
         | grep -m 1 -E '^srun: error: [^ ]+: tasks? ' || true
 }
 
-# kill_steps: end what still runs of this job's steps, so that the next one finds the run free.
-kill_steps() {
-    local step
-    for step in $(squeue --noheader --steps --jobs="$job_id" --format=%i 2>/dev/null || true); do
-        [[ ! $step =~ \.[0-9]+$ ]] || scancel --quiet --signal=KILL "$step" || true
-    done
+# kill_ranks: kill what earlier steps of this job have left on its nodes, so that the next one finds the run free. By a step of
+# our own: SLURM gives a rank that it has told to leave KillWait (30 s), and has scancel wait as long, whatever the signal.
+kill_ranks() {
+    # shellcheck disable=SC2016  # Its variables are those of the nodes.
+    on_each_node '
+        below() { local child; for child in $(pgrep -P "$1"); do below "$child"; echo "$child"; done; }
+        pgrep -af "^slurmstepd: \[$SLURM_JOB_ID\.[0-9]+\]" | while read -r daemon _ step; do
+            step=${step##*.}
+            [ "${step%]}" -lt "$SLURM_STEP_ID" ] || continue
+            for task in $(pgrep -P "$daemon"); do # of another cluster on this machine it has another log
+                ! grep -qzxF "DPDIST_LOG=$DPDIST_LOG" "/proc/$task/environ" || { below "$task"; echo "$task"; }
+            done
+        done | xargs --no-run-if-empty kill -KILL'
 }
 
 # answering_nodes: those on which a task can be started now. srun waits long for one that does not answer; we do not.
-answering_nodes() {
+answering_nodes() { on_each_node 'echo "$SLURMD_NODENAME"' | xargs; }
+
+# on_each_node COMMAND: run it once on each node that answers in time. In a shell that does not tell of what it kills.
+on_each_node() (
+    exec 2>/dev/null
     timeout --signal=KILL "${DPDIST_PROBE_SECONDS:-20}" srun --overlap --export=ALL --nodes="$(wc -w <<<"$job_nodes")" \
         --ntasks-per-node=1 --ntasks="$(wc -w <<<"$job_nodes")" --nodelist="${job_nodes// /,}" --cpus-per-task=1 --gpus-per-node=0 \
-        bash -c 'echo "$SLURMD_NODENAME"' 2>/dev/null | xargs || true
-}
+        bash -c "$1" || true
+)
 
 # judge CODE: what to do next, as job_verdict: action, exit code, nodes, tasks, nodes to leave out, the reason.
 judge() {
     local -a known=(
         "code=$1" "job=${SLURM_JOB_ID:-}" "run_dir=$job_run_dir" "begin=$job_begin" "restarts=${SLURM_RESTART_COUNT:-0}"
         "again=$job_again" "distribution=${SLURM_DISTRIBUTION:-}"
-        "most=${DPDIST_MAX_RESTARTS:-20}" "nodes=$job_nodes" "tasks=$job_tasks" "min_nodes=${DPDIST_MIN_NODES:-}"
+        "most=${DPDIST_MAX_RESTARTS:-20}" "nodes=$job_nodes" "tasks=$job_tasks" "left_out=$job_left_out" "min_nodes=${DPDIST_MIN_NODES:-}"
         "left=$(squeue --noheader --jobs="$job_id" --format=%L 2>/dev/null || true)"
         "grace=${DPDIST_GRACE:-300}" "state=$(job_field JobState)" "restarts_now=$(job_field Restarts)"
     )
@@ -259,7 +286,7 @@ go_on() {
         scontrol update JobId="$job_id" NodeList="${job_verdict[2]}" >/dev/null \
             || note "could not give back ${job_verdict[4]}, as the line above says"
         rm -f "slurm_job_${SLURM_JOB_ID}_resize.sh" "slurm_job_${SLURM_JOB_ID}_resize.csh"
-        job_nodes=${job_verdict[2]//,/ } job_tasks=${job_verdict[3]}
+        job_nodes=${job_verdict[2]//,/ } job_tasks=${job_verdict[3]} job_left_out+=" ${job_verdict[4]//,/ }"
     fi
     # --overlap: SLURM counts the former step as running until its last node has answered.
     job_step_options=(--overlap --nodelist="${job_verdict[2]}" --nodes="$(wc -w <<<"$job_nodes")" --ntasks="$((${job_verdict[3]//,/+}))")
@@ -269,7 +296,7 @@ go_on() {
 # end_job CODE: do what was found right after the last srun, which returned CODE; the reason is the last line.
 end_job() {
     [ -n "${job_verdict[*]-}" ] || judge "$1"
-    local action=${job_verdict[0]} code=${job_verdict[1]} reason=${job_verdict[5]} try excluded
+    local action=${job_verdict[0]} code=${job_verdict[1]} reason=${job_verdict[5]} until excluded
     [ "$action" != again ] || reason="failed (exit code $code) before it began to train" # nobody is there to start it
     say "$reason"
     [ "$action" != done ] || exit 0
@@ -280,7 +307,8 @@ end_job() {
         exit "$code"
     fi
     [ -n "${job_verdict[4]}" ] || exit 0
-    for ((try = 0; try < 20; try++)); do # only a job in the queue can be told
+    until=$((SECONDS + 20)) # then KillWait is near
+    while [ "$SECONDS" -lt "$until" ]; do # only a job in the queue can be told
         excluded=$(job_field ExcNodeList) # by the user, and by earlier starts
         [[ $excluded != "(null)" ]] || excluded=${job_verdict[4]}
         [[ ,$excluded, == *,${job_verdict[4]},* ]] || excluded+=,${job_verdict[4]}

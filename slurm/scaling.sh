@@ -32,8 +32,8 @@ read_site "$repository"
 command -v "${dpdist_command[0]}" >/dev/null \
     || die "no command ${dpdist_command[0]}: sweeps need an installation outside the container; run launch/quickstart.sh"
 
-echo "+ job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: ${dpdist_command[*]} scaling $* --cluster slurm"
 begin_job # no run: srun's words alone tell how it ended
+echo "+ job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: ${dpdist_command[*]} scaling $* --cluster slurm"
 code=0
 # In a step, not in this shell: SLURM sends TERM to steps.
 supervise --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${dpdist_command[@]}" scaling "$@" --cluster slurm || code=$?

@@ -40,7 +40,7 @@ run_dir=$("${dpdist_command[@]}" run-dir "$@" --default "runs/$SLURM_JOB_ID") ||
 set -- "$@" --run-dir "$run_dir"
 
 echo "+ job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, $SLURM_NTASKS processes on $SLURM_JOB_NODELIST: ${dpdist_command[*]} train $*"
-begin_job "$run_dir"
+begin_run "$run_dir"
 code=0
 # --kill-on-bad-exit: one dead rank ends all. --cpus-per-task: srun no longer inherits it from sbatch.
 supervise --kill-on-bad-exit=1 --wait=60 --label --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \

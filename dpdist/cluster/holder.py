@@ -99,6 +99,10 @@ class Holder:
         age = datetime.timedelta(seconds=self.age)
         return f"process {self.pid} on {self.host} ({job}began {age} ago by its own count)"
 
+    def is_start_after(self, other: Holder) -> bool:
+        """Whether this process may be a later start of the SLURM job that `other` was a start of."""
+        return self.slurm_job is not None and self.slurm_job == other.slurm_job
+
     def is_alive(self, here: Holder) -> bool | None:
         """Return whether the holder's process exists (a stopped one does); None if it cannot be known from `here`.
 

@@ -46,6 +46,8 @@ _NAME = re.compile(r"lease\.([1-9][0-9]*)")
 _BEATS = 6
 #: Seconds that a killed process of this host may take to disappear; one that is still there then counts as alive.
 _DYING = 0.5
+#: Seconds that a former start of the same SLURM job may take to end, by JAX's heartbeat (100 s) or SLURM's KillWait.
+_LEAVING = 150.0
 #: Errors of `link` on file systems without hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 #: Errors of reading a removed file; NFS reports one that another host has removed as stale, not as missing.
@@ -77,7 +79,8 @@ class Lease:
 
     @classmethod
     def acquire(cls, directory: str | Path, timeout: float) -> Lease:
-        """Take the lease on `directory`; waits only if the holder may be a dead process of another host.
+        """Take the lease on `directory`; waits only if the holder may be a dead process of another host, or is about to
+        end as a former start of this SLURM job.
 
         Args:
             directory: an existing directory for the lease files, shared by all hosts that may contend.
@@ -101,7 +104,7 @@ class Lease:
     @classmethod
     def _take_when_free(cls, directory: Path, here: Holder) -> Lease:
         watched: tuple[int, bytes] | None = None
-        since = 0.0
+        since, began, told = 0.0, time.monotonic(), False
         while True:
             # Read the clock before the file. If this process freezes in between, it must not count the time it was
             # frozen as silence of the owner.
@@ -116,6 +119,12 @@ class Lease:
                     watched, since = (generation, raw), now
                 if alive and now - since < _DYING:
                     time.sleep(_DYING / 10)
+                    continue
+                if (alive or raw != watched[1]) and holder and here.is_start_after(holder) and now - began < _LEAVING:
+                    if not told:
+                        logger.warning("%s: waiting for %s, a former start of this job, to end", directory, holder)
+                    watched, told = None, True
+                    time.sleep(_DYING)
                     continue
                 if alive or raw != watched[1]:
                     raise InputError(

@@ -37,7 +37,10 @@ _NODE_FAILED = re.compile(r"^srun: error: Node failure on ([^\s:]+)")
 _MISSING = re.compile(r"dpdist: failed: (ranks? \[[\d, .]+\].*did not come.*)$")
 _BAD = re.compile(r"dpdist: failed: (bad node ([^\s:]+): .*)$")
 #: SLURM's words alone: XLA speaks of memory that it then finds elsewhere.
-_MEMORY = re.compile(r"^(?: *\d+: ?)?(?:slurmstepd|srun)\S*: .*(?:oom.kill event|Out Of Memory)", re.IGNORECASE)
+_MEMORY = re.compile(
+    r"^(?: *\d+: ?)?(?:slurmstepd|srun)\S*: .*(?:oom.kill event|Out Of Memory|exceeded (?:job )?memory limit)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,11 @@ def deaths_of(log: Sequence[str]) -> list[Death]:
             deaths.append(Death(found[1], _numbers(found[2]), how, ending))
         ending = ending or bool(_ENDING.search(line))
     return deaths
+
+
+def failed_nodes(log: Sequence[str]) -> tuple[str, ...]:
+    """The nodes that SLURM has given up."""
+    return tuple(dict.fromkeys(found[1] for line in log if (found := _NODE_FAILED.match(line))))
 
 
 def node_of(rank: int, layout: Layout) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpdist_launch.slurm.deaths import SIGNALS, Cause, Layout, cause_of, deaths_of, listed
+from dpdist_launch.slurm.deaths import SIGNALS, Cause, Layout, cause_of, deaths_of, failed_nodes, listed
 
 #: Starts in a row without anything new in a checkpoint after which a cause that comes from the job itself is given up:
 #: a time limit too short for one step, and a death with all nodes in order.
@@ -46,6 +46,8 @@ class Start:
     tasks: tuple[int, ...] = ()
     #: Nodes that still start a task; None if nobody has asked.
     alive: frozenset[str] | None = None
+    #: Nodes that earlier starts in this allocation were lost on, and that it was left without.
+    left_out: tuple[str, ...] = ()
     #: Go on within the allocation with at least so many nodes; None means all of them.
     min_nodes: int | None = None
     #: Starts in a row that have saved nothing new, this one included; 0 if this one has.
@@ -135,11 +137,13 @@ def _restarted(start: Start, cause: Cause, failed: str, code: int) -> Verdict:
     if start.suspect in dead and start.suspect in start.alive:
         named = f"{cause.text}, as at the start before"
     if len(left) >= (start.min_nodes or len(start.nodes)) and start.nodes[0] not in dead:
-        text = f"{named}; it starts again on the other {len(left)} nodes of the job ({_counted(start)})"
+        others = f"{len(left)} nodes" if len(left) > 1 else "node"
+        text = f"{named}; it starts again on the other {others} of the job ({_counted(start)})"
         nodes, tasks = zip(*left, strict=True)
         return Verdict("again", code, text, nodes, tasks, dead)
-    text = f"{named}; requeued without {listed(dead)} ({_counted(start)})"
-    return Verdict("requeue", code, text, without=dead)
+    without = start.left_out + dead  # SLURM, which may believe that they live, asks for as many nodes as at first
+    text = f"{named}; requeued without {listed(without)} ({_counted(start)})"
+    return Verdict("requeue", code, text, without=without)
 
 
 def _returned_0(start: Start) -> Verdict:
@@ -172,13 +176,17 @@ def _ended_by_slurm(start: Start) -> str | None:
     """What SLURM has done to the job itself, which leaves nothing to decide; None if nothing."""
     cancelled = [found for line in start.log if (found := _CANCELLED.search(line))]
     saved = "saved; " if start.fresh and start.status == "preempted" else ""
-    why = (cancelled[-1][1] or "") if cancelled else ""
-    if start.requeued or why == "JOB REQUEUE":
-        return f"{saved}SLURM has put the job back into the queue (scontrol requeue, or a preemption)"
-    if why == "TIME LIMIT" or start.state == "TIMEOUT":
+    word = (cancelled[-1][1] or "") if cancelled else ""
+    why = {"JOB REQUEUE": "scontrol requeue", "PREEMPTION": "preempted"}.get(word, word.lower())
+    if word == "NODE FAILURE" and (failed := failed_nodes(start.log)):
+        why = f"{listed(failed)} failed"
+    if start.requeued or word == "JOB REQUEUE":
+        why = why or "scontrol requeue, a preemption, or a failed node"
+        return f"{saved}SLURM has put the job back into the queue ({why})"
+    if word == "TIME LIMIT" or start.state == "TIMEOUT":
         return f"{saved}ended by SLURM at the time limit; submit it again, with --signal=TERM@300 to save before it"
     if why:
-        return f"{saved}ended by SLURM (due to {why.lower()}); submit it again to go on"
+        return f"{saved}ended by SLURM ({why}); submit it again to go on"
     if start.state in ("CANCELLED", "COMPLETING", "PREEMPTED"):
         return f"{saved}cancelled (scancel, or by an administrator); submit it again to go on"
     return None
@@ -295,6 +303,7 @@ def _read(known: Mapping[str, str], log: Sequence[str]) -> tuple[Start, Path | N
         nodes=tuple(known.get("nodes", "").split()),
         tasks=counts,
         alive=frozenset(known["alive"].split()) if "alive" in known else None,
+        left_out=tuple(known.get("left_out", "").split()),
         min_nodes=int(known["min_nodes"]) if known.get("min_nodes") else None,
         idle=0 if new else before + 1,
         in_blocks=(known.get("distribution") or "block").startswith("block"),

@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,26 @@ def test_a_live_owner_is_named_and_refused_at_once(owners: Owners) -> None:
     assert f"process {owner.pid} on {os.uname().nodename} (SLURM job 77 restart 2, began 0:00:0" in message
     assert "wait for it to end, cancel it, or name another run.dir" in message
     assert owner.do("check") == {"done": None}
+
+
+@pytest.mark.parametrize("where", ["here", "remote"])
+def test_a_former_start_of_the_same_slurm_job_is_waited_for(
+    owners: Owners, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """It may still be dying, also on a node that SLURM has given up; but the wait has a bound."""
+    owner = owners.holding(where, SLURM_JOB_ID="77")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setattr("dpdist.cluster.lease._LEAVING", 1.0)
+    message, seconds = refusal(owners.directory)
+    assert "is in use by" in message
+    assert 1 <= seconds < 3
+    monkeypatch.setattr("dpdist.cluster.lease._LEAVING", 30.0)
+    killing = threading.Timer(1.0, owner.signal, [signal.SIGKILL])
+    killing.start()
+    who, seconds = taken(owners.directory)
+    killing.join()
+    assert who is not None
+    assert 1 <= seconds < 10
 
 
 def test_a_lease_of_this_very_process_is_refused_too(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ class Gate:
     """Stops this process once, at the phase that the environment names."""
 
     def __init__(self) -> None:
-        wanted = os.environ.get("FAULT_RANK") == os.environ.get("DPDIST_PROCESS_ID", "0")
+        rank = os.environ.get("DPDIST_PROCESS_ID") or os.environ.get("SLURM_PROCID") or "0"
+        wanted = os.environ.get("FAULT_RANK") == rank
         self.phase = os.environ.get("FAULT_PHASE") if wanted else None
         self.after = int(os.environ.get("FAULT_AT", "0"))
         self.steps = 0

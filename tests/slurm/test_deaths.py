@@ -52,9 +52,34 @@ def start(log: str | None, **known: Any) -> Start:
         ("bad-input", {"code": 2}, "fail", "failed (exit code 2): dpdist: error: data.path = '/nowhere'"),
         ("preempted", {"code": 75, "status": "preempted", "fresh": True}, "requeue", "preempted; requeued (start 2 of"),
         ("usr1", {"code": 138}, "requeue", "preempted; requeued"),
-        ("requeue", {"code": 75, "requeued": True, "state": "COMPLETING"}, "over", "SLURM has put the job back"),
+        ("requeue", {"code": 75, "requeued": True, "state": "COMPLETING"}, "over", "into the queue (scontrol requeue)"),
         ("scancel", {"code": 75, "state": "COMPLETING"}, "over", "cancelled (scancel, or by an administrator)"),
         ("term-to-the-batch-shell", {"code": 75}, "requeue", "preempted; requeued"),
+        (
+            "watchdog",
+            {"code": 124, "alive": TWO},
+            "again",
+            "watchdog: rank 0/2 made no progress for 10 s after step 6; ",
+        ),
+        (
+            "memory",
+            {"code": 137},
+            "fail",
+            "out of memory (0: slurmstepd-n1: error: StepId=10024.0 exceeded memory limit",
+        ),
+        (
+            "preemption",
+            {"code": 75, "requeued": True, "status": "preempted", "fresh": True},
+            "over",
+            "saved; SLURM has put the job back into the queue (preempted)",
+        ),
+        (
+            "node-failure",
+            {"code": 75, "requeued": True},
+            "over",
+            "SLURM has put the job back into the queue (n2 failed)",
+        ),
+        ("node-failure", {"code": 75, "state": "COMPLETING"}, "over", "ended by SLURM (n2 failed); submit it again"),
         (None, {"code": 1}, "fail", "the log does not say why"),
         (None, {"code": 0, "status": "finished", "fresh": True}, "done", "done"),
         (None, {"code": 0, "status": "failed", "fresh": True}, "fail", "all processes returned 0, but /shared/runs/a"),
@@ -74,6 +99,7 @@ def test_the_dead_node_is_left_out_and_the_others_keep_their_ranks() -> None:
     again = judge(start("node-of-three", min_nodes=2, **known))
     assert (again.nodes, again.tasks, again.without) == (("n1", "n3"), (1, 1), ("n2",))
     assert judge(start("node-of-three", min_nodes=3, **known)).without == ("n2",)
+    assert judge(start("node-of-three", min_nodes=3, **known, left_out=("n4",))).without == ("n4", "n2")
     assert judge(start("node-of-three", min_nodes=3, **known)).action == "requeue"
 
 

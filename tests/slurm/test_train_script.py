@@ -20,8 +20,8 @@ from jobs import STEPS, Jobs, Run, wait_all, wait_for
 
 from dpdist_launch.cli import main
 
-#: Seconds that `srun --kill-on-bad-exit` may take to end a job after one of its ranks has died.
-BOUND_AFTER_A_DEATH = 60.0
+#: Seconds within which a job begins again after the death of a rank: less than the KillWait SLURM gives the others.
+BOUND_AFTER_A_DEATH = 25.0
 #: What changes from one start of a run to the next, or with where it runs.
 VOLATILE = {"examples_per_second", "tflops_per_device", "seconds_to_first_step", "goodput"}
 #: What a rank of `dpdist train configs/digits.yaml` imports.

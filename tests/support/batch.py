@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs import Run, wait_for
+from jobs import Run, children, wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "slurm" / "train_80gpu.sh"
@@ -34,6 +35,11 @@ class Batch:
     @property
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the start that began last has said its last line."""
+        return "dpdist job:" in self.text.rpartition("\n+ job ")[2]
 
     def state(self) -> str:
         """SLURM's word, such as RUNNING or, of a job that ended, COMPLETED; SILENT where it does not answer in time.
@@ -69,7 +75,7 @@ class Batch:
         """Until the run has recorded `step` or a later one."""
 
         def reached() -> bool:
-            assert "dpdist job:" not in self.text, f"ended before step {step}:\n{self.text}"
+            assert not self.has_ended, f"ended before step {step}:\n{self.text}"
             return any(record["step"] >= step for record in run.diagnostics)
 
         wait_for(reached, LIMIT, every=0.05)
@@ -78,7 +84,7 @@ class Batch:
         """Until the log holds `text`."""
 
         def said() -> bool:
-            assert text in self.text or "dpdist job:" not in self.text, f"it ended without {text!r}:\n{self.text}"
+            assert text in self.text or not self.has_ended, f"it ended without {text!r}:\n{self.text}"
             return text in self.text
 
         wait_for(said, LIMIT, every=0.1)
@@ -102,18 +108,23 @@ class Batch:
     def tasks(self) -> dict[int, int]:
         """Process ids of the ranks that run now, by rank."""
         found = {}
+        for daemon in self.daemons():
+            for pid in children(daemon):
+                with contextlib.suppress(OSError, UnicodeDecodeError):
+                    variables = Path(f"/proc/{pid}/environ").read_text()
+                    if rank := re.search(r"\0SLURM_PROCID=(\d+)\0", variables):
+                        found[int(rank[1])] = pid
+        return found
+
+    def daemons(self, node: str = "*", step: str = r"\d+") -> list[int]:
+        """Process ids of the slurmstepd of this job's steps on a node: and of this cluster."""
+        found = []
         for directory in Path("/proc").iterdir():
-            if not directory.name.isdecimal():
-                continue
-            try:
-                variables = dict(
-                    item.split("=", 1) for item in (directory / "environ").read_text().split("\0") if "=" in item
-                )
-                command = (directory / "cmdline").read_text()
-            except (OSError, UnicodeDecodeError):
-                continue
-            if variables.get("SLURM_JOB_ID") == self.id and "SLURM_PROCID" in variables and "dpdist" in command:
-                found[int(variables["SLURM_PROCID"])] = int(directory.name)
+            with contextlib.suppress(OSError):
+                if re.match(rf"slurmstepd: \[{self.id}\.{step}\]", (directory / "cmdline").read_text()):
+                    logs = [file.readlink() for file in (directory / "fd").iterdir()]
+                    ours = str(Path(self.slurm["SLURM_CONF"]).parent / "log" / f"{node}.log")
+                    found += [int(directory.name)] * any(log.match(ours) for log in logs)
         return found
 
 
