@@ -94,7 +94,7 @@ begin_job() {
         job_id=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID-}
         [ "$(job_field JobId)" = "${SLURM_JOB_ID:-}" ] || { job_id=${SLURM_JOB_ID:-0} && unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID; }
     fi
-    job_again=0 job_left_out=""
+    job_again=0 job_left_out="" job_last_words=""
     # For `dpdist logs` and the goodput of the run: tasks can see neither from where they are.
     export DPDIST_LOG=$job_log DPDIST_QUEUED
     DPDIST_QUEUED=$(queued_seconds || true)
@@ -166,11 +166,25 @@ log_of_start() {
     done
 }
 
-# pass_on SIGNAL: a notice that reached this shell alone (--signal=B:TERM) goes to all ranks, as the TERM they know.
+# pass_on SIGNAL: a notice that reached this shell alone (--signal=B:TERM) goes to all ranks, as the TERM they know. Where the job
+# is cancelled, requeued or at its limit, SLURM tells the ranks itself, and after KillWait kills those that are left, and this shell.
 pass_on() {
-    [[ $(job_field JobState) == RUNNING ]] || return 0 # cancelled, requeued: SLURM tells the ranks itself
-    note "this shell was told to leave by SIG$1; all ranks are told"
-    scancel --quiet --signal=TERM "$job_id" || true
+    local kill_wait
+    if [[ $(job_field JobState) == RUNNING ]]; then
+        note "this shell was told to leave by SIG$1; all ranks are told"
+        scancel --quiet --signal=TERM "$job_id" || true
+        return
+    fi
+    kill_wait=$(timeout 5 scontrol show config 2>/dev/null | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p' || true)
+    job_last_words=$((SECONDS + ${kill_wait:-30} * 2 / 3))
+}
+
+# say_last_words: why the job ends, while this shell can still say so; where the ranks leave after all, another line follows.
+say_last_words() {
+    job_last_words=""
+    judge ""
+    [ "${job_verdict[0]}" != over ] || say "${job_verdict[5]}; ranks of it are still running"
+    job_verdict=()
 }
 
 # job_field NAME: what SLURM says of this job.
@@ -182,10 +196,11 @@ wait_for_step() {
     local step=$1 timer since=0 patience=5 first="" killer=""
     job_step_code=0
     while kill -0 "$step" 2>/dev/null; do
-        sleep "$([ -z "$first" ] && echo 5 || echo 1)" &
+        sleep "$([ -z "$first$job_last_words" ] && echo 5 || echo 1)" &
         timer=$!
         wait -n "$step" "$timer" 2>/dev/null || true
         kill "$timer" 2>/dev/null || true
+        [ -z "$job_last_words" ] || [ "$SECONDS" -lt "$job_last_words" ] || say_last_words
         if [ -z "$first" ]; then
             first=$(first_death)
             since=$SECONDS

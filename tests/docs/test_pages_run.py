@@ -120,7 +120,8 @@ def test_the_quickstart_and_verifying_what_it_gives_away(reader: Jobs) -> None:
     # A plan of the same config is in tuning.md.
     assert execute("quickstart.md", reader.root, run, without="bash launch/quickstart.sh|dpdist plan") == 7
     shutil.copytree(reader.root / "exports/digits", reader.root / "given")
-    assert execute("verify.md", reader.root, lambda words: forked(reader, words), without="never") == 4
+    # Signing needs somebody's key.
+    assert execute("verify.md", reader.root, lambda words: forked(reader, words), without="dpdist .* --sign") == 4
 
 
 @pytest.mark.wait

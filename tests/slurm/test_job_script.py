@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from jobs import wait_for
 
 from dpdist.errors import InputError
 from dpdist_launch.slurm.script import submission_environment
@@ -92,6 +94,36 @@ def test_the_summary_is_looked_for_where_the_tasks_write_it(tmp_path: Path) -> N
     container = (str(engine), str(inside))
     assert end(tmp_path, write(inside / "run" / "summary.json", FINISHED), container=container)[0] == 0
     assert end(tmp_path, write(Path("run/summary.json"), SPENT), container=container)[0] == 1
+
+
+def test_it_says_why_it_ends_before_slurm_kills_the_shell_too(tmp_path: Path) -> None:
+    """Ranks that cannot leave are killed after KillWait, and the shell with them: then it would be too late."""
+    said = "*** JOB 7 ON n1 CANCELLED AT 2026-11-27T19:26:03 DUE TO TIME LIMIT ***"
+    programs = {
+        "srun": f"trap '' TERM; echo 'slurmstepd-n1: error: {said}' >&2; touch started; sleep 60 & wait",
+        "scontrol": "case $* in *config) echo KillWait = 3 sec;; *) echo JobState=COMPLETING;; esac",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = (
+        f"job_repository={JOB.parents[1]}; . {JOB}; dpdist_container=(); begin_job run; supervise train; end_job $?"
+    )
+    environ = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    log = tmp_path / "job.log"
+    with log.open("a") as stderr:
+        shell = subprocess.Popen(
+            ["bash", "-c", script], cwd=tmp_path, env=environ, stderr=stderr, start_new_session=True
+        )
+    try:
+        wait_for((tmp_path / "started").exists, 30, every=0.1)
+        shell.send_signal(signal.SIGTERM)
+        wait_for(lambda: "ranks of it are still running" in log.read_text(), 30, every=0.1)
+        assert shell.poll() is None
+    finally:
+        os.killpg(shell.pid, signal.SIGKILL)
+        shell.wait()
+    assert "dpdist job: ended by SLURM at the time limit; submit it again" in log.read_text().splitlines()[-1]
 
 
 def read_site(root: Path, text: str, then: str = "") -> tuple[int, str]:
