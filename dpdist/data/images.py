@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpdist.data import optional
+from dpdist.data.native_output import silent_descriptor
 from dpdist.errors import InputError
 
 #: Pillow's name of a mode, and its channels.
@@ -92,7 +94,9 @@ class Images:
             if self._size is not None:
                 # JPEG decodes to a half, a quarter or an eighth at once; twice the size wanted hides that.
                 image.draft(self._mode, (2 * self._size[1], 2 * self._size[0]))
-            image = image.convert(self._mode)
+            # libtiff writes what it finds wrong with an image to descriptor 2, and goes on.
+            with silent_descriptor() if image.format == "TIFF" else contextlib.nullcontext():
+                image = image.convert(self._mode)
             if self._size is not None and image.size != self._size[::-1]:
                 image = self._ops.fit(image, self._size[::-1], self._pillow.Resampling.BILINEAR)
             return np.asarray(image).reshape(image.height, image.width, self.channels)
