@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 import traceback
 
 from dpdist.errors import InputError
 from dpdist.run.events import public_cause
-from dpdist.run.private_log import record_exception
+from dpdist.run.private_log import public_stderr, record_exception
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 #: The words with which XLA begins a message. They quote nothing.
@@ -39,15 +38,16 @@ def report_failure(error: BaseException, *, ours: tuple[type[BaseException], ...
     log = record_exception(traceback.format_exc() if whole else f"dpdist: error: {error}")
     if bad_input:
         more = f" ({log} says more)" if log is not None and error.__cause__ is not None else ""
-        print(f"dpdist: error: {error}{more}", file=sys.stderr)
+        print(f"dpdist: error: {error}{more}", file=public_stderr())
         return EXIT_BAD_INPUT
     if isinstance(error, ours):
-        print(f"dpdist: failed: {error}", file=sys.stderr)
+        print(f"dpdist: failed: {error}", file=public_stderr())
     elif log is None:  # no data was read yet
         traceback.print_exc()
     else:
         print(
-            f"dpdist: failed with {public_cause(error)}{_status(str(error))}; what it says is in {log}", file=sys.stderr
+            f"dpdist: failed with {public_cause(error)}{_status(str(error))}; what it says is in {log}",
+            file=public_stderr(),
         )
     return EXIT_FAILED
 

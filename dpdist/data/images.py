@@ -7,6 +7,7 @@ part of the range, they are refused.
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dpdist.data import optional
+from dpdist.data.native_output import silent_descriptor
 from dpdist.errors import InputError
 
 #: Pillow's name of a mode, and its channels.
@@ -101,9 +103,11 @@ class Images:
                 # JPEG decodes to a half, a quarter or an eighth at once; twice the size wanted hides that.
                 height, width = self._size if orientation < _SIDEWAYS else self._size[::-1]
                 image.draft(self._mode, (2 * width, 2 * height))
-            if orientation > 1:
-                image = self._ops.exif_transpose(image)
-            image = image.convert(self._mode)
+            # libtiff writes what it finds wrong with an image to descriptor 2, and goes on.
+            with silent_descriptor() if image.format == "TIFF" else contextlib.nullcontext():
+                if orientation > 1:
+                    image = self._ops.exif_transpose(image)
+                image = image.convert(self._mode)
             if self._size is not None and image.size != self._size[::-1]:
                 image = self._ops.fit(image, self._size[::-1], self._pillow.Resampling.BILINEAR)
             return np.asarray(image).reshape(image.height, image.width, self.channels)

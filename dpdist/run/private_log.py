@@ -1,5 +1,8 @@
 """The log of a process, under `private/`: exception texts may quote data, so they go nowhere else.
 
+Nor does what libraries log or warn of, since that they warn at all may be about one record: Pillow of a large image, in
+just the steps that sample it. Of what is logged, our own lines alone go elsewhere (`OWN`).
+
 Even this log must not hold the secret: people read logs for good reasons, and the secret would let them subtract the
 noise. dpdist never writes it; a user's own code, or a library that dumps its variables, might.
 """
@@ -7,11 +10,21 @@ noise. dpdist never writes it; a user's own code, or a library that dumps its va
 from __future__ import annotations
 
 import base64
+import io
 import logging
 import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 from dpdist.mechanism.keys import Secret
+
+#: The first part of a logger's name whose lines everyone may read: dpdist's packages, a script that calls them, and
+#: what `dpdist submit` starts them by, which sees no data.
+OWN = ("dpdist", "dpdist_launch", "__main__", "submitit")
 
 _FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
@@ -24,6 +37,73 @@ class PrivateLog(logging.StreamHandler):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         super().__init__(os.fdopen(descriptor, "a"))
         self.setFormatter(_FORMAT)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As any handler, but arguments that do not fit their text are shown beside it."""
+        try:
+            return super().format(record)
+        except Exception:
+            text = f"{record.msg!r} {record.args!r}"
+            return super().format(logging.LogRecord(record.name, record.levelno, "", 0, text, None, None))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, as logging calls it
+        """Nothing: where this file cannot be written, the default would print the record to stderr."""
+
+
+class OwnAlone(logging.Filter):
+    """Lets the records of our own loggers through, and no other."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.name.partition(".")[0] in OWN
+
+
+class GuardedStderr(io.TextIOBase):
+    """`sys.stderr` of a command: from when a private log is open, what Python code writes to it goes there alone.
+
+    A warning that bypasses `logging`, a thread's traceback and Python's "exception ignored" come this way. What
+    everyone is to read is written to `public`.
+
+    Args:
+        public: the stream that everyone may read.
+    """
+
+    def __init__(self, public: TextIO) -> None:
+        super().__init__()
+        self.public = public
+        self._lock = threading.RLock()
+        self._rest = ""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.public.encoding
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        logs = current()
+        if not logs:
+            return self.public.write(text)
+        with self._lock:
+            *lines, self._rest = re.split(r"[\r\n]", self._rest + text)
+        for line in filter(str.strip, lines):
+            logs[0].handle(logging.LogRecord("stderr", logging.WARNING, "", 0, line, None, None))
+        return len(text)
+
+    def flush(self) -> None:
+        self.public.flush()
+
+    def fileno(self) -> int:
+        return self.public.fileno()
+
+    def isatty(self) -> bool:
+        return not current() and self.public.isatty()
+
+
+def public_stderr() -> TextIO:
+    """The stream for what everyone may read: stderr, guarded or not."""
+    stream: Any = sys.stderr
+    return stream.public if isinstance(stream, GuardedStderr) else stream
 
 
 class WithoutTraceback(logging.Formatter):
@@ -40,15 +120,17 @@ class WithoutTraceback(logging.Formatter):
 
 
 def log_to(path: Path) -> None:
-    """Send all log records of this process to `path` too, in place of an earlier run's file.
+    """Send all log records of this process to `path`, in place of an earlier run's file.
 
-    Tracebacks go there alone.
+    Tracebacks and the records of others than `OWN` go there alone, whichever handlers libraries have made by now.
     """
     root = logging.getLogger()
     for old in current():
         root.removeHandler(old)
         old.stream.close()
-    for handler in root.handlers:
+    for handler in _handlers():
+        if not any(isinstance(each, OwnAlone) for each in handler.filters):
+            handler.addFilter(OwnAlone())
         inner = handler.formatter.inner if isinstance(handler.formatter, WithoutSecret) else handler.formatter
         if not isinstance(inner, WithoutTraceback):
             handler.setFormatter(WithoutTraceback(inner or logging.Formatter()))
@@ -98,6 +180,13 @@ def keep_out_of_logs(secret: Secret) -> None:
         inner = handler.formatter or logging.Formatter()
         inner = inner.inner if isinstance(inner, WithoutSecret) else inner
         handler.setFormatter(WithoutSecret(inner, secret))
+
+
+def _handlers() -> Iterator[logging.Handler]:
+    """Those of every logger that there is."""
+    for logger in [logging.getLogger(), *logging.getLogger().manager.loggerDict.values()]:
+        if isinstance(logger, logging.Logger):
+            yield from logger.handlers
 
 
 def current() -> list[PrivateLog]:

@@ -6,12 +6,13 @@ and so how large their samples were; both follow from times that `dpdist.run.rec
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from dpdist.run.private_log import public_stderr
 
 _LINE_SECONDS = 5.0
 #: Names that would not fit.
@@ -32,14 +33,14 @@ class ProgressLine:
         self, *, steps: int, start: int, budget: float | None, style: Literal["auto", "bar", "lines", "off"]
     ) -> None:
         if style == "auto":
-            style = "bar" if sys.stderr.isatty() else "lines"
+            style = "bar" if public_stderr().isatty() else "lines"
         self._steps, self._start, self._budget = steps, start, budget
         self._shown, self._lines = start, style == "lines"
         self._bar = None
         self._metric = ""
         if style == "bar":
             self._bar = Progress(
-                BarColumn(bar_width=12), TextColumn("{task.description}"), console=Console(stderr=True)
+                BarColumn(bar_width=12), TextColumn("{task.description}"), console=Console(file=public_stderr())
             )
             self._bar.start()
             self._task = self._bar.add_task("first step", total=steps, completed=start)
@@ -80,7 +81,7 @@ class ProgressLine:
 
 def say(text: str) -> None:
     """One line to stderr, where logs go."""
-    print(text, file=sys.stderr, flush=True)
+    print(text, file=public_stderr(), flush=True)
 
 
 def _clock(seconds: float) -> str:
