@@ -26,7 +26,7 @@ from dpdist_launch.measure import machine
 from dpdist_launch.measure.bench import arms, peers, table
 from dpdist_launch.measure.bench.naive import naive_series
 from dpdist_launch.measure.bench.program import Arm, Program, Sums, largest_batch
-from dpdist_launch.measure.bench.rounds import Clock, Times, fastest, interleaved, ratios
+from dpdist_launch.measure.bench.rounds import Clock, fastest, interleaved, ratios
 from dpdist_launch.measure.bench.tasks import TASKS, Problem, Task, in_dtype, problem_of
 
 Progress = Callable[[str], None]
@@ -190,6 +190,7 @@ def measure(
     memory_limit: float | None = None,
     time_limit: float | None = None,
     clock: Clock = time.perf_counter,
+    processor_clock: Clock = time.process_time,
     progress: Progress = lambda line: None,
     after_arm: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
@@ -210,21 +211,24 @@ def measure(
         rounds=rounds,
         seconds=seconds,
         clock=clock,
+        processor=processor_clock,
         until=until,
         after_round=lambda number: progress(f"round {number + 1} of {rounds}"),
     )
-    found["baselines"] = baselines = baselines_of(measured, times)
+    wall = {name: each.wall for name, each in times.items()}
+    processor = {name: each.processor for name, each in times.items()}
+    found["baselines"] = baselines = baselines_of(measured, wall)
+    found["processor_baselines"] = by_processor = baselines_of(measured, processor)
     for arm in measured:
         if arm.name not in times:
             continue
-        own = times[arm.name]
-        median = float(np.median(own.wall))
-        results[arm.name] |= {"seconds": median, "examples_per_second": size / median, "seconds_by_round": own.wall}
-        results[arm.name] |= {"processor_seconds": float(np.median(own.processor))}
+        own, spent = wall[arm.name], processor[arm.name]
+        median = float(np.median(own))
+        results[arm.name] |= {"seconds": median, "examples_per_second": size / median, "seconds_by_round": own}
+        results[arm.name] |= {"processor_seconds": float(np.median(spent)), "processor_seconds_by_round": spent}
         if arm.framework in baselines:
-            plain = times[baselines[arm.framework]]
-            results[arm.name] |= ratios(own.wall, plain.wall)
-            results[arm.name] |= {"processor_ratio": ratios(own.processor, plain.processor)["ratio"]}
+            results[arm.name] |= ratios(own, wall[baselines[arm.framework]])
+            results[arm.name]["processor_ratio"] = ratios(spent, processor[by_processor[arm.framework]])["ratio"]
         compile_at = programs[arm.name].compile_at
         if memory_limit is not None and compile_at is not None and clock() < until:
             progress(f"{arm.name}: looking for its largest batch")
@@ -234,19 +238,19 @@ def measure(
         series: dict[str, Any] = {"framework": arms.JAX, "private": True}
         try:
             series |= naive_series(arms.grad_sum(arms.NAIVE, problem), problem, clock=clock)
-            series["ratio"] = series["seconds"] / float(np.median(times[baselines[arms.JAX]].wall))
+            series["ratio"] = series["seconds"] / float(np.median(wall[baselines[arms.JAX]]))
         except Exception as error:
             series["failed"] = _reason(error)
         results[arms.NAIVE] = series
     return found
 
 
-def baselines_of(measured: Sequence[Arm], times: Mapping[str, Times]) -> dict[str, str]:
+def baselines_of(measured: Sequence[Arm], times: Mapping[str, list[float]]) -> dict[str, str]:
     """Return the name of the fastest plain SGD by framework: a ratio to a slow one would flatter."""
     plain: dict[str, dict[str, list[float]]] = {}
     for arm in measured:
         if not arm.private and arm.name in times:
-            plain.setdefault(arm.framework, {})[arm.name] = times[arm.name].wall
+            plain.setdefault(arm.framework, {})[arm.name] = times[arm.name]
     return {framework: fastest(forms) for framework, forms in plain.items()}
 
 

@@ -22,7 +22,8 @@ def text(content: dict[str, Any]) -> str:
         _notes(content),
         "## Time over plain SGD",
         "Median over rounds of the ratio to the fastest plain SGD of the same framework in the same round, and the "
-        f"median milliseconds of one physical batch. {_baselines(models)} **Bold**: the lowest ratio of a private arm.",
+        f"median milliseconds of one physical batch. {_baselines(models, 'baselines')} **Bold**: the lowest ratio of a "
+        "private arm.",
         _by_arm(models, arms, _ratio_and_time, best=_lowest("ratio")),
         *_processor(content, arms),
         "## Examples per second",
@@ -102,10 +103,8 @@ def _highest(quantity: str) -> Best:
     return _lowest(quantity, -1)
 
 
-def _baselines(models: dict[str, Any]) -> str:
-    told = (
-        f"{name} {' and '.join(f'`{arm}`' for arm in model['baselines'].values())}" for name, model in models.items()
-    )
+def _baselines(models: dict[str, Any], which: str) -> str:
+    told = (f"{name} {' and '.join(f'`{arm}`' for arm in model[which].values())}" for name, model in models.items())
     return f"The fastest were: {'; '.join(told)}."
 
 
@@ -136,8 +135,8 @@ def _processor(content: dict[str, Any], arms: list[str]) -> list[str]:
         return []
     return [
         "## Processor time over plain SGD",
-        "The same ratios of processor time, all of the process's threads together, and milliseconds of it for one "
-        "physical batch. What other processes take of the cores is not in it, but for what they do to the caches.",
+        "The same of processor time, all of the process's threads together: what other processes take of the cores is "
+        f"not in it, but for what they do to the caches. {_baselines(content['models'], 'processor_baselines')}",
         _by_arm(content["models"], arms, _processor_ratio_and_time, best=_lowest("processor_ratio")),
     ]
 
