@@ -205,7 +205,7 @@ wait_for_step() {
             first=$(first_death)
             since=$SECONDS
             [[ $first != *"exit code 75" && $first != *Terminated ]] || patience=30 # they have saved, and are leaving
-        elif [ $((SECONDS - since)) -ge $((patience + 10)) ]; then
+        elif [ $((SECONDS - since)) -ge $((patience + 5)) ]; then
             kill -KILL "$step" 2>/dev/null || true
             wait "$step" 2>/dev/null || true
             job_step_code=""

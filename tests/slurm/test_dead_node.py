@@ -11,20 +11,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from batch import LIMIT, SCRIPT, Batch, sbatch
-from jobs import Jobs, Run, children, wait_all, wait_for
+from jobs import Jobs, Run, children, wait_for
 
 #: Of JAX in these jobs, and of the question to the nodes, in seconds; the defaults are 100 and 20.
 HEARTBEAT, PROBE = 10, 4
 PHASES = Path(__file__).parents[1] / "faults" / "phases.py"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(jobs: Jobs) -> Run:
-    run = jobs.new("undisturbed")
-    wait_all(jobs.ranks(run, 2, 1))
-    return run
 
 
 def processes_of(batch: Batch, node: str) -> list[int]:
@@ -59,7 +51,7 @@ def nodes_of(batch: Batch) -> list[str]:
 
 
 def test_nodes_die_at_start_up_and_in_a_step_and_in_a_save_and_the_run_goes_on_without_them(
-    slurm: dict[str, str], jobs: Jobs, undisturbed: Run
+    slurm: dict[str, str], jobs: Jobs, four_processes: Run
 ) -> None:
     """At first all of three are needed, so that it is requeued without the dead one; then one is enough."""
     shutil.copy(PHASES, jobs.root)
@@ -120,12 +112,12 @@ def test_nodes_die_at_start_up_and_in_a_step_and_in_a_save_and_the_run_goes_on_w
     assert batch.text.count("+ job") == 2  # it was in the queue once
     assert "without a last line" not in batch.text
     assert (run.summary["status"], run.summary["processes"]) == ("finished", 1)
-    assert run.summary["params_sha256"] == undisturbed.summary["params_sha256"]
-    assert run.digests == undisturbed.digests
+    assert run.summary["params_sha256"] == four_processes.summary["params_sha256"]
+    assert run.digests == four_processes.digests
 
 
 def test_the_first_node_dies_with_the_batch_script_and_slurm_requeues_the_job(
-    slurm: dict[str, str], jobs: Jobs, undisturbed: Run
+    slurm: dict[str, str], jobs: Jobs, four_processes: Run
 ) -> None:
     """Rank 0 is not dead yet when the next start comes, as on a node that SLURM alone cannot reach any more."""
     run = jobs.new("first-node")
@@ -162,8 +154,8 @@ def test_the_first_node_dies_with_the_batch_script_and_slurm_requeues_the_job(
         assert batch.wait() == "COMPLETED", batch.text
         assert first not in nodes_of(batch)
     assert batch.text.splitlines()[-1] == "dpdist job: done"
-    assert run.summary["params_sha256"] == undisturbed.summary["params_sha256"]
-    assert run.digests == undisturbed.digests
+    assert run.summary["params_sha256"] == four_processes.summary["params_sha256"]
+    assert run.digests == four_processes.digests
 
 
 @contextlib.contextmanager

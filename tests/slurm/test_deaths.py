@@ -79,6 +79,12 @@ def start(log: str | None, **known: Any) -> Start:
             "over",
             "SLURM has put the job back into the queue (n2 failed)",
         ),
+        (
+            "time-limit",
+            {"code": None, "state": "COMPLETING"},
+            "over",
+            "ended by SLURM at the time limit; submit it again",
+        ),
         ("node-failure", {"code": 75, "state": "COMPLETING"}, "over", "ended by SLURM (n2 failed); submit it again"),
         (None, {"code": 1}, "fail", "the log does not say why"),
         (None, {"code": 0, "status": "finished", "fresh": True}, "done", "done"),
