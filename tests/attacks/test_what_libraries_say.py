@@ -123,7 +123,8 @@ def test_what_is_said_of_an_image_is_not_shown(jobs: Jobs, tmp_path: Path) -> No
             folder = tmp_path / part / label
             folder.mkdir(parents=True)
             for number in range(30):
-                Image.fromarray(np.full((8, 8), number + 100 * (part == "test"), np.uint8)).save(folder / f"{number}.png")
+                pixels = np.full((8, 8), number + 100 * (part == "test"), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
             palette(folder / "palette.png")
             damaged(folder / "damaged.tif")
     run = jobs.new("images")
