@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dpdist.data import optional
+from dpdist.data.sources import BadRecordError
 from dpdist.data.table import Classes, Column, Pictures, Table, Texts, Unusable
 from dpdist.errors import InputError
 
@@ -37,15 +38,14 @@ def read_files(files: Sequence[Path], wanted: Sequence[str] | None) -> Table:
             raise InputError(
                 "data.path",
                 str(file),
-                f"says other class names, or another order of them, than {files[0].name}; write all files alike.",
+                "says other class names, or another order of them, than the first of its part; write all files alike.",
             )
         if not table.schema.equals(tables[0].schema):
             raise InputError(
                 "data.path",
                 str(file),
-                f"has the columns {_shown(table.schema)}, but {files[0].name} has {_shown(tables[0].schema)}; all "
-                "files of a part need the same.",
-            )
+                "has other columns, or of other types, than the first of its part; all files of a part need the same.",
+            ) from BadRecordError(f"{_shown(table.schema)}, and in {files[0].name} {_shown(tables[0].schema)}")
     return columns_of(arrow.concat_tables(tables), folder=files[0].parent)
 
 

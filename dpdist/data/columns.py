@@ -13,36 +13,39 @@ import numpy as np
 
 from dpdist.config.nearest import did_you_mean
 from dpdist.data.encoded import EncodedSource
-from dpdist.data.sources import ArraySource, BadRecordError, Source, Subset, for_devices
+from dpdist.data.sources import WHERE_NAMED, ArraySource, BadRecordError, Source, Subset, for_devices
 from dpdist.errors import InputError
 
 
-def named(columns: Mapping[str, Any] | None, there: Collection[Any], where: str) -> dict[str, Any]:
+def named(
+    columns: Mapping[str, Any] | None, there: Collection[Any], where: str, given: Collection[Any] | None = None
+) -> dict[str, Any]:
     """Theirs by ours, all of them known.
 
     Args:
         columns: `data.columns`.
         there: the names of the columns that there are.
         where: what has them, for errors.
+        given: the names that everyone may read; None is all of `columns`.
 
     Raises:
-        InputError: there is no such column; the error lists those there are.
+        InputError: there is no such column; the error's cause lists those there are.
     """
     if columns is None:
         return {name: name for name in there}
     for ours, theirs in columns.items():
-        for name in theirs if isinstance(theirs, list) else [theirs]:
+        for place, name in enumerate(theirs if isinstance(theirs, list) else [theirs], start=1):
             if name not in there:
                 meant = did_you_mean(name, [each for each in there if isinstance(each, str)])
                 raise InputError(
                     f"data.columns.{ours}",
-                    name,
-                    f"no such column in {where}; {meant}there are {', '.join(map(str, there))}.",
-                )
+                    name if given is None or name in given else f"column {place}",
+                    f"no such column in {where}, which has {len(there)}; {WHERE_NAMED}.",
+                ) from BadRecordError(f"{name!r}: {meant}there are {', '.join(map(str, there))}")
     return dict(columns)
 
 
-def wanted(columns: Mapping[str, Any] | None) -> list[str] | None:
+def wanted(columns: Mapping[str, Any] | None) -> list[Any] | None:
     """Theirs, in one list; None where all are kept."""
     if columns is None:
         return None
@@ -56,11 +59,16 @@ def stacked(parts: Sequence[Any], ours: str, theirs: Sequence[str]) -> np.ndarra
         InputError: the columns hold more than a number an example.
     """
     arrays = [
-        for_devices(repr(name), np.asarray(part)).astype(np.float32) for name, part in zip(theirs, parts, strict=True)
+        for_devices(f"{place} of data.columns.{ours}", np.asarray(part)).astype(np.float32)
+        for place, part in enumerate(parts, start=1)
     ]
     if len({array.shape for array in arrays}) > 1 or arrays[0].ndim > 1:
-        shapes = ", ".join(f"{name} {list(array.shape[1:])}" for name, array in zip(theirs, arrays, strict=True))
-        raise InputError(f"data.columns.{ours}", list(theirs), f"stack columns of one number each, not {shapes}.")
+        shapes = [list(array.shape[1:]) for array in arrays]
+        raise InputError(
+            f"data.columns.{ours}",
+            f"{len(arrays)} columns",
+            f"stack columns of one number each; these have the shapes {', '.join(map(str, shapes))}.",
+        ) from BadRecordError(f"of {', '.join(map(str, theirs))}")
     return np.stack(arrays, axis=-1)
 
 

@@ -46,8 +46,8 @@ def read_csv(files: Sequence[Path], delimiter: str | None = None, text: str | No
             )
         if names is not None and head != names:
             raise InputError(
-                "data.path", str(file), f"has other columns than {files[0].name}; give all files the same."
-            )
+                "data.path", str(file), "has other columns than the first of its part; give all files the same."
+            ) from BadRecordError(f"{', '.join(head)}, and in {files[0].name} {', '.join(names)}")
         names = head
         for line, row in enumerate(rows, start=2):
             if len(row) != len(names):

@@ -25,7 +25,7 @@ from dpdist.data.image_folder import open_image_folder
 from dpdist.data.npy import read_npy
 from dpdist.data.parts import Parts, choose_parts, split, split_indices
 from dpdist.data.sources import ArraySource, Source, Subset
-from dpdist.data.table import Reading
+from dpdist.data.table import Reading, given
 from dpdist.data.table_files import open_arrow, open_csv, open_hf
 from dpdist.data.text import open_text
 from dpdist.data.units import UnitSource, WithoutColumn, require_apart
@@ -197,7 +197,7 @@ def _columnar(
     train: str | None = None,
     test: str | None = None,
 ) -> Dataset:
-    reading = Reading(size=size, mode=mode, classes=classes, unit=data.unit)
+    reading = Reading(size=size, mode=mode, classes=classes, unit=data.unit, given=given(data.columns, data.unit))
     return _dataset(open_files(_path(data), data, reading=reading, train=train, test=test), data)
 
 
@@ -208,7 +208,7 @@ def _csv(
     train: str | None = None,
     test: str | None = None,
 ) -> Dataset:
-    reading = Reading(classes=classes, unit=data.unit)
+    reading = Reading(classes=classes, unit=data.unit, given=given(data.columns, data.unit))
     return _dataset(open_csv(_path(data), data, reading=reading, delimiter=delimiter, train=train, test=test), data)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from dpdist.data import arrow, hf
 from dpdist.data.csv_files import SUFFIXES as CSV
 from dpdist.data.csv_files import read_csv
-from dpdist.data.parts import find_files
+from dpdist.data.parts import find_files, unnamed
 from dpdist.data.sources import BadRecordError
 from dpdist.data.table import Table, Texts, Unusable
 from dpdist.errors import InputError
@@ -30,7 +30,8 @@ def read_documents(path: Path, *, train: str | None, test: str | None) -> tuple[
     if hf.is_saved(path):
         return hf.read_saved(path, train=train, test=test)
     first, second = find_files(path, SUFFIXES, train=train, test=test)
-    return _read(first), _read(second) if second else None
+    with unnamed(path, [*first, *second]):
+        return _read(first), _read(second) if second else None
 
 
 def _read(files: Sequence[Path]) -> Table:

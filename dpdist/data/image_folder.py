@@ -15,7 +15,7 @@ from dpdist.config import Data
 from dpdist.data.encoded import EncodedSource
 from dpdist.data.images import SUFFIXES, Images
 from dpdist.data.parts import Parts, choose_parts, part_named, split
-from dpdist.data.sources import BadRecordError
+from dpdist.data.sources import WHERE_NAMED, BadRecordError
 from dpdist.errors import InputError
 
 
@@ -51,10 +51,10 @@ def open_image_folder(
             if unknown := sorted(set(_folders(test_folder)) - set(classes)):
                 raise InputError(
                     "data.path",
-                    str(test_folder),
-                    f"has the class {unknown[0]}, which {train_folder.name} has not; the classes are the folders of "
-                    f"{train_folder.name}.",
-                )
+                    str(path),
+                    f"its test folder holds {len(unknown)} folders that its train folder has not; the classes are "
+                    f"those of the train folder; {WHERE_NAMED}.",
+                ) from BadRecordError(f"such as {unknown[0]} in {test_folder.name}")
             second = _images(test_folder, classes, size, mode)
     return Parts(train=first, test=second, classes=len(classes), label_names=tuple(classes))
 
@@ -71,9 +71,9 @@ def _has_parts(folders: dict[str, Path]) -> bool:
         raise InputError(
             "data.path",
             str(next(iter(folders.values())).parent),
-            f"has {stray[0]} beside a train folder with classes; move it away, or name the folders of both parts in "
-            "data.options: {train: ..., test: ...}.",
-        )
+            f"has {len(stray)} other folders beside a train folder with classes; move them away, or name the folders "
+            f"of both parts in data.options: {{train: ..., test: ...}}; {WHERE_NAMED}.",
+        ) from BadRecordError(f"such as {stray[0]}")
     return True
 
 
@@ -84,7 +84,7 @@ def _folders(path: Path) -> list[str]:
 def _classes(path: Path) -> list[str]:
     names = _folders(path)
     if len(names) < 2:
-        found = f"only the folder {names[0]}" if names else "no folder"
+        found = "only one folder" if names else "no folder"
         raise InputError("data.path", str(path), f"holds {found}; it needs one for each of at least 2 classes.")
     return names
 

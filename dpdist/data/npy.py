@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dpdist.data.sources import BadRecordError
 from dpdist.errors import InputError
 
 
@@ -45,8 +46,8 @@ def read_npy(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
             "data.path",
             str(path),
             "has no train columns; looked for the names train_<column>, "
-            f"such as train_image, and found {', '.join(found) or 'nothing'}.",
-        )
+            f"such as train_image, and found {f'{len(found)} of other names' if found else 'nothing'}.",
+        ) from BadRecordError(f"found {', '.join(found)}")
     return train, test
 
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from dpdist.data import arrow, hf
 from dpdist.data.columns import pick, wanted
-from dpdist.data.sources import ArraySource, Source
+from dpdist.data.sources import ArraySource, BadRecordError, Source
 from dpdist.data.table import Column, Reading, Table, Texts, Unusable, to_source
+from dpdist.data.table import given as public_names
 from dpdist.errors import InputError
 
 #: What a set of examples may be, in words.
@@ -40,7 +41,7 @@ def as_source(
     Raises:
         InputError: it is something else, or has columns that no model can take.
     """
-    reading = Reading(classes=names, unit=unit)
+    reading = Reading(classes=names, unit=unit, given=public_names(columns, unit))
     if _is(given, "datasets", "Dataset") and given.format["type"] != "custom":  # with a transform, that gives examples
         return to_source(hf.columns_of(given, wanted(columns)), columns, reading, where)
     if _is(given, "pyarrow", "Table"):
@@ -78,7 +79,10 @@ def _is(given: Any, module: str, name: str) -> bool:
 def _frame(frame: Any, where: str) -> Table:
     """The columns of a data frame; its index is none of them."""
     if not all(isinstance(name, str) for name in frame.columns) or not frame.columns.is_unique:
-        raise InputError(where, list(frame.columns), "name the columns of the data frame by text, each once.")
+        found = f"{len(frame.columns)} columns"
+        raise InputError(where, found, "name the columns of the data frame by text, each once.") from BadRecordError(
+            f"they are {list(frame.columns)}"
+        )
     return {name: _series(frame[name]) for name in frame.columns}
 
 

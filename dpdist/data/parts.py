@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from dpdist.config import Data
-from dpdist.data.sources import Source, Subset
+from dpdist.data.sources import WHERE_NAMED, BadRecordError, Source, Subset
 from dpdist.errors import InputError
 
 #: Words that say which part a file or folder holds, as is usual on the Hugging Face Hub and elsewhere.
@@ -80,8 +81,8 @@ def choose_parts(found: dict[str, T], *, train: str | None, test: str | None, wh
         name = asked or next((by_part[part] for part in usual if part in by_part), None)
         if (asked is not None or option == "train") and name not in found:
             raise InputError(
-                f"data.options.{option}", asked, f"{where} has no such part; name one of {', '.join(map(str, found))}."
-            )
+                f"data.options.{option}", asked, f"{where} has {len(found)} parts and no such one; {WHERE_NAMED}."
+            ) from BadRecordError(f"name one of {', '.join(map(str, found))}")
         chosen.append(None if name is None else found[name])
     first, second = chosen
     assert first is not None
@@ -124,9 +125,9 @@ def find_files(path: Path, suffixes: Sequence[str], *, train: str | None, test: 
             raise InputError(
                 "data.path",
                 str(path),
-                f"{file.relative_to(path)} and {stems[stem].relative_to(path)} seem to be one file twice, and a record "
-                "that is there twice gets half the protection; move one away.",
-            )
+                "two of its files seem to be one file twice, and a record that is there twice gets half the "
+                f"protection; move one away; {WHERE_NAMED}.",
+            ) from BadRecordError(f"{file.relative_to(path)} and {stems[stem].relative_to(path)}")
         stems[stem] = file
     by_name: dict[str | None, list[Path]] = {}
     for file in files:
@@ -137,13 +138,33 @@ def find_files(path: Path, suffixes: Sequence[str], *, train: str | None, test: 
         raise InputError(
             "data.path",
             str(path),
-            f"{stray[0].relative_to(path)} has no part in its name, while others have; put `train` or `test` into it, "
-            "or move it away.",
-        )
+            f"{len(stray)} of its {len(files)} files have no part in their name, while others have; put `train` or "
+            f"`test` into it, or move them away; {WHERE_NAMED}.",
+        ) from BadRecordError(f"such as {stray[0].relative_to(path)}")
     first, second = choose_parts(
         {str(name): files for name, files in by_name.items()}, train=train, test=test, where=str(path)
     )
     return first, second or []
+
+
+@contextlib.contextmanager
+def unnamed(path: Path, files: Sequence[Path]) -> Iterator[None]:
+    """Say of an error about one of the files found at `path` its place among them: its name may be a person's.
+
+    Raises:
+        InputError: one was raised in the block; the name is in its cause.
+    """
+    try:
+        yield
+    except InputError as error:
+        ordered = sorted(files)
+        place = next((number for number, file in enumerate(ordered, start=1) if error.value == str(file)), None)
+        if place is None or path.is_file():
+            raise
+        private = BadRecordError(f"{ordered[place - 1].relative_to(path)}: {error.__cause__ or error.remedy}")
+        private.__cause__ = error
+        remedy = f"file {place} of {len(ordered)}, in order of name: {error.remedy}"
+        raise InputError(error.field, str(path), remedy) from private
 
 
 def _part_of(file: Path, train: str | None, test: str | None) -> str | None:

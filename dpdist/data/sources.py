@@ -25,10 +25,15 @@ _BLOCK = 1 << 20
 
 
 class BadRecordError(ValueError):
-    """Which record is wrong, and how.
+    """Which record is wrong, and how, or names that are the data's: of files, which may be a person's, and of columns,
+    which are a record where a file has no line of names.
 
     It is the cause of an `InputError` whose own text says neither, since that text is shown where everyone may read it.
     """
+
+
+#: Where the names are that an error leaves out.
+WHERE_NAMED = "`dpdist data describe CONFIG` says which"
 
 
 @runtime_checkable

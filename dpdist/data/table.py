@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dpdist.data.columns import named, stacked
+from dpdist.data.columns import named, stacked, wanted
 from dpdist.data.encoded import EncodedSource
 from dpdist.data.images import Images
 from dpdist.data.sources import ArraySource, BadRecordError, Source
@@ -65,6 +65,8 @@ class Reading:
     classes: Any = None
     #: `data.unit`: a column of names is numbered.
     unit: str | None = None
+    #: Names of columns that the config gives, or this program: errors show no other.
+    given: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         names = self.classes
@@ -81,6 +83,11 @@ class Reading:
         return None if self.classes is None else tuple(map(str, self.classes))
 
 
+def given(columns: Mapping[str, Any] | None, unit: str | None) -> tuple[Any, ...]:
+    """The names of columns that a config gives by `data.columns` and `data.unit`, and those that this program has."""
+    return (*(wanted(columns) or ()), *((unit,) if unit is not None else ()), "text", "label", "target")
+
+
 def to_source(table: Table, columns: Mapping[str, Any] | None, reading: Reading, where: str) -> Source:
     """The examples of a table.
 
@@ -91,18 +98,18 @@ def to_source(table: Table, columns: Mapping[str, Any] | None, reading: Reading,
     Raises:
         InputError: a column is missing, or holds what no model can take.
     """
-    chosen = named(columns, table, where)
+    chosen = named(columns, table, where, reading.given)
     arrays: dict[str, np.ndarray] = {}
     pictures = []
     for ours, theirs in chosen.items():
         if isinstance(theirs, list):
-            arrays[ours] = stacked([numbers(name, table[name], reading, where) for name in theirs], ours, theirs)
+            arrays[ours] = stacked([numbers(name, table, reading, where) for name in theirs], ours, theirs)
         elif isinstance(column := table[theirs], Pictures):
             pictures.append(_images(ours, theirs, column, reading))
         elif ours == reading.unit:
             arrays[ours] = numbered(column, theirs, where)
         else:
-            arrays[ours] = numbers(theirs, column, reading, where, label=ours == "label")
+            arrays[ours] = numbers(theirs, table, reading, where, label=ours == "label")
     return EncodedSource(arrays, pictures) if pictures else ArraySource(arrays, name=where)
 
 
@@ -123,33 +130,37 @@ def _images(ours: str, theirs: str, column: Pictures, reading: Reading) -> Image
     )
 
 
-def numbers(name: str, column: Column, reading: Reading, where: str, *, label: bool = False) -> np.ndarray:
+def numbers(name: str, table: Table, reading: Reading, where: str, *, label: bool = False) -> np.ndarray:
     """A column as an array[N, ...].
 
     Args:
-        name: theirs, for errors, as is `where`.
+        name: theirs; an error gives its place where the config has not named it.
+        where: what the table is, for errors.
         label: whether it is the label, whose texts are the names of classes.
 
     Raises:
         InputError: it holds something else, or missing values.
     """
+    column = table[name]
+    shown = f"column {repr(name) if name in reading.given else f'{list(table).index(name) + 1} of {len(table)}'}"
+    field, private = f"{shown} of {where}", BadRecordError(f"column {name!r}")
     if label and reading.label_names is not None and (names := _names_in(column, reading.label_names)) is not None:
         return _class_numbers(names, reading.label_names)
     if isinstance(column, Classes):
         return column.numbers
     if isinstance(column, np.ndarray):
         if column.dtype.kind == "f" and np.isnan(column).any():
-            raise _unusable(name, "numbers, some of them missing (NaN)", where)
+            raise InputError(field, "numbers, some of them missing (NaN)", _CHOOSE) from private
         return column
     if isinstance(column, Texts) and label:
         raise InputError(
-            f"column {name!r} of {where}",
+            field,
             "text",
             "the names of the classes are public constants, never taken from the data: list them in "
             "data.options.classes, such as [ham, spam].",
-        )
+        ) from private
     what = {Texts: "text", Pictures: "images"}.get(type(column))
-    raise _unusable(name, what or column.what, where)  # type: ignore[union-attr]
+    raise InputError(field, what or column.what, _CHOOSE) from private  # type: ignore[union-attr]
 
 
 def numbered(column: Column, name: str, where: str) -> np.ndarray:
@@ -187,13 +198,10 @@ def _names_in(column: Column, known: tuple[str, ...]) -> Sequence[Any] | None:
     return None
 
 
-def _unusable(name: str, what: str, where: str) -> InputError:
-    return InputError(
-        f"column {name!r} of {where}",
-        what,
-        "a model takes whole columns of numbers, images, or a label; name the columns to use in data.columns, such as "
-        "{image: image, label: label}, and the rest is left out.",
-    )
+_CHOOSE = (
+    "a model takes whole columns of numbers, images, or a label; name the columns to use in data.columns, such as "
+    "{image: image, label: label}, and the rest is left out."
+)
 
 
 def _class_numbers(values: Sequence[Any], names: Sequence[str]) -> np.ndarray:

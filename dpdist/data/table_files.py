@@ -8,7 +8,8 @@ from typing import Any
 from dpdist.config import Data
 from dpdist.data import arrow, csv_files, hf
 from dpdist.data.columns import wanted
-from dpdist.data.parts import Parts, find_files, split
+from dpdist.data.parts import Parts, find_files, split, unnamed
+from dpdist.data.sources import BadRecordError
 from dpdist.data.table import Reading, Table, names_of_classes, to_source
 from dpdist.errors import InputError
 
@@ -27,7 +28,8 @@ def open_arrow(
         InputError: an option, a file or a column cannot be used; so with the functions below.
     """
     first, second = find_files(path, suffixes, train=train, test=test)
-    tables = [arrow.read_files(files, wanted(data.columns)) if files else None for files in (first, second)]
+    with unnamed(path, [*first, *second]):
+        tables = [arrow.read_files(files, wanted(data.columns)) if files else None for files in (first, second)]
     return _parts(path, data, data.columns, reading, *tables)
 
 
@@ -35,7 +37,8 @@ def open_csv(path: Path, data: Data, *, reading: Reading, delimiter: Any, train:
     """Open CSV files; where `data.columns` does not say, all columns but `label` and `target` are `features`."""
     first, second = find_files(path, csv_files.SUFFIXES, train=train, test=test)
     unit = (data.columns or {}).get(data.unit, data.unit) if data.unit is not None else None
-    tables = [csv_files.read_csv(files, delimiter, text=unit) if files else None for files in (first, second)]
+    with unnamed(path, [*first, *second]):
+        tables = [csv_files.read_csv(files, delimiter, text=unit) if files else None for files in (first, second)]
     assert tables[0] is not None
     return _parts(path, data, csv_files.columns_of(tables[0], data.columns, data.unit), reading, *tables)
 
@@ -63,7 +66,7 @@ def _parts(
             raise InputError(
                 "data.path",
                 str(path),
-                f"its train part has the classes {names}, and its test part {others}; one order.",
-            )
+                "its test part has other classes than its train part, or another order of them; write both alike.",
+            ) from BadRecordError(f"{names} to train on, {others} to test on")
         test = to_source(second, columns, reading, f"test columns of {path}")
     return Parts(train=train, test=test, classes=None if names is None else len(names), label_names=names)

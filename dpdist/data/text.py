@@ -19,7 +19,7 @@ from dpdist.data.documents import read_documents
 from dpdist.data.encoded import EncodedSource
 from dpdist.data.parts import Parts, split, split_indices
 from dpdist.data.sources import Source
-from dpdist.data.table import Reading, Table, Texts, names_of_classes, numbers
+from dpdist.data.table import Reading, Table, Texts, given, names_of_classes, numbers
 from dpdist.data.tokens import Documents, Tokenizer
 from dpdist.errors import InputError
 
@@ -52,7 +52,7 @@ def open_text(
     """
     if not isinstance(pack, bool):
         raise InputError("data.options.pack", pack, "give true (a block is the protected record) or false.")
-    tokens, reading = Tokenizer(tokenizer, length), Reading(classes=classes)
+    tokens, reading = Tokenizer(tokenizer, length), Reading(classes=classes, given=given(data.columns, data.unit))
     first, second = read_documents(path, train=train, test=test)
     columns = _columns(first, data, pack, str(path))
 
@@ -63,9 +63,7 @@ def open_text(
             return tokens.pack(texts, range(len(texts)) if indices is None else indices.tolist(), where)
         others = {ours: name for ours, name in columns.items() if ours != "text"}
         named(others, table, where)
-        arrays = {
-            ours: numbers(name, table[name], reading, where, label=ours == "label") for ours, name in others.items()
-        }
+        arrays = {ours: numbers(name, table, reading, where, label=ours == "label") for ours, name in others.items()}
         return EncodedSource(arrays, [Documents(texts, tokens)])
 
     if second is not None:

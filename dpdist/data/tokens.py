@@ -43,7 +43,8 @@ class Tokenizer:
         try:
             self._tokenizer = library.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises no narrower one
-            raise InputError("data.options.tokenizer", file, f"is no tokenizer.json: {error}.") from None
+            remedy = f"is no tokenizer.json that tokenizers {library.__version__} reads; write it again."
+            raise InputError("data.options.tokenizer", file, remedy) from error
         self.length = length
         self.vocabulary = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         padding = self._tokenizer.padding or {}

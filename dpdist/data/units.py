@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64, Shaped
 
 from dpdist.data.encoded import EncodedSource
-from dpdist.data.sources import ArraySource, BadRecordError, Rows, Source, Subset, read_rows
+from dpdist.data.sources import WHERE_NAMED, ArraySource, BadRecordError, Rows, Source, Subset, read_rows
 from dpdist.errors import InputError
 
 #: The column that says which of a unit's rows are records: bool[records], the others being padding.
@@ -43,7 +43,9 @@ class UnitSource:
         self.source, self.column, self.records = source, column, records
         first = read_rows(source, np.zeros(1, np.int64))
         if column not in first:
-            raise InputError("data.unit", column, f"there is no such column; there are {', '.join(sorted(first))}.")
+            raise InputError(
+                "data.unit", column, f"there is no such column; there are {len(first)}; {WHERE_NAMED}."
+            ) from BadRecordError(f"there are {', '.join(sorted(first))}")
         if MASK in first:
             raise InputError("data.source", f"column {MASK!r}", "is the name of a unit's mask; rename it.")
         if first[column].dtype.kind not in "iu" or first[column].shape[1:] not in ((), (2,)):

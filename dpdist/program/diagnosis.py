@@ -24,7 +24,7 @@ from dpdist.mechanism.clipping.separate import UnsupportedLossError, source_of
 _REMEDY = "jax.custom_vjp to give it the rule that is missing"
 _REMEDIES = {
     "while": "lax.scan, or lax.fori_loop with a trip count known when it is traced",
-    "pure_callback": "a vmap_method, and jax.custom_vjp to give it a derivative",
+    "pure_callback": "operations of jax.numpy and jax.lax, since a callback could remember other examples",
 }
 #: Primitives whose derivative is that of the jaxprs they hold, and the equation parameter that holds one or several.
 _BODIES = {**CALLS, "cond": "branches", "scan": "jaxpr"}

@@ -74,13 +74,21 @@ def host(x: Any, method: str | None) -> Any:
     return jax.pure_callback(turn, jax.ShapeDtypeStruct(x.shape, x.dtype), x, vmap_method=method)  # LINE: pure_callback
 
 
+@jax.custom_vjp
+def host_in_bwd(x: Any) -> Any:
+    return x
+
+
+host_in_bwd.defvjp(lambda x: (x, x), lambda x, g: (g * host(x, "sequential"),))
+
+
 def effect(x: Any) -> Any:
     return io_callback(np.asarray, jax.ShapeDtypeStruct(x.shape, x.dtype), x)  # LINE: io_callback
 
 
-def foreign(x: Any) -> Any:
+def foreign(x: Any, method: str = "broadcast_all") -> Any:
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return jax.ffi.ffi_call("anything", shape, vmap_method="broadcast_all")(x)  # LINE: ffi_call
+    return jax.ffi.ffi_call("anything", shape, vmap_method=method)(x)  # LINE: ffi_call
 
 
 def kernel(x: Any) -> Any:
@@ -160,8 +168,12 @@ ATTACKS: dict[str, tuple[Loss, str]] = {
     "callback, expanded": (of_data(partial(host, method="expand_dims")), "pure_callback"),
     "callback, no method": (of_data(partial(host, method=None)), "pure_callback"),
     "callback, broadcast": (of_data(partial(host, method="broadcast_all")), "pure_callback"),
+    "callback, one by one": (of_data(partial(host, method="sequential")), "pure_callback"),
+    "callback, unrolled": (of_data(partial(host, method="sequential_unrolled")), "pure_callback"),
+    "callback in a bwd": (of_hidden(host_in_bwd), "pure_callback"),
     "callback with effects": (of_data(effect), "io_callback"),
     "foreign function": (of_data(foreign), "ffi_call"),
+    "foreign function, one by one": (of_data(partial(foreign, method="sequential")), "ffi_call"),
     "kernel": (of_data(kernel), "pallas_call"),
     "the user's own": (of_data(own), "sin"),
     "rbg keys": (of_data(first_key), "random_wrap"),
@@ -183,7 +195,8 @@ def test_an_operation_that_could_mix_examples_is_refused_with_its_line(name: str
     with pytest.raises(UnsupportedLossError) as caught:
         jax.jit(clipped_grad_sum(loss_fn, clip_norm=1.0, method=method))(PARAMS, BATCH, np.ones(64, np.float32))
     # JAX gives what a derivative rule computes the line of the equation that it belongs to.
-    rule = {"in a bwd": "rule", "in a jvp": "rule", "in a fwd": "rule", "in a bwd of parameters": "rule of parameters"}
+    rule = dict.fromkeys(("in a bwd", "in a jvp", "in a fwd", "callback in a bwd"), "rule")
+    rule["in a bwd of parameters"] = "rule of parameters"
     lines = {line_of(primitive), line_of(rule.get(name, primitive))}
     assert str(caught.value).startswith(tuple(f"{primitive} at {__file__}:{line}:" for line in lines)), caught.value
     assert "let one example see another" in str(caught.value)
@@ -228,14 +241,13 @@ def test_a_collective_is_refused_with_its_line_wherever_its_axis_is_bound(name: 
 
 
 def alone(x: Any) -> Any:
-    """All that a loss may well do: draw, look, loop, branch, call the host one example at a time."""
+    """All that a loss may well do: draw, look, loop, branch."""
     jax.debug.print("{x}", x=x[0])
     key = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), lax.bitcast_convert_type(x[0], jnp.uint32))
     x = x + jax.random.normal(key, x.shape) * jax.random.bernoulli(key, 0.5, x.shape)
     x = lax.while_loop(lambda h: jnp.sum(h) > 1, lambda h: h / 2, x)
     x = jnp.sort(lax.cond(x[0] > 0, jnp.sin, jnp.cos, x)) + jax.vmap(jnp.tanh)(x)
-    ends = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return x * jax.pure_callback(np.sign, ends, x, vmap_method="sequential")
+    return x * jnp.sign(x)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -245,3 +257,20 @@ def test_what_keeps_examples_apart_is_not_refused(method: str) -> None:
     whole = clipped(PARAMS, {"x": BATCH["x"][:5]}, np.ones(5, np.float32))[0]["w"]
     parts = [clipped(PARAMS, {"x": BATCH["x"][i : i + 1]}, np.ones(1, np.float32))[0]["w"] for i in range(5)]
     assert np.abs(np.asarray(whole) - sum(map(np.asarray, parts))).max() < 1e-5
+
+
+def test_a_callback_that_remembers_the_examples_before_is_refused() -> None:
+    """It subtracts the mean of those, one at a time: one record more moved the sum of 64 by over 60 C."""
+    seen: list[Any] = []
+
+    def centred(x: Any) -> Any:
+        seen.append(np.asarray(x))
+        return np.sign(np.mean(seen)) * np.asarray(x)
+
+    def loss(p: Any, e: Any) -> Any:
+        ends = jax.ShapeDtypeStruct(e["x"].shape, e["x"].dtype)
+        return jnp.sum(jax.pure_callback(centred, ends, e["x"], vmap_method="sequential") @ p["w"])
+
+    with pytest.raises(UnsupportedLossError, match=r"pure_callback at .* could let one example see another"):
+        jax.jit(clipped_grad_sum(loss, clip_norm=1.0))(PARAMS, BATCH, np.ones(64, np.float32))
+    assert not seen

@@ -72,7 +72,9 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
 
 def test_a_folder_beside_the_parts_is_not_left_out_in_silence(tmp_path: Path) -> None:
     write(parts(tmp_path) / "extra" / "cat", "8.png", pixels(8))
-    with pytest.raises(InputError, match=r"data\.path = .*has extra beside a train folder with classes; move it away"):
+    with pytest.raises(
+        InputError, match=r"data\.path = .*has 1 other folders beside a train folder with classes; move them away"
+    ):
         open_dataset(opened(tmp_path))
     assert len(open_dataset(opened(tmp_path, train="train", test="val")).train) == 5
 
@@ -94,7 +96,7 @@ def test_parts_of_other_names_are_named_in_the_options(tmp_path: Path) -> None:
     dataset = open_dataset(opened(tmp_path, train="fold1", test="fold2"))
     assert dataset.test is not None
     assert (len(dataset.train), len(dataset.test)) == (5, 2)
-    with pytest.raises(InputError, match=r"data\.options\.train = 'fold3': .*no such part; name one of fold1, fold2"):
+    with pytest.raises(InputError, match=r"data\.options\.train = 'fold3': .*has 2 parts and no such one"):
         open_dataset(opened(tmp_path, train="fold3"))
 
 
@@ -180,10 +182,13 @@ def test_all_labels_are_checked_without_decoding_an_image(tmp_path: Path) -> Non
     ("files", "message"),
     [
         ([], "no such directory; name one that holds a folder for each class"),
-        (["a/1.png"], "holds only the folder a; it needs one for each of at least 2 classes"),
+        (["a/1.png"], "holds only one folder; it needs one for each of at least 2 classes"),
         (["1.png"], "holds no folder"),
         (["a/1.png", "b/notes.txt"], "holds 1 files in its class folders that are no images"),
-        (["train/a/1.png", "train/b/1.png", "test/c/1.png"], "has the class c, which train has not"),
+        (
+            ["train/a/1.png", "train/b/1.png", "test/c/1.png"],
+            "its test folder holds 1 folders that its train folder has not",
+        ),
     ],
 )
 def test_other_folders_are_refused(tmp_path: Path, files: list[str], message: str) -> None:

@@ -111,7 +111,7 @@ def test_the_fingerprint_changes_with_every_document_and_the_tokenizer(tmp_path:
         ({"length": "long"}, None, r"data\.options\.length = 'long'"),
         ({"pack": "yes"}, None, r"data\.options\.pack = 'yes': give true \(a block is the protected record\)"),
         ({}, {"label": "text"}, r"data\.columns = .*name the column of the documents, {text: NAME}"),
-        ({}, {"text": "txt"}, r"data\.columns\.text = 'txt': no such column .*did you mean text\?"),
+        ({}, {"text": "txt"}, r"data\.columns\.text = 'txt': no such column in .*, which has 1"),
         ({"pack": True}, {"text": "text", "label": "text"}, r"data\.columns = .*a packed block has no label"),
     ],
 )

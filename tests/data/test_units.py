@@ -65,7 +65,7 @@ def test_the_fingerprint_tells_whose_a_record_is_and_how_many_count() -> None:
 
 
 def test_what_cannot_be_a_unit_is_refused() -> None:
-    with pytest.raises(InputError, match=r"data\.unit = 'user': there is no such column; there are label, who, x"):
+    with pytest.raises(InputError, match=r"data\.unit = 'user': there is no such column; there are 3"):
         UnitSource(ArraySource(COLUMNS), "user", 3)
     with pytest.raises(InputError, match=r"data\.unit = 'x': it must hold one integer a record, not float32"):
         UnitSource(ArraySource(COLUMNS), "x", 3)

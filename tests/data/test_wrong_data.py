@@ -52,7 +52,7 @@ WRONG: dict[str, tuple[Callable[[Path], dict[str, Any]], str, str, str]] = {
         },
         "data.path",
         "x'",
-        "holds only the folder y; it needs one for each of at least 2 classes.",
+        "holds only one folder; it needs one for each of at least 2 classes.",
     ),
     "a size as text": (
         lambda root: {
@@ -96,11 +96,11 @@ WRONG: dict[str, tuple[Callable[[Path], dict[str, Any]], str, str, str]] = {
         lambda root: {"source": "parquet", "path": parquet(root, pixels=[1, 2]), "columns": {"image": "pixel"}},
         "data.columns.image",
         "'pixel'",
-        "did you mean pixels? there are pixels.",
+        "which has 1; `dpdist data describe CONFIG` says which.",
     ),
     "a column of ids kept": (
         lambda root: {"source": "parquet", "path": parquet(root, x=[1, 2], id=["u1", "u2"])},
-        "column 'id' of",
+        "column 2 of 2 of",
         "'text'",
         "name the columns to use in data.columns",
     ),
@@ -117,8 +117,8 @@ WRONG: dict[str, tuple[Callable[[Path], dict[str, Any]], str, str, str]] = {
             "columns": {"features": ["x", "y"]},
         },
         "data.columns.features",
-        "['x', 'y']",
-        "stack columns of one number each, not x [2], y []",
+        "'2 columns'",
+        "stack columns of one number each; these have the shapes [2], []",
     ),
     "Parquet files named as Arrow": (
         lambda root: {"source": "hf", "path": str(Path(parquet(root, x=[1])).parent)},
@@ -142,7 +142,7 @@ WRONG: dict[str, tuple[Callable[[Path], dict[str, Any]], str, str, str]] = {
         lambda root: {"source": "csv", "path": csv(root, "a,y\n1,0\n2,1\n"), "columns": {"label": "Y_true"}},
         "data.columns.label",
         "'Y_true'",
-        "there are a, y.",
+        "which has 2; `dpdist data describe CONFIG` says which.",
     ),
 }
 

@@ -43,8 +43,9 @@ def shrinkings(x: Any) -> Any:
     return lax.while_loop(again, body, (0, x))[0]
 
 
-def on_host(x: Any, **how: Any) -> Any:
-    return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x, **how)  # LINE: pure_callback
+def on_host(x: Any) -> Any:
+    ends = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.pure_callback(np.sin, ends, x, vmap_method="sequential")  # LINE: pure_callback
 
 
 def triangular(x: Any) -> Any:
@@ -84,7 +85,6 @@ UNSUPPORTED: dict[str, tuple[Loss, str, set[str]]] = {
     "in a scan": (lambda p, e: score(p, lax.map(shrunk, hidden(p, e))), "while", HIDDEN),
     "in a rematerialised part": (lambda p, e: score(p, jax.checkpoint(shrunk)(hidden(p, e))), "while", HIDDEN),
     "beside a harmless one": (beside_a_harmless_one, "while", HIDDEN),
-    "callback": (lambda p, e: score(p, on_host(hidden(p, e), vmap_method="sequential")), "pure_callback", HIDDEN),
     "no rule": (lambda p, e: score(p, triangular(hidden(p, e))), "schur", HIDDEN),
     "wrong rule": (lambda p, e: score(p, wrong(hidden(p, e))), "custom_vjp_call", HIDDEN),
 }  # fmt: skip
@@ -98,10 +98,6 @@ EXACT: dict[str, Loss] = {
     "integer result": lambda p, e: score(p, hidden(p, e) * shrinkings(hidden(p, e))),
     "boolean result": lambda p, e: score(p, jnp.where(shrunk(hidden(p, e)) > 0.1, hidden(p, e), e["x"])),
     "rounded result": lambda p, e: score(p, hidden(p, e) + lax.floor(9 * shrunk(e["x"], jnp.sin(p["net"]["v"])))),
-    "callback of data": lambda p, e: score(p, hidden(p, e) * on_host(e["x"], vmap_method="sequential")),
-    "callback, stopped before": lambda p, e: score(
-        p, hidden(p, e) * on_host(lax.stop_gradient(hidden(p, e)), vmap_method="sequential")
-    ),
     "static trip count": lambda p, e: score(p, lax.fori_loop(0, 3, lambda _, h: jnp.sin(h), hidden(p, e))),
 }
 
@@ -134,6 +130,15 @@ def test_what_has_no_derivative_is_named_with_its_line_and_parameters(name: str,
     assert message.startswith(f"{primitive} at {__file__}:{line_of(primitive)}:"), message
     assert {path for path in ALL if path in message} == behind, message
     assert ("lax.scan" if primitive == "while" else "jax.custom_vjp") in message
+
+
+@pytest.mark.parametrize("method", [*METHODS, "plain"])
+def test_a_callback_is_to_be_replaced_not_given_a_derivative(method: str) -> None:
+    with pytest.raises(UnsupportedLossError) as caught:
+        jax.jit(summed(lambda p, e: score(p, on_host(hidden(p, e))), method))(PARAMS, BATCH, ONES)
+    message = str(caught.value)
+    assert message.startswith(f"pure_callback at {__file__}:{line_of('pure_callback')}:"), message
+    assert "use operations of jax.numpy and jax.lax" in message
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -31,6 +31,7 @@ LANES = {
     "tests/attacks/test_joint_claims.py": COMPUTE,
     "tests/attacks/test_leaving_the_plan.py": FAST,
     "tests/attacks/test_leaving_the_registry.py": FAST,
+    "tests/attacks/test_names_from_data.py": FAST,
     "tests/attacks/test_threat_model.py": FAST,
     "tests/attacks/test_mixing_primitives.py": COMPUTE,
     "tests/audit": COMPUTE,

@@ -3,8 +3,8 @@
 That the loss takes one example is not enough. A sum of clipped gradients has sensitivity C only if every gradient
 depends on its own example alone, and `vmap` runs some operations for all examples at once by a rule that is not JAX's:
 
-* `custom_vmap`, and callbacks and foreign functions with a `vmap_method` that batches, hand the whole batch to the
-  user's code;
+* `custom_vmap` hands the whole batch to the user's code; so may callbacks and foreign functions, and run one example at
+  a time they may still remember the last one, which nothing here can see;
 * collectives (`psum`, `axis_index`, ...) read what other examples, devices or the position in the batch hold, if an
   axis of that name is bound where the loss is traced;
 * kernels (Pallas), references, and effects on the host reach memory that outlives one example;
@@ -17,8 +17,8 @@ derivative rule resolved in it. Each equation of it, at any depth, must be one o
 JAX itself defines to be that of a loop over the examples: an object of one of the modules below, not merely its name.
 A primitive that a user or another library defines, or that a later JAX puts elsewhere, is refused until it is added.
 
-Trusted are JAX's own rules, callbacks run one example at a time (they must be pure, as JAX demands), and constants:
-what the loss closes over is the same for all examples. Callbacks for debugging return nothing, so they change no sum.
+Trusted are JAX's own rules and constants: what the loss closes over is the same for all examples. Callbacks for
+debugging return nothing, so they change no sum.
 Code that replaces rules inside JAX, or code of ours, can't be held off from here.
 """
 
@@ -44,7 +44,6 @@ _MODULES = (
 )
 #: Operations found there that are not: uninitialised memory, streams of random bits, rules and code of any origin.
 _NOT_ALONE = frozenset({"call_hi_primitive", "composite", "empty", "rng_bit_generator", "rng_uniform"})
-_ONE_BY_ONE = ("sequential", "sequential_unrolled")
 
 
 class UnsupportedLossError(ValueError):
@@ -90,8 +89,6 @@ def require_separate(jaxpr: Jaxpr) -> None:
 def _remedy(equation: JaxprEqn) -> str:
     """What to use instead of an equation that could let one example see another; empty for any other."""
     name, params = equation.primitive.name, equation.params
-    if name in ("pure_callback", "ffi_call"):
-        return "" if params["vmap_method"] in _ONE_BY_ONE else "vmap_method='sequential'"
     if name == "conv_general_dilated" and params["batch_group_count"] > 1:
         return "training.clipping=auto and a kernel that is a parameter itself, or one convolution a group"
     for atom in (*equation.invars, *equation.outvars):
