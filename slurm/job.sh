@@ -173,7 +173,7 @@ pass_on() {
     if [[ $(job_field JobState) == RUNNING ]]; then
         note "this shell was told to leave by SIG$1; all ranks are told"
         scancel --quiet --signal=TERM "$job_id" || true
-        return
+        return 0 # by itself, the status of what the signal has interrupted, which would end this shell
     fi
     kill_wait=$(timeout 5 scontrol show config 2>/dev/null | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p' || true)
     job_last_words=$((SECONDS + ${kill_wait:-30} * 2 / 3))
