@@ -21,7 +21,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-world = join(cluster(compilation_cache=sys.argv[1]))
+from types import SimpleNamespace
+from dpdist.run.opening import open_cache
+world = join(cluster())
+open_cache(SimpleNamespace(cluster=cluster(compilation_cache=sys.argv[1])), None, world)
 rank = world.process_id
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 sharding = NamedSharding(world.mesh, PartitionSpec("data"))
