@@ -61,7 +61,7 @@ def tuned(jobs: Jobs, weights: Path) -> Run:
 @pytest.fixture(scope="module")
 def exported(jobs: Jobs, tuned: Run) -> Exported:
     def export(*options: str) -> Path:
-        target = tuned.root.with_name("-".join(["given", *(word.strip("-") for word in options)]))
+        target = tuned.root.with_name("-".join(["adapted", *(word.strip("-") for word in options)]))
         ended = jobs.command("export", str(tuned.root), "--to", str(target), *options).wait()
         assert ended.code == 0, ended.err
         return target
