@@ -177,8 +177,12 @@ def fingerprints(train: Source, test: Source | None) -> dict[str, bytes]:
     """
     found = {"training data": fingerprint(train), "test data": fingerprint_of_what_stays(train, test)}
     if found["training data"] == found["test data"]:
-        remedy = "holds the training records themselves, and what is measured on test records is published as it is; "
-        raise InputError("data.source", "the test part", f"{remedy}hold some records out, or leave the test part out.")
+        raise InputError(
+            "data.source",
+            "the test part",
+            "holds the training records themselves, and what is measured on test records is published as it is; hold "
+            "some records out, or leave the test part out.",
+        )
     return found
 
 
