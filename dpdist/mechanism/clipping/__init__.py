@@ -9,6 +9,7 @@ all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -91,14 +92,9 @@ def clipped_grad_sum(
     if method == "per_example":
         return per_example_grad_sum(loss_fn, clip_norm=clip_norm, frozen=frozen)
     prefer = prefer if method == "auto" else smaller
-    return bookkeeping_grad_sum(
-        loss_fn,
-        clip_norm=clip_norm,
-        choose=lambda graph, params: strategies_of(graph, params, prefer, strategies or {}),
-        two_passes=method == "ghost",
-        tensor=precision == "tensor",
-        frozen=frozen,
-    )
+    two_passes, tensor = method == "ghost", precision == "tensor"
+    choose = partial(strategies_of, prefer=prefer, overrides=strategies or {})
+    return bookkeeping_grad_sum(loss_fn, clip_norm, choose, two_passes=two_passes, tensor=tensor, frozen=frozen)
 
 
 def in_parts(grad_sum: GradSum, examples: int) -> GradSum:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from operator import add
 from typing import Any, NamedTuple
 
@@ -21,12 +21,12 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from dpdist.mechanism.clipping.factors import Factors
 from dpdist.mechanism.clipping.flatten import call, shape_of
-from dpdist.mechanism.clipping.graph import Graph, Use, Values, read, trace
+from dpdist.mechanism.clipping.graph import Changes, Graph, Use, Values, read, trace
 from dpdist.mechanism.clipping.norms import Product, Side, squared_norm
 from dpdist.mechanism.clipping.paths import trainable
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
 from dpdist.mechanism.clipping.separate import UnsupportedLossError, for_each
-from dpdist.mechanism.clipping.strategy import LeafStrategy, sides_swapped, size_of
+from dpdist.mechanism.clipping.strategy import LeafStrategy, length_of, sides_swapped, size_of
 from dpdist.mechanism.clipping.tensor_cores import UNIT_ROUNDOFF, contribution_bound
 from dpdist.mechanism.clipping.tensor_products import Format, fitted, folded, format_of, product, terms_of_products
 from dpdist.mechanism.clipping.weights import (
@@ -62,9 +62,9 @@ def deriving() -> Iterator[None]:
 
 def bookkeeping_grad_sum(
     loss_fn: Callable[[Any, Any], Any],
-    *,
     clip_norm: float,
     choose: ChooseStrategies,
+    *,
     two_passes: bool,
     tensor: bool = False,
     frozen: Collection[str] = frozenset(),
@@ -85,10 +85,7 @@ def bookkeeping_grad_sum(
         graph = trace(loss_fn, params, example, frozen)
         strategies, factors = choose(graph, params)
         leaves, structure = jax.tree.flatten(params)
-
-        def run_once(columns: Sequence[Array]) -> _Pass:
-            return _Pass(graph, strategies, factors, leaves, columns, mask.shape[0], tensor)
-
+        run_once = partial(_Pass, graph, strategies, factors, leaves, mask.shape[0], tensor)
         try:
             first = second = run_once(jax.tree.leaves(batch))
             norms = first.norms()
@@ -128,21 +125,23 @@ class _Pass:
         strategies: Sequence[LeafStrategy],
         factors: Sequence[Factors | None],
         leaves: Sequence[Array],
-        batch: Sequence[Array],
         examples: int,
         tensor: bool,
+        batch: Sequence[Array],
     ) -> None:
-        self._graph, self._strategies, self._leaves, self._tensor = graph, strategies, leaves, tensor
+        self._graph, self._strategies, self._leaves = graph, strategies, leaves
+        self._examples, self._tensor = examples, tensor
         #: By use; a use without factors is instantiated through its derivative.
         self._factors = {u: each for u, each in enumerate(factors) if each is not None}
-        self._examples = examples
+        self._formats = {u: self._format(u) for u in self._factors}
         self._shared = graph.compute_params(leaves)
         zero = jnp.zeros_like(shape_of(graph.example[-1]))  # see `trace`
+        settle = self._settle()
         shifts = [[jnp.zeros_like(shape_of(use.equation.outvars[j])) for j in use.outputs] for use in graph.uses]
 
         def one_example(*columns: Array) -> tuple[Any, Any]:
             def loss(shifts: Any) -> tuple[Array, Any]:
-                return graph.compute_loss(self._shared, (*columns, zero), shifts)
+                return graph.compute_loss(self._shared, (*columns, zero), shifts, settle)
 
             # Not jax.grad, which rejects the complex values of a Fourier transform.
             value, back, operands = jax.vjp(loss, shifts, has_aux=True)
@@ -158,7 +157,7 @@ class _Pass:
         """Whether a factor, or a gradient at an output, is in a format shorter than float32."""
         return self._tensor or any(is_short(leaf.dtype) for leaf in jax.tree.leaves((self._at_outputs, self._operands)))
 
-    @property
+    @cached_property
     def ghosts(self) -> list[tuple[int, ...]]:
         """The groups of uses whose gradients are not stored."""
         return [group for leaf in self._strategies if leaf.strategy == "ghost" for group in leaf.groups]
@@ -181,52 +180,69 @@ class _Pass:
                 instantiated = self._instantiated[number]
                 sums.append(instantiated.to_leaf(weighted_sum(scale, used, instantiated.gradients)))
                 continue
-            total = jnp.zeros(leaf.shape, jnp.float32)
-            for u in (u for group in leaf.groups for u in group):
-                total = total + self._weighted_use(u, scale, used)
-            sums.append(total)
+            of_uses = (self._weighted_use(u, scale, used) for group in leaf.groups for u in group)
+            sums.append(sum(of_uses, jnp.zeros(leaf.shape, jnp.float32)))
         return sums
 
     def _weighted_use(self, u: int, scale: Float32[Array, " p"], used: Bool[Array, " p"]) -> Float32[Array, "..."]:
-        factors, fmt = self._factors[u], self._format(u)
+        factors, fmt = self._factors[u], self._formats[u]
         left, right = self._rows(u)
-        weights = folded(scale, used, right, "float32" if factors.one_hot else fmt)
         if factors.one_hot:
             rows = jnp.where(used[:, None], left, -1).reshape(-1)
-            found = _product(factors, rows, weights.reshape(1, -1, factors.n), "float32")
+            found = _product(factors, rows, folded(scale, used, right, "float32").reshape(1, -1, factors.n), "float32")
+        elif self._folds_left(u):
+            found = product("pgtm,pgtn->gmn", folded(scale, used, left, fmt), right, fmt)
         else:
-            kept = jnp.where(used[:, None, None, None], left, 0)
-            found = product("pgtm,pgtn->gmn", kept, weights, fmt)
+            kept = jnp.where(used[:, None, None, None], left, 0) if fmt == "float32" else left
+            found = product("pgtm,pgtn->gmn", kept, folded(scale, used, right, fmt), fmt)
         return _to_leaf(factors, factors.arrange(found))
 
     def _format(self, u: int) -> Format:
         """Return the format of the factors of use `u`: one for all uses of a parameter."""
         if not self._tensor:
             return "float32"
-        leaves = self._graph.uses[u].leaves
-        uses = [(v, each) for v, each in self._factors.items() if self._graph.uses[v].leaves == leaves]
-        operands = [self._operands[v][each.operand] for v, each in uses if not each.one_hot]
-        return format_of([each.dtype for each in (*operands, *(self._at_outputs[v][0] for v, _ in uses))])
+        uses = self._graph.uses
+        alike = {v: each for v, each in self._factors.items() if uses[v].leaves == uses[u].leaves}
+        operands = [each.data for each in alike.values() if not each.one_hot]
+        return format_of([shape_of(v).dtype for v in (*operands, *(uses[v].equation.outvars[0] for v in alike))])
+
+    def _folds_left(self, u: int) -> bool:
+        """Return whether the weight goes into the data's factor: it is the smaller, or shared with other uses."""
+        factors = self._factors[u]
+        return self._formats[u] != "float32" and not factors.one_hot and factors.m <= factors.n
+
+    def _finite(self, u: int) -> bool:
+        """Return whether the factors of use `u` are made finite: their inner products on tensor cores tell."""
+        return self._formats[u] != "float32" and any(u in group for group in self.ghosts)
+
+    def _settle(self) -> dict[Any, Changes]:
+        """Return how bfloat16 factors are rounded where they arise: the loss reads the arrays that clipping reads."""
+        short = {u: each for u, each in self._factors.items() if self._formats[u] == "bfloat16"}
+        at = {self._graph.uses[u].equation.outvars[0]: self._finite(u) for u in short}
+        finite = {each.data for u, each in short.items() if self._finite(u)}
+        of = {each.data: each.data in finite for each in short.values() if not each.one_hot}
+        return {v: (_in_place(of.get(v)), _in_place(at.get(v))) for v in (*of, *at)}
 
     def _rows(self, u: int) -> tuple[Array, Array]:
         """Return the left and right factor of use `u`, with leading axis p."""
-        factors, fmt = self._factors[u], self._format(u)
-        operand, at_output = self._operands[u][factors.operand], self._at_outputs[u][0]
-        left = operand if factors.one_hot else fitted(operand, fmt)
-        return jax.vmap(factors.left)(left), jax.vmap(factors.right)(fitted(at_output, fmt))
+        factors, fmt = self._factors[u], self._formats[u]
+        fit = partial(fitted, fmt=fmt, finite=self._finite(u)) if fmt != "bfloat16" else lambda settled: settled
+        operand = self._operands[u][factors.operand]
+        left = jax.vmap(factors.left)(operand if factors.one_hot else fit(operand))
+        return left, jax.vmap(factors.right)(fit(self._at_outputs[u][0]))
 
     def _group_norms(self, group: Sequence[int]) -> Norms:
         """Return the norms of the summed gradients of all uses in a group."""
         uses = [u for u in group if u in self._factors]
-        factors, fmt = [self._factors[u] for u in uses], self._format(uses[0])
+        factors, fmt = [self._factors[u] for u in uses], self._formats[uses[0]]
         bound = partial(_bounds_in_float64, factors) if fmt == "float32" else partial(_bounds_in, fmt, factors)
 
         def one_example(rows: list[tuple[Array, Array]]) -> Norms:
             products = []
-            for each, (left, right) in zip(factors, rows, strict=True):
+            for u, each, (left, right) in zip(uses, factors, rows, strict=True):
                 sides = Side(left, each.one_hot), Side(right, False)
                 swapped = len(factors) > 1 and bool(sides_swapped(factors[0], each))
-                products.append(Product(*(sides[::-1] if swapped else sides), swapped))
+                products.append(Product(*(sides[::-1] if swapped else sides), swapped != self._folds_left(u)))
             return bound(products)
 
         return jax.vmap(one_example)([self._rows(u) for u in uses])
@@ -241,7 +257,7 @@ class _Pass:
                 continue
             if u in self._factors:
                 factors = self._factors[u]
-                gradient = jax.vmap(partial(_product, factors, fmt=self._format(u)))(*self._rows(u))
+                gradient = jax.vmap(partial(_product, factors, fmt=self._formats[u]))(*self._rows(u))
                 if factors.view is not None:
                     found[factors.view.leaf].append(_Instantiated(gradient, partial(_leaf_of, factors)))
                     continue
@@ -260,10 +276,8 @@ class _Pass:
         """Add up the gradients of one leaf from its several uses."""
         if len(parts) == 1:
             return parts[0]
-        total = jnp.zeros((self._examples, *self._strategies[leaf].shape), jnp.float32)
-        for part in parts:
-            total = total + jax.vmap(part.to_leaf)(part.gradients)
-        return _Instantiated(total, lambda x: x)
+        zeros = jnp.zeros((self._examples, *self._strategies[leaf].shape), jnp.float32)
+        return _Instantiated(sum((jax.vmap(part.to_leaf)(part.gradients) for part in parts), zeros), lambda x: x)
 
     def _at_operands(self, use: Use, u: int) -> list[tuple[Any, Array]]:
         """Compute every example's gradient at the parameter operands of a use, by the primitive's own derivative."""
@@ -304,13 +318,17 @@ class _Pass:
         return {n: rounded_float32(gradient) for n, gradient in zip(reached, found, strict=True)}
 
 
+def _in_place(finite: bool | None) -> Callable[[Array], Array]:
+    return (lambda x: x) if finite is None else partial(fitted, fmt="bfloat16", finite=finite)
+
+
 def _bounds_in_float64(factors: Sequence[Factors], products: Sequence[Product]) -> Norms:
     """Return the norms of one example's gradient that is summed in float32."""
     square, terms = squared_norm(products)
     # The weighted sum is a float32 product, rounded differently from the norm: over n terms, two more for the weight
     # and the sum of uses, its error is at most n u / (1 - n u) times the sum of their magnitudes, with u = 2^-24
     # (Higham 2002, section 3.5).
-    lost = 2.0**-24 * (sum(each.length for each in factors) + 2)
+    lost = 2.0**-24 * (length_of(factors) + 2)
     with jax.enable_x64(True):
         relative = jnp.square(jnp.sqrt(square) + lost / (1 - lost) * terms)
         return Norms(square, relative, jnp.float64(0), jnp.square(terms))
@@ -319,13 +337,9 @@ def _bounds_in_float64(factors: Sequence[Factors], products: Sequence[Product]) 
 def _bounds_in(fmt: Format, factors: Sequence[Factors], products: Sequence[Product]) -> Norms:
     """Return the norms of one example's gradient that is summed on tensor cores."""
     terms = terms_of_products(products)
-    relative, absolute = contribution_bound(
-        terms,
-        0.0 if all(each.one_hot for each in factors) else UNIT_ROUNDOFF[fmt],
-        contracted=sum(each.length for each in factors),
-        n=max(each.n for each in factors),
-        entries=size_of(factors[0]),
-    )
+    u = 0.0 if all(each.one_hot for each in factors) else UNIT_ROUNDOFF[fmt]
+    contracted, n = length_of(factors), max(max(each.m, each.n) for each in factors)
+    relative, absolute = contribution_bound(terms, u, contracted, n, size_of(factors[0]))
     with jax.enable_x64(True):
         squared = jnp.maximum(terms.square, 0), jnp.square(relative), jnp.square(absolute), terms.magnitudes
         return Norms(*map(jnp.asarray, squared))

@@ -38,11 +38,8 @@ class Factors:
     length: int
     m: int
     n: int
-    one_hot: bool
     #: The axes of the operand that make up the columns of left, the columns of right, and the groups; in order.
-    left_axes: tuple[int, ...]
-    right_axes: tuple[int, ...]
-    group_axes: tuple[int, ...]
+    axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     #: For one example: the left factor from the data operand, the right factor from the gradient at the output.
     left: Callable[[Any], Array]
     right: Callable[[Any], Array]
@@ -50,8 +47,9 @@ class Factors:
     arrange: Callable[[Array], Array]
     #: The position of the data operand among the equation's inputs.
     operand: int
-    #: That operand, by which uses of the same data are known.
+    #: That operand's variable, by which uses of the same data are known.
     data: Any = None
+    one_hot: bool = False
 
 
 def factors_of(graph: Graph, use: Use) -> Factors | None:
@@ -97,10 +95,7 @@ def _dot_general(params: dict[str, Any], position: int, avals: Sequence[Any], ou
         length=length,
         m=m,
         n=n,
-        one_hot=False,
-        left_axes=tuple(contract_param),
-        right_axes=tuple(free_param),
-        group_axes=tuple(batch_param),
+        axes=(tuple(contract_param), tuple(free_param), tuple(batch_param)),
         left=lambda x: jnp.transpose(x, (*batch_data, *free_data, *contract_data)).reshape(groups, length, m),
         right=lambda g: jnp.transpose(g, (*batch_axes, *rows, *columns)).reshape(groups, length, n),
         arrange=arrange,
@@ -141,9 +136,7 @@ def _gather(params: dict[str, Any], position: int, avals: Sequence[Any], out: An
         m=table.shape[0],
         n=n,
         one_hot=True,
-        left_axes=(0,),
-        right_axes=tuple(range(1, table.ndim)),
-        group_axes=(),
+        axes=((0,), tuple(range(1, table.ndim)), ()),
         left=left,
         right=lambda g: g.reshape(1, length, n),
         arrange=lambda product: product.reshape(table.shape),
@@ -194,10 +187,7 @@ def _convolution(
         length=length,
         m=m,
         n=n,
-        one_hot=False,
-        left_axes=(*rhs[2:], rhs[1]),
-        right_axes=(rhs[0],),
-        group_axes=(),
+        axes=((*rhs[2:], rhs[1]), (rhs[0],), ()),
         left=left,
         right=right,
         arrange=arrange,

@@ -6,8 +6,9 @@ with inputs of both kinds is a *use* of the parameters behind it; `flatten` brin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from dpdist.mechanism.clipping.view import View, whole
 
 #: Values by variable of a jaxpr; looked up by an equation's inputs, whose type allows literals too.
 Values = dict[Any, Any]
+#: What becomes of a value, and of the gradient at it.
+Changes = tuple[Callable[[Any], Any], Callable[[Any], Any]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,11 @@ class Graph:
         return known
 
     def compute_loss(
-        self, shared: Values, example: Sequence[Any], shifts: Sequence[Sequence[Any]]
+        self,
+        shared: Values,
+        example: Sequence[Any],
+        shifts: Sequence[Sequence[Any]],
+        settle: Mapping[Any, Changes],
     ) -> tuple[Any, list[list[Any]]]:
         """Compute the loss of one example, with `shifts[u][j]` added to output number `uses[u].outputs[j]` of use u.
 
@@ -82,11 +89,14 @@ class Graph:
             shared: what `compute_params` returned.
             example: the example's leaves.
             shifts: zeros of the outputs' shapes.
+            settle: by data-derived variable, what becomes of its value and of the gradient at it, for all that reads
+                them: so that what clipping works with is not a second copy.
 
         Returns:
             The loss, and for every use its equation's inputs: the data-derived ones, and None for the others.
         """
         known = shared | dict(zip(self.example, example, strict=True))
+        known |= {v: changed(settle[v], known[v]) for v in self.example if v in settle}
         kept: list[list[Any]] = []
         uses = iter(zip(self.uses, shifts, strict=True))
         use, shift = next(uses, (None, ()))
@@ -99,8 +109,18 @@ class Graph:
                     known[equation.outvars[position]] += addend
                 kept.append([known[v] if self.origin(v).data else None for v in equation.invars])
                 use, shift = next(uses, (None, ()))
+            known |= {v: changed(settle[v], known[v]) for v in equation.outvars if v in settle}
         (loss,) = self.closed.jaxpr.outvars
         return known[loss], kept
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def changed(changes: Changes, x: Any) -> Any:
+    """Return the change of a value, which its derivative does not see; its gradient is changed on the way back."""
+    return changes[0](x)
+
+
+changed.defvjp(lambda changes, x: (changes[0](x), None), lambda changes, _, gradient: (changes[1](gradient),))
 
 
 def run(equation: JaxprEqn, known: Values) -> None:

@@ -39,6 +39,4 @@ def trainable(params: Any, frozen: Collection[str]) -> Any:
 
 def with_frozen(trained: Any, params: Any) -> Any:
     """Undo `trainable`: return `trained` with the leaves of `params` wherever it holds None."""
-    return jax.tree.map(
-        lambda new, old: old if new is None else new, trained, params, is_leaf=lambda leaf: leaf is None
-    )
+    return jax.tree.map(lambda new, old: old if new is None else new, trained, params, is_leaf=lambda x: x is None)

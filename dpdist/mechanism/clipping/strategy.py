@@ -22,7 +22,7 @@ Strategy = Literal["ghost", "instantiate"]
 STRATEGIES: tuple[Strategy, ...] = ("ghost", "instantiate")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LeafStrategy:
     """How the gradient norm of one parameter is computed."""
 
@@ -77,11 +77,7 @@ def strategies_of(
             strategy, seconds = prefer([[f for u in group if (f := factors[u]) is not None] for group in groups])
             asked = next((s for pattern, s in overrides.items() if fnmatchcase(path, pattern)), strategy)
             strategy = "ghost" if asked == "ghost" else "instantiate"
-        strategies.append(
-            LeafStrategy(
-                path=path, shape=shape, strategy=strategy, groups=groups, reason=reason, seconds=tuple(seconds.items())
-            )
-        )
+        strategies.append(LeafStrategy(path, shape, strategy, groups, reason, tuple(seconds.items())))
     return strategies, factors
 
 
@@ -117,7 +113,7 @@ def sides_swapped(first: Factors, other: Factors) -> bool | None:
     if (a[0], a[1]) == (b[0], b[1]):
         return False
     # Features are divided into groups, so transposed they are divided differently.
-    divided = first.groups > 1 and not first.group_axes
+    divided = first.groups > 1 and not first.axes[2]
     return True if (a[0], a[1]) == (b[1], b[0]) and not divided else None
 
 
@@ -133,10 +129,7 @@ def _axes(factors: Factors) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int
     of_leaf = None if factors.view is None else factors.view.axes
     if of_leaf is None:
         return None
-    left, right, groups = (
-        tuple(axis for i in axes if (axis := of_leaf[i]) is not None)
-        for axes in (factors.left_axes, factors.right_axes, factors.group_axes)
-    )
+    left, right, groups = (tuple(axis for i in axes if (axis := of_leaf[i]) is not None) for axes in factors.axes)
     return left, right, groups
 
 

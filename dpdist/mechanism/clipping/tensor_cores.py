@@ -43,6 +43,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Float64
 
 #: What accumulation may lose for each product, in units of 2^-24 of the sum of magnitudes.
@@ -120,11 +121,11 @@ def terms_of(
         P, Q, slack = P.astype("float64"), Q.astype("float64"), _slack(P.shape[-2] * P.shape[-1])
         lost_left, lost_right = 0.0 if exact_left else _row_gamma(width_left), _row_gamma(width_right)
         magnitudes = (a[0] * b[0]).sum(-1) * (a[1] * b[1]).sum(-1) * slack
-        left = _weighted(P, *b) * slack + lost_left * magnitudes
-        right = _weighted(Q, *a) * slack
+        square, left, right = _sums(P * Q, _weighted(P, *b), _weighted(Q, *a))
+        left, right = left * slack + lost_left * magnitudes, right * slack
         # |P_ts Q_ts| <= |P_ts| (1 + gamma) b_t b_s, so that `left` also bounds what float64 loses of the first sum.
         error = (lost_left * right + (lost_right + 2 * (slack - 1)) * left) * slack
-        return Terms((P * Q).sum((-2, -1)), error, left, magnitudes, a[0].sum(-1) * a[1].sum(-1) * slack)
+        return Terms(square, error, left, magnitudes, a[0].sum(-1) * a[1].sum(-1) * slack)
 
 
 def norm_bound(terms: Terms) -> Found:
@@ -159,8 +160,16 @@ def _row_gamma(width: int) -> float:
 
 
 def _weighted(products: Any, rows: Found, columns: Found) -> Found:
-    """Return sum |products_ts| rows_t columns_s."""
-    return (abs(products) * rows[..., :, None] * columns[..., None, :]).sum((-2, -1))
+    """Return |products_ts| rows_t columns_s."""
+    return abs(products) * rows[..., :, None] * columns[..., None, :]
+
+
+def _sums(*terms: Any) -> Any:
+    """Return the sums over the last two axes: of JAX arrays by one reduction, for which XLA reads the products once."""
+    if isinstance(terms[0], np.ndarray):
+        return [each.sum((-2, -1)) for each in terms]
+    zeros, axes = [jnp.float64(0)] * len(terms), (terms[0].ndim - 2, terms[0].ndim - 1)
+    return lax.reduce(terms, tuple(zeros), lambda x, y: tuple(map(jnp.add, x, y)), axes)
 
 
 def _root(x: Found) -> Found:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32
 
@@ -33,12 +34,23 @@ def format_of(dtypes: Sequence[Any]) -> Format:
     return "bfloat16" if all(dtype == jnp.bfloat16 for dtype in dtypes) else "tf32"
 
 
-def fitted(x: Array, fmt: Format) -> Array:
-    """Round to the format by an operation that XLA keeps; TF32 numbers are held as float32."""
+def fitted(x: Array, fmt: Format, *, finite: bool = False) -> Array:
+    """Round to the format by an operation that XLA keeps; TF32 numbers are held as float32.
+
+    Args:
+        finite: what is not finite becomes the format's largest number, so that a weight of 0 removes it. The inner
+            product of its row with itself is still infinite, and so is the norm of its example.
+    """
     exact = rounded_float32(x).astype(jnp.float32)
     if fmt == "float32":
         return exact
-    rounded = lax.reduce_precision(exact, exponent_bits=8, mantissa_bits={"tf32": 10, "bfloat16": 7}[fmt])
+    bits = {"tf32": 10, "bfloat16": 7}[fmt]
+    rounded = lax.reduce_precision(exact, exponent_bits=8, mantissa_bits=bits)
+    if finite:
+        # By bits, in which NaN is above infinity: XLA would store what a comparison finds.
+        found = lax.bitcast_convert_type(rounded, jnp.uint32)
+        largest = jnp.minimum(found & np.uint32(0x7FFFFFFF), np.float32((2 - 2.0**-bits) * 2.0**127).view(np.uint32))
+        rounded = lax.bitcast_convert_type(largest | (found & np.uint32(0x80000000)), jnp.float32)
     return rounded.astype(jnp.bfloat16 if fmt == "bfloat16" else jnp.float32)
 
 
@@ -48,10 +60,10 @@ def product(equation: str, a: Array, b: Array, fmt: Format) -> Float32[Array, ".
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def folded(scale: Float32[Array, " p"], used: Bool[Array, " p"], right: Array, fmt: Format) -> Array:
-    """Return every example's right factor times its weight, rounded to the format; 0 where the example is not used."""
-    axes = (slice(None), *[None] * (right.ndim - 1))
-    return fitted(jnp.where(used[axes], right.astype(jnp.float32) * scale[axes], 0.0), fmt)
+def folded(scale: Float32[Array, " p"], used: Bool[Array, " p"], factor: Array, fmt: Format) -> Array:
+    """Return every example's factor times its weight, rounded to the format; 0 where the example is not used."""
+    weighted = jax.vmap(lambda c, kept, rows: jnp.where(kept, rows.astype(jnp.float32) * c, 0.0))(scale, used, factor)
+    return fitted(weighted, fmt)
 
 
 def terms_of_products(products: Sequence[Product]) -> Terms:

@@ -26,8 +26,8 @@ class View:
     leaf: int
     leaf_shape: tuple[int, ...]
     shape: tuple[int, ...]
-    #: The operations from the leaf to the value: (name, argument) each.
-    operations: tuple[tuple[str, Any], ...]
+    #: The operations from the leaf to the value: (name in `jax.lax`, arguments) each.
+    operations: tuple[tuple[str, tuple[Any, ...]], ...]
     #: The leaf's axis behind each axis of the value, None for one of size 1. None as a whole once a reshape mixed axes.
     axes: tuple[int | None, ...] | None
     #: The part of each of the leaf's axes that is visible, [start, stop).
@@ -50,10 +50,10 @@ class View:
         if name == "transpose":
             order = tuple(params["permutation"])
             axes = None if self.axes is None else tuple(self.axes[i] for i in order)
-            return replace(self, shape=shape, operations=(*self.operations, ("transpose", order)), axes=axes)
+            return replace(self, shape=shape, operations=(*self.operations, ("transpose", (order,))), axes=axes)
         reshaped = name in ("squeeze", "expand_dims") or (name == "reshape" and params["dimensions"] is None)
         if reshaped or (name == "broadcast_in_dim" and math.prod(shape) == math.prod(self.shape)):
-            operations = (*self.operations, ("reshape", shape))
+            operations = (*self.operations, ("reshape", (shape,)))
             return replace(self, shape=shape, operations=operations, axes=self._axes_after_reshape(shape))
         if name == "slice" and params["strides"] in (None, (1,) * len(shape)):
             return self._cut(tuple(params["start_indices"]), shape)
@@ -92,13 +92,8 @@ class View:
     def apply(self, leaf: Array) -> Array:
         """Return the view of `leaf`, in the leaf's own dtype."""
         value = leaf
-        for name, argument in self.operations:
-            if name == "transpose":
-                value = jnp.transpose(value, argument)
-            elif name == "reshape":
-                value = jnp.reshape(value, argument)
-            else:
-                value = jax.lax.slice(value, *argument)
+        for name, arguments in self.operations:
+            value = getattr(jax.lax, name)(value, *arguments)
         return value
 
     def to_leaf(self, gradient: Array) -> Array:

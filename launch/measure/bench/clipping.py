@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from dpdist.run.directory import write_atomically
 from dpdist_launch.measure import machine
 from dpdist_launch.measure.bench import arms, peers, table
 from dpdist_launch.measure.bench.naive import naive_series
+from dpdist_launch.measure.bench.profile import profiled
 from dpdist_launch.measure.bench.program import Arm, Program, Sums, largest_batch
 from dpdist_launch.measure.bench.rounds import Clock, fastest, interleaved, ratios
 from dpdist_launch.measure.bench.tasks import TASKS, Problem, Task, in_dtype, problem_of
@@ -46,7 +48,7 @@ class Request:
 
     #: Names of `TASKS`.
     models: Sequence[str]
-    #: Names of `ARMS`; plain SGD is measured in any case.
+    #: Names of `ARMS`, in the order they are to be measured; plain SGD is the first in any case.
     methods: Sequence[str] = tuple(arms.ARMS)
     #: Physical batch size by model; the others use the task's.
     batches: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -62,6 +64,8 @@ class Request:
     #: Compile no further arm of a model, and begin no further round, after so many seconds of it: an arm is left out if
     #: it would not be ready by then, should it take as long as the slowest before it.
     time_limit: float | None = None
+    #: Also trace a few calls of each JAX arm: the time of its kernels, and with `to` the text of its compiled program.
+    profile: bool = False
     #: Directory to write `clipping.json` to after every arm, and `clipping.md` after every model.
     to: Path | None = None
     #: The command line, to be recorded.
@@ -141,6 +145,7 @@ def bench_clipping(request: Request, *, progress: Progress = _to_stderr) -> dict
                 seconds=request.seconds,
                 memory_limit=request.memory_limit,
                 time_limit=request.time_limit,
+                profile=partial(_profile, request.to, name) if request.profile else None,
                 progress=partial(_named, progress, name),
                 after_arm=partial(_write, request.to, content, name),
             )
@@ -173,9 +178,9 @@ def _without_compilation_cache() -> Iterator[None]:
 
 
 def arms_of(request: Request) -> list[Arm]:
-    """Return the arms to measure in turns, always with plain SGD, the baseline."""
-    found = [arms.jax_arm(name) for name in arms.ARMS if name == arms.SGD or name in request.methods]
-    found = [arm for arm in found if arm.name != arms.NAIVE]
+    """Return the arms to measure in turns: first plain SGD, the baseline, then in the order they were asked for."""
+    names = dict.fromkeys((arms.SGD, *request.methods))
+    found = [arms.jax_arm(name) for name in names if name != arms.NAIVE]
     return found + (peers.peer_arms(installed=request.peers == "installed") if request.peers else [])
 
 
@@ -189,6 +194,7 @@ def measure(
     seconds: float,
     memory_limit: float | None = None,
     time_limit: float | None = None,
+    profile: Callable[[str, Program], dict[str, Any]] | None = None,
     clock: Clock = time.perf_counter,
     processor_clock: Clock = time.process_time,
     progress: Progress = lambda line: None,
@@ -233,6 +239,11 @@ def measure(
         if memory_limit is not None and compile_at is not None and clock() < until:
             progress(f"{arm.name}: looking for its largest batch")
             results[arm.name]["largest_batch"] = largest_batch(compile_at, limit=memory_limit, start=size)
+    for arm in measured:
+        if profile is not None and arm.name in times and arm.framework == arms.JAX and clock() < until:
+            after_arm(found)  # the profiler is another's code: what is known is kept, whatever it does
+            progress(f"{arm.name}: its kernels")
+            results[arm.name]["profile"] = profile(arm.name, programs[arm.name])
     if naive:
         progress(f"{arms.NAIVE}: a series that compiles")
         series: dict[str, Any] = {"framework": arms.JAX, "private": True}
@@ -306,6 +317,18 @@ def _prepare(
     if arms.SGD not in programs:
         raise RuntimeError(f"plain SGD does not run: {results[arms.SGD]['failed']}")
     return programs
+
+
+def _profile(to: Path | None, model: str, name: str, program: Program) -> dict[str, Any]:
+    """Return the arm's kernels; writes its compiled program beside the results."""
+    try:
+        if to is not None and program.text is not None:
+            text = to / "programs" / f"{model}-{name}.hlo.gz"
+            text.parent.mkdir(exist_ok=True)
+            text.write_bytes(gzip.compress(program.text().encode()))
+        return profiled(program.run)
+    except Exception as error:  # a device that cannot be traced must not cost the times
+        return {"failed": _reason(error)}
 
 
 def _peak_bytes() -> int | None:

@@ -80,6 +80,7 @@ def add_to(commands: Any) -> None:
     add(
         "--time-limit", type=float, metavar="S", help="begin no arm and no round of a model after so many seconds of it"
     )
+    add("--profile", action="store_true", help="also the kernels of each JAX arm; with --to, its compiled program")
     add("--to", type=path_argument, metavar="DIR", help="write clipping.json and clipping.md there as well")
     clipping.set_defaults(run=_clipping)
 
@@ -145,6 +146,7 @@ def _clipping(options: argparse.Namespace) -> int:
             rounds=options.rounds,
             seconds=options.seconds,
             memory_limit=options.memory * 2**30 if options.largest_batch else None,
+            profile=options.profile,
             to=options.to,
             command=["dpdist", *sys.argv[1:]],
         )

@@ -48,6 +48,8 @@ class Program:
     compiled: Compiled | None = None
     #: Compiles for another physical batch size, without running anything.
     compile_at: Callable[[int], Compiled] | None = None
+    #: Returns the compiled program's text (optimised HLO).
+    text: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,7 @@ def jax_program(grad_sum: GradSum, problem: Problem) -> Program:
         read=lambda result: dict(zip(paths_of(result[0]), map(np.asarray, jax.tree.leaves(result[0])), strict=True)),
         compiled=analysis,
         compile_at=compile_at,
+        text=executable.as_text,
     )
 
 

@@ -17,7 +17,7 @@ def page(content: Found) -> str:
     results = content["results"]
     rows = {name: found for name, found in results.items() if name.startswith("clipping-")}
     for name, write in SECTIONS.items():
-        found = rows if name == "clipping" else results.get(name)
+        found = rows if name in ("clipping", "profile") else results.get(name)
         if found:
             parts += _guarded(name, write, found, results)
     return "\n\n".join(parts) + "\n"
@@ -212,18 +212,29 @@ def step(found: Found) -> Iterator[str]:
     yield markdown(["stage", "ms", "of the step"], rows)
 
 
-def profile(found: Found) -> Iterator[str]:
-    """The kernels of the worst row."""
+def profile(rows: Found) -> Iterator[str]:
+    """The kernels of what training takes on tensor cores, where that costs most."""
+    seen = []
+    for found in rows.values():
+        for model, numbers in found["models"].items():
+            arm = numbers["arms"].get("tensor", {})
+            if "ratio" in arm and "kernels" in arm.get("profile", {}):
+                seen.append((arm["ratio"], model, found["settings"]["format"], numbers))
+    if not seen:
+        return
+    _, model, form, numbers = max(seen, key=lambda row: row[0])
+    private, plain = (numbers["arms"][name].get("profile", {}) for name in ("tensor", "sgd"))
     yield "## Profile of the worst row"
     yield (
-        f"`{found['arm']}` of {found['model']} in {found['format']}, p = {found['batch']}: "
-        f"{found['microseconds']:,.0f} us of kernels in a call."
+        f"`tensor` of {model} in {form}, p = {numbers['batch']}: {private['microseconds']:,.0f} us of kernels in a "
+        f"call, {private['launches']:,.0f} launches; plain SGD {_number(plain.get('microseconds'), ',.0f')} us, "
+        f"{_number(plain.get('launches'), ',.0f')} launches."
     )
-    rows = [
-        [f"`{kernel['name']}`", f"{kernel['microseconds']:,.0f}", f"{kernel['calls']:g}"]
-        for kernel in found["kernels"][:15]
+    lines = [
+        [f"`{kernel['name']}`", f"{kernel['microseconds']:,.0f}", f"{kernel['launches']:g}"]
+        for kernel in private["kernels"][:15]
     ]
-    yield markdown(["kernel", "us a call", "launches"], rows)
+    yield markdown(["kernel", "us a call", "launches"], lines)
 
 
 def largest(found: Found) -> Iterator[str]:
@@ -237,7 +248,7 @@ def largest(found: Found) -> Iterator[str]:
     yield markdown(["model", "format", "arm", "largest"], rows)
 
 
-#: Result -> its part of the page; `clipping` has all rows of `bench clipping`, and the predictions.
+#: Result -> its part of the page. `clipping` and `profile` have all rows of `bench clipping`.
 SECTIONS: dict[str, Callable[..., Iterator[str]]] = {
     "gamma": gamma,
     "zoo": zoo,

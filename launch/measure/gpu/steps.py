@@ -68,7 +68,6 @@ def _others(first: Sequence[Row], later: Sequence[Row]) -> list[Step]:
         ),
         *(_clipping(*row) for row in first),
         _program("step", 60, "data_path"),
-        Step(name="profile", limit=60, command=_profile, result="profile.json"),
         *(_clipping(*row) for row in later),
         Step(
             name="largest-batch",
@@ -140,7 +139,8 @@ def _clipping(model: str, form: str, batch: int, limit: float) -> Step:
         rounds = "--rounds", "2" if context.tiny else "5"
         size = _fitting(batch, context)
         methods = "--methods", TINY_METHODS if context.tiny else METHODS
-        return _bench(context, name, model, form, size, *methods, "--peers", "installed", *rounds, *limits)
+        how = "--peers", "installed", "--profile"
+        return _bench(context, name, model, form, size, *methods, *how, *rounds, *limits)
 
     return Step(name=name, limit=limit, command=command, result=f"{name}/clipping.json", summary=ratios)
 
@@ -164,19 +164,3 @@ def _largest(model: str, form: str, batch: int, context: Context) -> Sequence[st
 def _largest_batches(found: dict[str, Any]) -> str:
     arms = [(name, arm) for numbers in found["models"].values() for name, arm in numbers["arms"].items()]
     return ", ".join(f"{name} {arm.get('largest_batch')}" for name, arm in arms)
-
-
-def _profile(context: Context) -> Sequence[str]:
-    """Profile `auto` where its ratio to plain SGD is largest."""
-    seen: dict[tuple[str, str, int], float] = {}
-    for name, found in context.results.items():
-        if name.startswith("clipping-"):
-            for model, numbers in found["models"].items():
-                ratio = numbers["arms"].get("auto", {}).get("ratio")
-                if ratio is not None:
-                    seen[model, found["settings"]["format"], numbers["batch"]] = ratio
-    if not seen:
-        raise Skip("no row of `bench clipping` was measured")
-    model, form, batch = max(seen, key=lambda row: seen[row])
-    target = str(context.out / "profile.json")
-    return _python("dpdist_launch.measure.gpu.profile", model, form, "auto", str(batch), "--to", target)
