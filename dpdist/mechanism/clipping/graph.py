@@ -75,11 +75,7 @@ class Graph:
         return known
 
     def compute_loss(
-        self,
-        shared: Values,
-        example: Sequence[Any],
-        shifts: Sequence[Sequence[Any]],
-        settle: Mapping[Any, Changes],
+        self, shared: Values, example: Sequence[Any], shifts: Sequence[Sequence[Any]], settle: Mapping[Any, Changes]
     ) -> tuple[Any, list[list[Any]]]:
         """Compute the loss of one example, with `shifts[u][j]` added to output number `uses[u].outputs[j]` of use u.
 
