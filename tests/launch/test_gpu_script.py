@@ -199,17 +199,24 @@ def test_a_step_asks_the_results_before_it(tmp_path: Path) -> None:
     assert line[line.index("--batch") + 1] == "16"  # half of 32
     with pytest.raises(runner.Skip, match="no published rates"):
         by_name["roofline"].command(context(tmp_path, small))
-    with pytest.raises(runner.Skip, match="no row"):
-        by_name["profile"].command(context(tmp_path, small))
-    rows = {
-        f"clipping-{model}": {
+
+
+def test_the_page_shows_the_kernels_of_the_row_where_clipping_costs_most() -> None:
+    def row(model: str, ratio: float) -> dict[str, Any]:
+        kernels = [{"name": f"{model}_{i}", "microseconds": 9.0 - i, "launches": 12.0} for i in range(3)]
+        private = {"ratio": ratio, "profile": {"microseconds": 24.0, "launches": 36.0, "kernels": kernels}}
+        plain = {"ratio": 1.0, "profile": {"failed": "RuntimeError: no trace"}}
+        return {
             "settings": {"format": "bf16"},
-            "models": {model: {"batch": 7, "arms": {"auto": {"ratio": ratio}}}},
+            "models": {model: {"batch": 7, "arms": {"sgd": plain, "tensor": private}}},
         }
-        for model, ratio in (("vit-b", 3.4), ("bert-base", 4.7))
-    }
-    worst = by_name["profile"].command(context(tmp_path, small | rows))
-    assert [*worst[3:7]] == ["bert-base", "bf16", "auto", "7"]
+
+    rows = {"clipping-a": row("vit-b", 1.2), "clipping-b": row("bert-base", 1.3), "clipping-c": row("r50x1", 1.1)}
+    title, about, table = page.profile(rows)
+    assert title == "## Profile of the worst row"
+    assert "`tensor` of bert-base in bf16, p = 7: 24 us of kernels in a call, 36 launches; plain SGD - us" in about
+    assert "| `bert-base_0` | 9 | 12 |" in table
+    assert list(page.profile({"clipping-a": {**row("vit-b", 1.2), "models": {}}})) == []
 
 
 def test_a_result_that_is_not_as_expected_does_not_cost_the_page() -> None:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from dpdist.mechanism.clipping import clipped_grad_sum
-from dpdist_launch.measure.gpu import gamma, page, profile, zoo
+from dpdist_launch.measure.bench import profile
+from dpdist_launch.measure.gpu import gamma, page, zoo
 
 
 def test_a_device_that_loses_more_than_is_assumed_fails_the_step(

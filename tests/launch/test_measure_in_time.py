@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -72,3 +75,30 @@ def test_products_in_bfloat16_or_full_float32_are_what_is_measured(monkeypatch: 
 def test_peers_that_are_installed_are_measured_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     assert peers.peer_arms(installed=True) == []
+
+
+def test_arms_are_measured_in_the_order_they_are_asked_for_after_plain_sgd() -> None:
+    request = Request(models=["mnist-cnn"], methods=["tensor", "naive", "auto", "sgd", "ghost"])
+    assert [arm.name for arm in clipping.arms_of(request)] == ["sgd", "tensor", "auto", "ghost"]
+
+
+def test_kernels_are_kept_with_the_program_they_are_of_and_a_profiler_that_fails_costs_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "tiny", MLP)
+    request = Request(models=["tiny"], methods=["per_example"], rounds=1, seconds=0, profile=True, to=tmp_path)
+    arms_found = clipping.bench_clipping(request)["models"]["tiny"]["arms"]
+    for name in ("sgd", "per_example"):
+        found = arms_found[name]["profile"]
+        assert found["microseconds"] > 0
+        assert found["kernels"][0]["launches"] >= 1
+        assert b"HloModule" in gzip.decompress((tmp_path / "programs" / f"tiny-{name}.hlo.gz").read_bytes())
+    assert json.loads((tmp_path / "clipping.json").read_text())["models"]["tiny"]["arms"] == arms_found
+
+    def fails(run: Any) -> Any:
+        raise RuntimeError("no trace here")
+
+    monkeypatch.setattr(clipping, "profiled", fails)
+    again = clipping.bench_clipping(request)["models"]["tiny"]["arms"]["per_example"]
+    assert again["profile"] == {"failed": "RuntimeError: no trace here"}
+    assert again["seconds"] > 0

@@ -109,6 +109,18 @@ def attention_like() -> tuple[Any, Any, Any]:
     return loss, params, {"x": normal(9, 4, 5, 7)}
 
 
+def gated(dtype: Any) -> tuple[Any, Any, Any]:
+    """Three products of the same 5 rows, computed in a format. (XLA lacks some of attention's in bfloat16, on CPUs.)"""
+    _, params, batch = attention_like()
+
+    def loss(p: Any, e: Any) -> Any:
+        x = e["x"].astype(dtype)
+        q, k, v = (x @ p[name].astype(dtype) for name in "qkv")
+        return jnp.sum((jnp.tanh(q * k) * v).astype(jnp.float32) ** 2)
+
+    return loss, params, batch
+
+
 def test_uses_of_the_same_data_share_one_product_of_its_rows() -> None:
     """In the program that XLA makes: one A A^T for q, k and v, and a G G^T each; each gradient is summed by one."""
     loss_fn, params, batch = attention_like()
@@ -127,11 +139,87 @@ def test_both_factors_of_a_product_go_through_reduce_precision_and_products_have
     assert all(each.outvars[0].aval.dtype == jnp.float32 for each in found)
 
 
-def factor_products(function: Any, *arguments: Any) -> list[Any]:
-    """The products of factors in a traced gradient sum; fails where an operand is not rounded by `reduce_precision`."""
+def traced(function: Any, *arguments: Any) -> list[Any]:
+    """The equations of a traced gradient sum, with every call inlined."""
     closed = jax.make_jaxpr(function)(*arguments)
     parameter = Origin(leaves=frozenset({0}))  # so that every call is inlined
-    equations = flatten(closed, [parameter] * len(closed.jaxpr.invars)).jaxpr.eqns
+    equations: list[Any] = flatten(closed, [parameter] * len(closed.jaxpr.invars)).jaxpr.eqns
+    return equations
+
+
+#: Operations that move entries, and which of their inputs' entries.
+MOVES = ("reshape", "transpose", "squeeze", "broadcast_in_dim", "concatenate", "gather", "bitcast_convert_type")
+
+
+def origin_of(v: Any, made: dict[Any, Any], through: tuple[str, ...] = MOVES) -> Any:
+    while v in made and made[v].primitive.name in through:
+        v = made[v].invars[0]
+    return v
+
+
+def test_the_loss_in_bfloat16_reads_the_arrays_that_clipping_reads() -> None:
+    """Not copies of them: each factor is moved from an operand of one of the loss's own products."""
+    loss_fn, params, batch = gated(jnp.bfloat16)
+    equations = traced(tensor(loss_fn, 0.3), params, batch, np.ones(4, np.float32))
+    made = {v: equation for equation in equations for v in equation.outvars}
+    products = [x for x in equations if x.primitive.name == "dot_general"]
+    of_clipping = [x for x in products if "tensor_products.py" in source_of(x)]
+    of_loss = {origin_of(v, made) for x in products if x not in of_clipping for v in x.invars}
+    # x once, and the gradients at q, k and v. The loss multiplies these only for its gradient at x, which nobody needs.
+    read = {origin_of(x.invars[0], made) for x in of_clipping if x.invars[0] is x.invars[1]}
+    assert len(read) == 4
+    assert len(read & of_loss) == 1
+
+
+@pytest.mark.parametrize(("m", "n", "side"), [(4, 32, 0), (32, 4, 1), (32, 32, 0)])
+def test_the_weight_goes_into_the_smaller_factor_and_the_bound_knows_which(m: int, n: int, side: int) -> None:
+    """Rows of the larger are orthogonal, others equal: with the sides confused the bound would take 5 u, not u."""
+    wide, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((max(m, n), 25)))
+    same = np.ones((25, min(m, n)))
+    x, g = (same, wide.T) if side == 0 else (wide.T, same)
+    batch = {"x": x[None].astype(jnp.bfloat16), "g": g[None].astype(jnp.bfloat16)}
+    params, mask = {"w": np.zeros((m, n), np.float32)}, np.ones(1, np.float32)
+    loss_fn = lambda p, e: jnp.sum((e["x"] @ p["w"].astype(jnp.bfloat16)) * e["g"])  # noqa: E731
+    function = tensor(loss_fn, 0.1)
+    equations = traced(function, params, batch, mask)
+    made = {v: equation for equation in equations for v in equation.outvars}
+    (summed,) = [x for x in equations if x.primitive.name == "dot_general" and x.outvars[0].aval.shape == (1, m, n)]
+    weighted = [made[origin_of(v, made, (*MOVES, "convert_element_type", "reduce_precision"))] for v in summed.invars]
+    assert [equation.primitive.name == "select_n" for equation in weighted] == [side == 0, side == 1]
+    assert 0.1 * (1 - 2.5 * 2.0**-8) <= alone(function, params, batch)[0] <= 0.1
+
+
+@pytest.mark.parametrize("strategy", ["ghost", "instantiate"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("short", [True, False])
+def test_an_example_that_is_not_finite_changes_no_bit_of_the_others_sum(strategy: str, bad: float, short: bool) -> None:
+    """Its factors become finite numbers where the others are summed beside them; it is left out all the same."""
+    loss_fn, params, batch = gated(jnp.bfloat16 if short else jnp.float32)
+    function = tensor(loss_fn, 0.3, strategy)
+    mask, without = np.ones(4, np.float32), np.arange(4) != 1
+    expected = flat(function(params, batch, mask * without)[0])
+    for rows in (np.s_[1], np.s_[1, 0]):
+        spoilt = {"x": batch["x"].copy()}
+        spoilt["x"][rows] = bad
+        for weights in (mask, mask * without):  # masked, it may hold anything too
+            assert (flat(function(params, spoilt, weights)[0]) == expected).all()
+
+
+@pytest.mark.parametrize("strategy", ["ghost", "instantiate"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_an_example_is_left_out_even_if_its_finite_stand_in_has_an_ordinary_gradient(strategy: str, dtype: Any) -> None:
+    batch = {"x": normal(1, 3, 2, 8).astype(dtype), "g": (normal(2, 3, 2, 4) * 1e-30).astype(dtype)}
+    batch["g"][:2] = normal(3, 2, 2, 4)
+    loss_fn = lambda p, e: jnp.sum((e["x"] @ p["w"].astype(dtype)) * e["g"])  # noqa: E731
+    function, params = tensor(loss_fn, 0.1, strategy), {"w": np.zeros((8, 4), np.float32)}
+    expected = flat(function(params, batch, np.float32([1, 1, 0]))[0])
+    batch["x"][2, 1, 3] = np.nan
+    assert (flat(function(params, batch, np.ones(3, np.float32))[0]) == expected).all()
+
+
+def factor_products(function: Any, *arguments: Any) -> list[Any]:
+    """The products of factors in a traced gradient sum; fails where an operand is not rounded by `reduce_precision`."""
+    equations = traced(function, *arguments)
     made = {v: equation for equation in equations for v in equation.outvars}
     found = [x for x in equations if x.primitive.name == "dot_general" and "tensor_products.py" in source_of(x)]
 
