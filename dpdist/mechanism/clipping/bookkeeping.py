@@ -190,11 +190,12 @@ class _Pass:
         if factors.one_hot:
             rows = jnp.where(used[:, None], left, -1).reshape(-1)
             found = _product(factors, rows, folded(scale, used, right, "float32").reshape(1, -1, factors.n), "float32")
-        elif self._folds_left(u):
-            found = product("pgtm,pgtn->gmn", folded(scale, used, left, fmt), right, fmt)
         else:
-            kept = jnp.where(used[:, None, None, None], left, 0) if fmt == "float32" else left
-            found = product("pgtm,pgtn->gmn", kept, folded(scale, used, right, fmt), fmt)
+            sides, folds = [left, right], 0 if self._folds_left(u) else 1
+            if not self._finite(u):
+                sides = [jnp.where(used[:, None, None, None], side, 0) for side in sides]
+            sides[folds] = folded(scale, used, (left, right)[folds], fmt)
+            found = product("pgtm,pgtn->gmn", sides[0], sides[1], fmt)
         return _to_leaf(factors, factors.arrange(found))
 
     def _format(self, u: int) -> Format:
@@ -212,8 +213,8 @@ class _Pass:
         return self._formats[u] != "float32" and not factors.one_hot and factors.m <= factors.n
 
     def _finite(self, u: int) -> bool:
-        """Return whether the factors of use `u` are made finite: their inner products on tensor cores tell."""
-        return self._formats[u] != "float32" and any(u in group for group in self.ghosts)
+        """Return whether the factors of use `u` are finite: those in bfloat16, whose inner products tell what was not."""
+        return self._formats[u] == "bfloat16" and any(u in group for group in self.ghosts)
 
     def _settle(self) -> dict[Any, Changes]:
         """Return how bfloat16 factors are rounded where they arise: the loss reads the arrays that clipping reads."""
@@ -226,7 +227,7 @@ class _Pass:
     def _rows(self, u: int) -> tuple[Array, Array]:
         """Return the left and right factor of use `u`, with leading axis p."""
         factors, fmt = self._factors[u], self._formats[u]
-        fit = partial(fitted, fmt=fmt, finite=self._finite(u)) if fmt != "bfloat16" else lambda settled: settled
+        fit = partial(fitted, fmt=fmt) if fmt != "bfloat16" else lambda settled: settled
         operand = self._operands[u][factors.operand]
         left = jax.vmap(factors.left)(operand if factors.one_hot else fit(operand))
         return left, jax.vmap(factors.right)(fit(self._at_outputs[u][0]))
