@@ -213,7 +213,7 @@ class _Pass:
         return self._formats[u] != "float32" and not factors.one_hot and factors.m <= factors.n
 
     def _finite(self, u: int) -> bool:
-        """Return whether the factors of use `u` are finite: those in bfloat16, whose inner products tell what was not."""
+        """Return whether the factors of use `u` are finite: in bfloat16, inner products tell what was not."""
         return self._formats[u] == "bfloat16" and any(u in group for group in self.ghosts)
 
     def _settle(self) -> dict[Any, Changes]:
