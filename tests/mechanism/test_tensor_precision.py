@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.extend.core import Literal
 from test_clipping import clipped, flat
 from test_clipping_methods import MASK, reference
@@ -214,6 +215,34 @@ def test_an_example_is_left_out_even_if_its_finite_stand_in_has_an_ordinary_grad
     function, params = tensor(loss_fn, 0.1, strategy), {"w": np.zeros((8, 4), np.float32)}
     expected = flat(function(params, batch, np.float32([1, 1, 0]))[0])
     batch["x"][2, 1, 3] = np.nan
+    assert (flat(function(params, batch, np.ones(3, np.float32))[0]) == expected).all()
+
+
+@pytest.mark.parametrize("term", ["instantiate", "mean"])
+def test_a_pixel_that_a_convolution_skips_is_not_made_finite_for_what_reads_it(term: str) -> None:
+    """It is in none of the convolution's inner products, so nothing would tell that the rest of the gradient is not."""
+    params = {"short": normal(1, 1, 1, 3, 16), "main": normal(2, 3, 3, 3, 4)}
+
+    def loss(p: Any, e: Any) -> Any:
+        x = e["x"].astype(jnp.bfloat16)[None]
+
+        def convolved(kernel: Any, stride: int, padding: str) -> Any:
+            numbers = ("NHWC", "HWIO", "NHWC")
+            kernel = kernel.astype(jnp.bfloat16)
+            return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=numbers)
+
+        skipping = jnp.sum(jnp.tanh(convolved(p["short"], 2, "VALID").astype(jnp.float32)))
+        if term == "mean":
+            return skipping * jnp.tanh(jnp.mean(x.astype(jnp.float32)))
+        return skipping + jnp.sum(jnp.tanh(convolved(p["main"], 1, "SAME").astype(jnp.float32)))
+
+    how = {"short": "ghost", "*": "instantiate"}
+    function = jax.jit(clipped_grad_sum(loss, clip_norm=0.5, precision="tensor", strategies=how))
+    batch = {"x": normal(3, 3, 6, 6, 3)}
+    expected = flat(function(params, batch, np.float32([1, 0, 1]))[0])
+    assert np.linalg.norm(flat(function(params, batch, np.float32([0, 1, 0]))[0])) > 0.4
+    batch["x"][1, 1, 1] = np.nan
+    assert not flat(function(params, batch, np.float32([0, 1, 0]))[0]).any()
     assert (flat(function(params, batch, np.ones(3, np.float32))[0]) == expected).all()
 
 

@@ -75,6 +75,7 @@ def clipped_grad_sum(
         is float[p], 0 for padding. `sums` is float32 with the structure of params, None where frozen: the sum over i
         of min(1, C / |g_i|) g_i (Abadi et al. 2016, Algorithm 1). `norms` is float32[p], |g_i| before clipping; the
         privacy guarantee does not cover it. An example that is masked, or whose gradient is not finite, adds exactly 0.
+        `f` is not to be differentiated: what is rounded to be summed has no derivative.
 
     Raises:
         ValueError: clip_norm is out of range, the method or the precision unknown; when `f` is called, also if a

@@ -216,21 +216,25 @@ class _Pass:
         """Return whether the factors of use `u` are finite: in bfloat16, inner products tell what was not."""
         return self._formats[u] == "bfloat16" and any(u in group for group in self.ghosts)
 
+    def _reads_all(self, u: int) -> bool:
+        return self._graph.uses[u].equation.primitive.name == "dot_general"
+
     def _settle(self) -> dict[Any, Changes]:
         """Return how bfloat16 factors are rounded where they arise: the loss reads the arrays that clipping reads."""
         short = {u: each for u, each in self._factors.items() if self._formats[u] == "bfloat16"}
         at = {self._graph.uses[u].equation.outvars[0]: self._finite(u) for u in short}
-        finite = {each.data for u, each in short.items() if self._finite(u)}
+        # Not what a convolution reads: it may skip entries, which others read and no inner product would tell of.
+        finite = {each.data for u, each in short.items() if self._finite(u) and self._reads_all(u)}
         of = {each.data: each.data in finite for each in short.values() if not each.one_hot}
         return {v: (_in_place(of.get(v)), _in_place(at.get(v))) for v in (*of, *at)}
 
     def _rows(self, u: int) -> tuple[Array, Array]:
         """Return the left and right factor of use `u`, with leading axis p."""
         factors, fmt = self._factors[u], self._formats[u]
-        fit = partial(fitted, fmt=fmt) if fmt != "bfloat16" else lambda settled: settled
-        operand = self._operands[u][factors.operand]
-        left = jax.vmap(factors.left)(operand if factors.one_hot else fit(operand))
-        return left, jax.vmap(factors.right)(fit(self._at_outputs[u][0]))
+        left, right = self._operands[u][factors.operand], self._at_outputs[u][0]
+        if not factors.one_hot and not (fmt == "bfloat16" and self._reads_all(u)):
+            left = fitted(left, fmt, finite=self._finite(u))
+        return jax.vmap(factors.left)(left), jax.vmap(factors.right)(right if fmt == "bfloat16" else fitted(right, fmt))
 
     def _group_norms(self, group: Sequence[int]) -> Norms:
         """Return the norms of the summed gradients of all uses in a group."""

@@ -38,19 +38,18 @@ def fitted(x: Array, fmt: Format, *, finite: bool = False) -> Array:
     """Round to the format by an operation that XLA keeps; TF32 numbers are held as float32.
 
     Args:
-        finite: what is not finite becomes the format's largest number, so that a weight of 0 removes it. The inner
-            product of its row with itself is still infinite, and so is the norm of its example.
+        finite: what is not finite becomes the largest bfloat16, so that a weight of 0 removes it. The inner product of
+            its row with itself is still infinite, and so is the norm of its example.
     """
     exact = rounded_float32(x).astype(jnp.float32)
     if fmt == "float32":
         return exact
-    bits = {"tf32": 10, "bfloat16": 7}[fmt]
-    rounded = lax.reduce_precision(exact, exponent_bits=8, mantissa_bits=bits)
+    rounded = lax.reduce_precision(exact, exponent_bits=8, mantissa_bits={"tf32": 10, "bfloat16": 7}[fmt])
     if finite:
         # By bits, in which NaN is above infinity: XLA would store what a comparison finds.
         found = lax.bitcast_convert_type(rounded, jnp.uint32)
-        largest = jnp.minimum(found & np.uint32(0x7FFFFFFF), np.float32((2 - 2.0**-bits) * 2.0**127).view(np.uint32))
-        rounded = lax.bitcast_convert_type(largest | (found & np.uint32(0x80000000)), jnp.float32)
+        magnitude = jnp.minimum(found & np.uint32(0x7FFFFFFF), np.uint32(0x7F7F0000))
+        rounded = lax.bitcast_convert_type(magnitude | (found & np.uint32(0x80000000)), jnp.float32)
     return rounded.astype(jnp.bfloat16 if fmt == "bfloat16" else jnp.float32)
 
 
