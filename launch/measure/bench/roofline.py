@@ -210,10 +210,15 @@ def _shared(group: Sequence[Factors], share: dict[int, int]) -> int:
 
 
 def _folding(group: Sequence[Factors], at: Setting, share: dict[int, int]) -> float:
-    """Seconds to read G and write c G, and to mask A for all uses that share it."""
-    columns = sum(
-        use.length * use.groups * (use.n + (0 if use.one_hot else use.m / _shared(group, share))) for use in group
-    )
+    """Seconds to read the smaller factor and write it with the weight; in TF32, also to copy and mask the other."""
+    columns = 0.0
+    for use in group:
+        left, right = use.m / _shared(group, share), use.n
+        if use.one_hot:
+            left = 0.0
+        elif at.format == "bf16":
+            left, right = (left, 0) if use.m <= use.n else (0.0, right)
+        columns += use.length * use.groups * (left + right)
     return at.moved(2 * at.wide * columns)
 
 
