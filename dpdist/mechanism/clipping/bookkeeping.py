@@ -217,6 +217,7 @@ class _Pass:
         return self._formats[u] == "bfloat16" and any(u in group for group in self.ghosts)
 
     def _reads_all(self, u: int) -> bool:
+        """Return whether every entry of the data operand of use `u` is in its left factor."""
         return self._graph.uses[u].equation.primitive.name == "dot_general"
 
     def _settle(self) -> dict[Any, Changes]:
