@@ -1,9 +1,9 @@
 """Norms and weighted sums from factors in a short format, whose products run on tensor cores.
 
-Both factors are rounded once, to bfloat16 if the model computes in it (where they arise: the loss reads the same arrays)
-and to TF32 otherwise; every product of them has float32 output, and `tensor_cores` bounds what it may lose.
-`Precision.HIGH` is TF32 on GPUs that have it and float32 elsewhere: either multiplies TF32 numbers exactly. Long rows are
-multiplied in pieces.
+Both factors are rounded once: to bfloat16 if the model computes in it, where they arise, so that the loss reads the
+same arrays; to TF32 otherwise. Every product of them has float32 output, and `tensor_cores` bounds what it may lose.
+`Precision.HIGH` is TF32 on GPUs that have it and float32 elsewhere: either multiplies TF32 numbers exactly. Long rows
+are multiplied in pieces.
 """
 
 from __future__ import annotations
