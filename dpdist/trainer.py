@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jaxtyping import Array
 
 from dpdist import config as config_module
@@ -33,7 +32,6 @@ from dpdist.data.datasets import with_given
 from dpdist.data.feed import Feed
 from dpdist.data.sources import Source
 from dpdist.data.units import UnitSource
-from dpdist.errors import InputError
 from dpdist.joint import charging
 from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.step import TrainState, accumulate_sample, noisy_update
@@ -41,7 +39,8 @@ from dpdist.models.families import settled
 from dpdist.program.assignments import make_assigner, share_of_work
 from dpdist.program.build import TrainingSetup, build_setup, open_model
 from dpdist.program.flops import speed
-from dpdist.program.probe import described, require_something_to_learn
+from dpdist.program.look import look
+from dpdist.program.probe import require_something_to_learn
 from dpdist.program.update import placed
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
@@ -207,25 +206,12 @@ def _try_out(
     Raises:
         InputError: the run is a new one, and none of them has a gradient; or one cannot be read.
     """
-    found = _look(setup, state)
+    found = look(setup, state, start.plan.privacy)
     if isinstance(source, UnitSource):
         found |= {"records_left_out": source.left_out}
     writer.looked(start.step or 0, start.plan.incarnation, found)
     if start.step is None:
         require_something_to_learn(found)
-
-
-def _look(setup: TrainingSetup, state: TrainState) -> dict[str, Any]:
-    """What the probe finds, on process 0; nothing where it fails, as for want of memory: no run ends for that."""
-    if setup.probe is None:
-        raise RuntimeError("only process 0 looks at examples")
-    try:
-        return described(*setup.probe.measure(next(iter(setup.step_programs.slices(state.params).values()))))
-    except InputError:
-        raise
-    except Exception:
-        logger.exception("the training examples could not be looked at")
-        return described(np.zeros(0, np.float32), np.zeros(0, np.float32))
 
 
 @dataclass(kw_only=True)
@@ -342,7 +328,7 @@ class Trainer:
         if self.setup.probe is not None:
             with self.writer.phase("evaluation"):
                 incarnation = int(self.meta["plan"]["incarnation"])
-                self.writer.looked(self.step, incarnation, _look(self.setup, self.state))
+                self.writer.looked(self.step, incarnation, look(self.setup, self.state))
 
     def evaluate(self) -> None:
         """Measure the test metrics of this step, or set `leaving` where the job is told to leave first."""

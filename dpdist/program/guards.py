@@ -14,6 +14,20 @@ from dpdist.mechanism.step import Microbatch, StepPrograms
 from dpdist.program import self_test
 
 
+def summing(programs: StepPrograms, grid: float) -> self_test.Accumulate:
+    """The compiled sum of one physical batch on a device of this process, as float64[d] on the host."""
+    position, device = next(iter(programs.local.items()))
+    key = jax.device_put(np.zeros(2, np.uint32), device)
+
+    def accumulate(params: Any, batch: dict[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
+        microbatch = jax.device_put(Microbatch(batch, mask, np.zeros(len(mask), np.int32)), device)
+        zeros = programs.slices(programs.zero_sums())[position]
+        sums = programs.accumulate(position, jax.device_put(params, device), zeros, microbatch, key)
+        return np.asarray(sums)[: programs.parameters] * grid
+
+    return accumulate
+
+
 def require_guards(
     programs: StepPrograms,
     params: Any,
@@ -40,17 +54,8 @@ def require_guards(
                 "training.precision", precision, f"{error} on this device; give training.precision=highest."
             ) from None
 
-    position, device = next(iter(programs.local.items()))
-    key = jax.device_put(np.zeros(2, np.uint32), device)
-
-    def accumulate(params: Any, batch: dict[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
-        microbatch = jax.device_put(Microbatch(batch, mask, np.zeros(len(mask), np.int32)), device)
-        zeros = programs.slices(programs.zero_sums())[position]
-        sums = programs.accumulate(position, jax.device_put(params, device), zeros, microbatch, key)
-        return np.asarray(sums)[: programs.parameters] * grid
-
     try:
-        self_test.check(accumulate, params, example, batch_sizes, clip_norm=clip_norm)
+        self_test.check(summing(programs, grid), params, example, batch_sizes, clip_norm=clip_norm)
     except self_test.BrokenGuardError as error:
         raise InputError(
             "XLA_FLAGS",

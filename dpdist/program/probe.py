@@ -20,9 +20,12 @@ from dpdist.data.sources import Source, read_rows
 from dpdist.errors import InputError
 from dpdist.mechanism.clipping.paths import trainable, with_frozen
 from dpdist.program.gradients import ExampleLoss
+from dpdist.program.self_test import Accumulate
 
 #: Examples that are looked at.
 SIZE = 16
+#: Clipped examples that are summed alone, one after the other.
+SUMMED = 4
 #: Of the gradient norms.
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "max": 1.0}
 
@@ -60,6 +63,28 @@ class Probe:
         device = next(iter(jax.tree.leaves(params)[0].devices()))
         losses, norms = self._measure(params, jax.device_put(self._batch, device))
         return np.asarray(losses), np.asarray(norms)
+
+    def below_clip_norm(
+        self, accumulate: Accumulate, params: Any, norms: Float32[np.ndarray, " n"], *, size: int, clip_norm: float
+    ) -> float | None:
+        """The share of C that clipped examples do not reach: what `clipping.tensor_cores` takes for rounding.
+
+        Args:
+            accumulate: the compiled sum of `size` examples.
+            norms: what `measure` found.
+
+        Returns:
+            The median of up to `SUMMED` examples, or None where no gradient is longer than C.
+        """
+        clipped = np.flatnonzero(np.isfinite(norms) & (norms > 1.05 * clip_norm))[:SUMMED]  # not of rounding itself
+        columns = {name: column for name, column in self._batch.items() if name != "key"}
+        alone = (np.arange(size) == 0).astype(np.float32)
+        sums = (
+            accumulate(params, {k: np.repeat(x[i : i + 1], size, 0) for k, x in columns.items()}, alone)
+            for i in clipped
+        )
+        shares = [1 - float(np.linalg.norm(total)) / clip_norm for total in sums]
+        return float(np.median(shares)) if shares else None
 
     @cached_property
     def _batch(self) -> dict[str, Any]:

@@ -61,6 +61,11 @@ def advice(config: Config, looks: list[dict[str, Any]], steps: list[dict[str, An
     if left_out := max((look.get("records_left_out", 0) for look in looks), default=0):
         share = "their units have more than data.records_per_unit"
         said.append(f"{left_out} training records are left out: {share} = {config.data.records_per_unit}.")
+    if below := [look["below_clip_norm"] for look in looks if look.get("below_clip_norm") is not None]:
+        said.append(
+            f"A clipped example adds {below[-1]:.2%} less than C (median of a few), as clipping on tensor cores allows "
+            "for rounding (training.precision=highest takes nothing, and more time)."
+        )
     recent = steps[-max(1, len(steps) // 4) :]
     examples = max(1, sum(step["examples"] for step in recent))
     clipped = sum(step["clipped"] * step["examples"] for step in recent) / examples

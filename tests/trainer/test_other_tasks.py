@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import userland
 from jobs import EVERY, STEPS, Jobs, Run
 
 from dpdist import load
+from dpdist.data.sources import ArraySource
 from dpdist.errors import InputError
-from dpdist.program.probe import described, require_something_to_learn
+from dpdist.program.gradients import ExampleLoss
+from dpdist.program.probe import Probe, described, require_something_to_learn
 from dpdist.run import metrics
 from dpdist_launch.cli import main
 
@@ -138,3 +143,38 @@ def test_few_examples_without_a_gradient_do_not_refuse_a_run() -> None:
     with pytest.raises(InputError, match="16 training examples"):
         require_something_to_learn(described(np.full(16, np.nan), np.full(16, np.nan)))
     require_something_to_learn(described(np.arange(16.0), np.append(np.full(15, np.inf), 1.0)))
+
+
+def test_what_clipping_on_tensor_cores_takes_off_c_is_noted_for_the_owner(
+    jobs: Jobs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, shorter = jobs.new("tensor_noted"), ("privacy.clip_norm=0.01", "training.precision=tensor")
+    assert jobs.train(run, *shorter).wait().code == 0
+    first, *later = [json.loads(line) for line in (run.root / "private/probe.jsonl").read_text().splitlines()]
+    assert 0 < first["below_clip_norm"] < 0.02
+    assert not any("below_clip_norm" in look for look in later)
+    assert main(["diagnose", str(run.root)]) == 0
+    assert f"adds {first['below_clip_norm']:.2%} less than C" in capsys.readouterr().out
+    exact = jobs.new("highest_not_noted")
+    assert jobs.train(exact, "privacy.clip_norm=0.01", "training.precision=highest").wait().code == 0
+    assert "below_clip_norm" not in (exact.root / "private/probe.jsonl").read_text()
+
+
+def test_only_clipped_examples_are_summed_to_see_what_they_fall_short_of_c() -> None:
+    """And each alone: the sum of the others would hide it."""
+    source = ArraySource({"x": np.arange(32, dtype=np.float32)[:, None], "label": np.zeros(32, np.int32)})
+    example = {"x": jax.ShapeDtypeStruct((1,), np.float32), "label": jax.ShapeDtypeStruct((), np.int32)}
+    loss = ExampleLoss(loss_fn=lambda p, e: p["w"] * e["x"][0], params={"w": np.float32(0)}, example=example)
+    probe, seen = Probe(loss, frozenset(), source, available=32), []
+
+    def accumulate(params: Any, batch: dict[str, np.ndarray], mask: np.ndarray) -> np.ndarray:
+        assert mask.tolist() == [1, 0, 0]
+        seen.append(float(batch["x"][0, 0]))
+        return np.array([-4.0 * (1 - 0.001 * len(seen))])
+
+    _, norms = probe.measure({"w": jnp.float32(0)})
+    found = probe.below_clip_norm(accumulate, {}, norms, size=3, clip_norm=4.0)
+    assert norms.tolist() == [2.0 * i for i in range(16)]  # every second of 32
+    assert seen == [6.0, 8.0, 10.0, 12.0]
+    assert found == pytest.approx(0.0025)
+    assert probe.below_clip_norm(accumulate, {}, norms, size=3, clip_norm=40.0) is None
