@@ -74,13 +74,15 @@ class Probe:
             norms: what `measure` found.
 
         Returns:
-            The median of up to `SUMMED` examples, or None where no gradient is longer than C.
+            The median of up to `SUMMED` examples, or None where no gradient is longer than C, or where the loss is
+            randomised: the gradient that `accumulate` sums is not the one that `norms` is of.
         """
+        if self._randomised:
+            return None
         clipped = np.flatnonzero(np.isfinite(norms) & (norms > 1.05 * clip_norm))[:SUMMED]  # not of rounding itself
-        columns = {name: column for name, column in self._batch.items() if name != "key"}
         alone = (np.arange(size) == 0).astype(np.float32)
         sums = (
-            accumulate(params, {k: np.repeat(x[i : i + 1], size, 0) for k, x in columns.items()}, alone)
+            accumulate(params, {k: np.repeat(x[i : i + 1], size, 0) for k, x in self._batch.items()}, alone)
             for i in clipped
         )
         shares = [1 - float(np.linalg.norm(total)) / clip_norm for total in sums]

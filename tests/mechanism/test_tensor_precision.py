@@ -148,8 +148,17 @@ def traced(function: Any, *arguments: Any) -> list[Any]:
     return equations
 
 
-#: Operations that move entries, and which of their inputs' entries.
-MOVES = ("reshape", "transpose", "squeeze", "broadcast_in_dim", "concatenate", "gather", "bitcast_convert_type")
+#: Operations that only move the entries of their first input.
+MOVES = (
+    "reshape",
+    "transpose",
+    "slice",
+    "squeeze",
+    "broadcast_in_dim",
+    "concatenate",
+    "gather",
+    "bitcast_convert_type",
+)
 
 
 def origin_of(v: Any, made: dict[Any, Any], through: tuple[str, ...] = MOVES) -> Any:
@@ -261,13 +270,11 @@ def factor_products(function: Any, *arguments: Any) -> list[Any]:
         name = origin.primitive.name
         if name == "convert_element_type" and origin.params["new_dtype"] == jnp.bfloat16:
             return rounded(origin.invars[0])
-        moved = ("transpose", "reshape", "slice", "squeeze", "broadcast_in_dim", "concatenate", "gather")
-        moved += ("bitcast_convert_type",)
         if name == "jit":  # not inlined: integers, as which it was made finite, have no derivative
             return origin.params["name"] == "_take" and rounded(origin.invars[0])
         if name in ("select_n", "and", "min", "or"):
             return all(map(rounded, origin.invars[1 if name == "select_n" else 0 :]))
-        return name == "reduce_precision" or (name in moved and rounded(origin.invars[0]))
+        return name == "reduce_precision" or (name in MOVES and rounded(origin.invars[0]))
 
     for equation in found:
         assert all(map(rounded, equation.invars)), equation

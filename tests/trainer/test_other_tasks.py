@@ -178,3 +178,6 @@ def test_only_clipped_examples_are_summed_to_see_what_they_fall_short_of_c() -> 
     assert seen == [6.0, 8.0, 10.0, 12.0]
     assert found == pytest.approx(0.0025)
     assert probe.below_clip_norm(accumulate, {}, norms, size=3, clip_norm=40.0) is None
+    keyed = ExampleLoss(loss_fn=loss.loss_fn, params=loss.params, example=example | {"key": jax.random.key(0)})
+    randomised = Probe(keyed, frozenset(), source, available=32)  # its gradient depends on the key too
+    assert randomised.below_clip_norm(accumulate, {}, norms, size=3, clip_norm=4.0) is None

@@ -191,7 +191,7 @@ class _Pass:
             rows = jnp.where(used[:, None], left, -1).reshape(-1)
             found = _product(factors, rows, folded(scale, used, right, "float32").reshape(1, -1, factors.n), "float32")
         else:
-            sides, folds = [left, right], 0 if self._folds_left(u) else 1
+            sides, folds = [left, right], 0 if fmt != "float32" and factors.weighted_left else 1
             if not self._finite(u):
                 sides = [jnp.where(used[:, None, None, None], side, 0) for side in sides]
             sides[folds] = folded(scale, used, (left, right)[folds], fmt)
@@ -206,11 +206,6 @@ class _Pass:
         alike = {v: each for v, each in self._factors.items() if uses[v].leaves == uses[u].leaves}
         operands = [each.data for each in alike.values() if not each.one_hot]
         return format_of([shape_of(v).dtype for v in (*operands, *(uses[v].equation.outvars[0] for v in alike))])
-
-    def _folds_left(self, u: int) -> bool:
-        """Return whether the weight goes into the data's factor: it is the smaller, or shared with other uses."""
-        factors = self._factors[u]
-        return self._formats[u] != "float32" and not factors.one_hot and factors.m <= factors.n
 
     def _finite(self, u: int) -> bool:
         """Return whether the factors of use `u` are finite: in bfloat16, inner products tell what was not."""
@@ -245,10 +240,11 @@ class _Pass:
 
         def one_example(rows: list[tuple[Array, Array]]) -> Norms:
             products = []
-            for u, each, (left, right) in zip(uses, factors, rows, strict=True):
+            for each, (left, right) in zip(factors, rows, strict=True):
                 sides = Side(left, each.one_hot), Side(right, False)
                 swapped = len(factors) > 1 and bool(sides_swapped(factors[0], each))
-                products.append(Product(*(sides[::-1] if swapped else sides), swapped != self._folds_left(u)))
+                weighted_left = fmt != "float32" and each.weighted_left
+                products.append(Product(*(sides[::-1] if swapped else sides), swapped != weighted_left))
             return bound(products)
 
         return jax.vmap(one_example)([self._rows(u) for u in uses])

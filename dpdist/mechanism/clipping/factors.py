@@ -51,6 +51,11 @@ class Factors:
     data: Any = None
     one_hot: bool = False
 
+    @property
+    def weighted_left(self) -> bool:
+        """Whether a short format has the weight in left: where it is the smaller, or shared with uses of equal size."""
+        return not self.one_hot and self.m <= self.n
+
 
 def factors_of(graph: Graph, use: Use) -> Factors | None:
     """Return the factors of a use; None if its gradient is not such a product."""

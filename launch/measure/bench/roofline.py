@@ -211,15 +211,12 @@ def _shared(group: Sequence[Factors], share: dict[int, int]) -> int:
 
 def _folding(group: Sequence[Factors], at: Setting, share: dict[int, int]) -> float:
     """Seconds to read the smaller factor and write it with the weight; in TF32, also to copy and mask the other."""
-    columns = 0.0
+    moved = 0.0
     for use in group:
-        left, right = use.m / _shared(group, share), use.n
-        if use.one_hot:
-            left = 0.0
-        elif at.format == "bf16":
-            left, right = (left, 0) if use.m <= use.n else (0.0, right)
-        columns += use.length * use.groups * (left + right)
-    return at.moved(2 * at.wide * columns)
+        left, right = 0.0 if use.one_hot else use.m / _shared(group, share), float(use.n)
+        columns = left + right if at.format != "bf16" else left if use.weighted_left else right
+        moved += use.length * use.groups * columns
+    return at.moved(2 * at.wide * moved)
 
 
 def _gram_flops(group: Sequence[Factors], *, share: dict[int, int], pad: int) -> tuple[float, int]:
