@@ -92,10 +92,10 @@ def audit(*, short: bool, processes: int, devices: int, confidence: float) -> di
 
 
 def run_ranks(module: str, argv: list[str], processes: int, devices: int) -> None:
-    from dpdist_launch.local import run_local
+    from dpdist_launch.local import run_part
     from dpdist_launch.ranks import PYTHON
 
-    if (code := run_local(argv, processes, devices, program=(*PYTHON, "-m", module))) != 0:
+    if (code := run_part(argv, processes, devices, program=(*PYTHON, "-m", module))) != 0:
         raise RuntimeError(f"the audit's job ended with code {code}")
 
 

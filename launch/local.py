@@ -96,6 +96,33 @@ def run_local(
     Raises:
         InputError: `processes` is less than 1.
     """
+    code, _ = _run(argv, processes, devices_per_process, environ, program, log)
+    return code
+
+
+def run_part(argv: Sequence[str], processes: int, devices_per_process: int | None, *, program: Sequence[str]) -> int:
+    """`run_local` of a job after which the caller goes on to others.
+
+    Raises:
+        KeyboardInterrupt: this process was told to stop, by SIGINT or SIGTERM; also where the job was so near its end
+            that it ended well.
+        InputError: `processes` is less than 1.
+    """
+    code, told = _run(argv, processes, devices_per_process, None, program, None)
+    if told:
+        raise KeyboardInterrupt
+    return code
+
+
+def _run(
+    argv: Sequence[str],
+    processes: int,
+    devices_per_process: int | None,
+    environ: Mapping[str, str] | None,
+    program: Sequence[str],
+    log: Path | None,
+) -> tuple[int, list[int]]:
+    """The code of the job, and the signals that this process got meanwhile."""
     if processes < 1:
         raise InputError("--processes", processes, "give at least 1.")
     environ = rank_environment(os.environ if environ is None else environ)
@@ -118,7 +145,7 @@ def run_local(
             thread.join(_DRAIN)
     finally:
         _kill(ranks)
-    return 128 + signal.SIGINT if received.count(signal.SIGINT) > 1 else code
+    return (128 + signal.SIGINT if received.count(signal.SIGINT) > 1 else code), received
 
 
 def _with_fair_share_of_cores(environ: Mapping[str, str], devices: int) -> dict[str, str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,21 @@ def test_the_mechanism_is_audited_in_two_processes(
     assert [(check["name"], check["delta"]) for check in checks] == [("one step", 0.05), ("one step", 1e-5)]
     assert all(check["evidence"]["runs"] == [20, 20] for check in checks)
     assert "not refuted" in capfd.readouterr().err
+
+
+def test_ctrl_c_ends_an_audit_with_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "dpdist_launch", "audit", "--short"]
+    audited = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | CACHE | {"TMPDIR": str(tmp_path)}
+    )
+    while not any(tmp_path.iterdir()):
+        assert audited.poll() is None, audited.communicate()[1]
+        time.sleep(0.02)
+    audited.send_signal(signal.SIGINT)
+    _, said = audited.communicate(timeout=120)
+    assert audited.returncode == 130, said
+    assert said.splitlines()[-1] == "dpdist: interrupted"
+    assert "Traceback" not in said
 
 
 def test_the_page_names_every_check_and_bug() -> None:

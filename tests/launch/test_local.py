@@ -14,7 +14,7 @@ import pytest
 
 from dpdist.errors import InputError
 from dpdist_launch import local
-from dpdist_launch.local import run_local
+from dpdist_launch.local import run_local, run_part
 
 #: What the ranks run: the program is an argument, as `train CONFIG` would be.
 PYTHON = (sys.executable, "-c")
@@ -202,6 +202,13 @@ def test_a_signal_to_the_launcher_is_a_notice_to_every_rank(number: signal.Signa
     assert launcher.returncode == 75
     assert sorted(out.splitlines()) == ["[0] saved", "[1] saved"]
     assert "asked all ranks to save" in err
+
+
+def test_who_has_more_to_run_learns_of_a_signal_though_the_job_ended_well() -> None:
+    finished = "signal.signal(signal.SIGTERM, signal.SIG_IGN); os.kill(os.getppid(), signal.SIGINT); time.sleep(0.3)"
+    with pytest.raises(KeyboardInterrupt):
+        run_part([RANK + finished], 1, None, program=PYTHON)
+    assert run_part([RANK], 1, None, program=PYTHON) == 0
 
 
 def test_ctrl_c_in_a_terminal_reaches_the_launcher_alone() -> None:

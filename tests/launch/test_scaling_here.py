@@ -92,7 +92,7 @@ def test_a_real_point_beside_files_with_the_names_of_modules(tmp_path: Path) -> 
 def test_a_local_point_whose_processes_return_0_without_a_result_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("dpdist_launch.measure.scaling.clusters.run_local", lambda *_, **__: 0)
+    monkeypatch.setattr("dpdist_launch.measure.scaling.clusters.run_part", lambda *_, **__: 0)
     began = time.monotonic()
     assert sweep(request(tmp_path, cluster="local", nodes=(1,), arms=(SGD,))) == 1
     assert "failed (job here: FAILED (although every process returned 0))" in capsys.readouterr().err

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from dpdist import config as config_module
 from dpdist.config import Config
-from dpdist_launch.local import EXIT_PREEMPTED, run_local
+from dpdist_launch.local import run_part
 from dpdist_launch.measure.scaling.directory import Point, SweepDirectory
 from dpdist_launch.ranks import PYTHON
 from dpdist_launch.slurm.scontrol import Status
@@ -80,22 +79,19 @@ class Local:
         """Run the job to its end.
 
         Raises:
-            KeyboardInterrupt: this process was told to stop, by SIGINT or SIGTERM, and the job stopped with it.
+            KeyboardInterrupt: this process was told to stop, by SIGINT or SIGTERM, and the job has ended.
         """
         request, log = directory.jobs / f"{point.name}.request", directory.jobs / f"{point.name}.log"
         request.write_text(json.dumps(arguments))
         # The launcher copies the ranks' output to sys.stdout and sys.stderr, which are the user's.
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            code = run_local(
+            code = run_part(
                 [str(request)],
                 point.nodes,
                 self.devices_per_node,
                 program=(*PYTHON, "-m", "dpdist_launch.measure.scaling.point"),
             )
-        # The launcher was told, and told the ranks: one that had not joined yet knows no other way than to end.
-        if code in (EXIT_PREEMPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM):
-            raise KeyboardInterrupt
         return EndedJob(code, log, directory.result(point))
 
     def adopt(self, record: dict[str, Any]) -> PointJob | None:
