@@ -27,8 +27,9 @@ CLIPPING_STRATEGIES = ("ghost", "instantiate")
 class Data(Section):
     """Where examples come from."""
 
-    #: `digits`, `idx`, `npy`, `cifar10`, `cifar100`, `image_folder`, `parquet`, `arrow`, `hf`, `csv`, `text`, or
-    #: `module:function` that returns train and test examples: docs/data.md. `python`: passed to `dpdist.train`.
+    #: `digits`, `idx`, `npy`, `cifar10`, `cifar100`, `image_folder`, `parquet`, `arrow`, `hf`, `webdataset`, `csv`,
+    #: `text`, or `module:function` that returns train and test examples: docs/data.md. `python`: passed to
+    #: `dpdist.train`.
     source: str = "digits"
     #: Directory or file the source reads; passed to a `module:function` that has a parameter `path`.
     path: Annotated[str | None, IsPath()] = None

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dpdist.data.sources import BadRecordError
-from dpdist.data.table import Column, Table, Texts, Unusable
+from dpdist.data.table import Table, Texts, is_number, of_texts
 from dpdist.errors import InputError
 
 #: File names end so.
@@ -38,7 +36,7 @@ def read_csv(files: Sequence[Path], delimiter: str | None = None, text: str | No
     for file in files:
         rows = _rows(file, delimiter or ("\t" if ".tsv" in file.suffixes else ","))
         head = rows.pop(0) if rows else []
-        if not head or any(_is_number(name) or not name.strip() for name in head) or len(set(head)) < len(head):
+        if not head or any(is_number(name) or not name.strip() for name in head) or len(set(head)) < len(head):
             raise InputError(
                 "data.path",
                 str(file),
@@ -58,7 +56,7 @@ def read_csv(files: Sequence[Path], delimiter: str | None = None, text: str | No
     assert names is not None
     by_column = list(zip(*cells, strict=True)) or [()] * len(names)
     return {
-        name: Texts(values) if name == text else _typed(values) for name, values in zip(names, by_column, strict=True)
+        name: Texts(values) if name == text else of_texts(values) for name, values in zip(names, by_column, strict=True)
     }
 
 
@@ -76,26 +74,6 @@ def _rows(file: Path, delimiter: str) -> list[list[str]]:
 
 #: As spreadsheets write it, too.
 _TEXT: dict[str, Any] = {"encoding": "utf-8-sig", "newline": ""}
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _typed(cells: Sequence[str]) -> Column:
-    for dtype in (np.int64, np.float64):
-        try:
-            return np.array(cells, dtype=str).astype(dtype)
-        except (ValueError, OverflowError):
-            continue
-    filled = [cell for cell in cells if cell.strip()]
-    if len(filled) < len(cells) and all(map(_is_number, filled)):
-        return Unusable("numbers, with empty cells")
-    return Texts(cells)
 
 
 def columns_of(table: Table, columns: dict[str, Any] | None, unit: str | None) -> dict[str, Any]:

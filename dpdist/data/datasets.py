@@ -26,7 +26,7 @@ from dpdist.data.npy import read_npy
 from dpdist.data.parts import Parts, choose_parts, split, split_indices
 from dpdist.data.sources import ArraySource, Source, Subset
 from dpdist.data.table import Reading, given
-from dpdist.data.table_files import open_arrow, open_csv, open_hf
+from dpdist.data.table_files import open_arrow, open_csv, open_hf, open_webdataset
 from dpdist.data.text import open_text
 from dpdist.data.units import UnitSource, WithoutColumn, require_apart
 from dpdist.errors import InputError
@@ -236,6 +236,7 @@ BUILT_IN: dict[str, Callable[..., Dataset]] = {
     "parquet": partial(_columnar, partial(open_arrow, suffixes=arrow.PARQUET)),
     "arrow": partial(_columnar, partial(open_arrow, suffixes=arrow.ARROW)),
     "hf": partial(_columnar, open_hf),
+    "webdataset": partial(_columnar, open_webdataset),
     "csv": _csv,
     "text": _text,
 }

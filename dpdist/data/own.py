@@ -15,7 +15,7 @@ import numpy as np
 from dpdist.data import arrow, hf
 from dpdist.data.columns import pick, wanted
 from dpdist.data.sources import ArraySource, BadRecordError, Source
-from dpdist.data.table import Column, Reading, Table, Texts, Unusable, to_source
+from dpdist.data.table import Column, Reading, Table, Unusable, of_cells, to_source
 from dpdist.data.table import given as public_names
 from dpdist.errors import InputError
 
@@ -90,13 +90,9 @@ def _series(series: Any) -> Column:
     values = series.to_numpy()
     if values.dtype.kind in "biuf":
         return values
-    cells = list(values)
-    if cells and all(isinstance(cell, str) for cell in cells):
-        return Texts(cells)
-    if series.isna().any():
-        return Unusable(f"{series.dtype} with missing values")
-    try:
-        stacked = np.stack([np.asarray(cell) for cell in cells])
-    except ValueError:
-        return Unusable(f"{series.dtype}, cells of differing shapes")
-    return stacked if stacked.dtype.kind in "biuf" else Unusable(str(series.dtype))
+    column = of_cells(list(values))
+    if isinstance(column, Unusable):
+        return Unusable(
+            f"{series.dtype} with missing values" if series.isna().any() else f"{series.dtype}, {column.what}"
+        )
+    return column

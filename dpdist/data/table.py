@@ -37,10 +37,11 @@ class Classes:
 
 @dataclass(frozen=True)
 class Pictures:
-    """A column of encoded images: how to read one, and how many there are."""
+    """A column of encoded images: how to read one, how many there are, and where one is stored, for private logs."""
 
     read: Callable[[int], bytes]
     length: int
+    name: Callable[[int], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,46 @@ def names_of_classes(table: Table, columns: Mapping[str, Any] | None, reading: R
     return reading.label_names or (label.names if isinstance(label, Classes) else None)
 
 
+def of_texts(cells: Sequence[str]) -> Column:
+    """A column of cells that a file holds as text: numbers where every cell is one, else text."""
+    for dtype in (np.int64, np.float64):
+        try:
+            return np.array(cells, dtype=str).astype(dtype)
+        except (ValueError, OverflowError):
+            continue
+    filled = [cell for cell in cells if cell.strip()]
+    if len(filled) < len(cells) and all(map(is_number, filled)):
+        return Unusable("numbers, with empty cells")
+    return Texts(cells)
+
+
+def is_number(text: str) -> bool:
+    """Whether a cell is a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def of_cells(cells: Sequence[Any]) -> Column:
+    """A column of Python objects: texts, or numbers and arrays of one shape."""
+    if cells and all(isinstance(cell, str) for cell in cells):
+        return Texts(cells)
+    if any(cell is None for cell in cells):
+        return Unusable("missing values")
+    try:
+        stacked = np.stack([np.asarray(cell) for cell in cells])
+    except ValueError:
+        return Unusable("cells of differing shapes")
+    return stacked if stacked.dtype.kind in "biuf" else Unusable("cells that are no numbers")
+
+
 def _images(ours: str, theirs: str, column: Pictures, reading: Reading) -> Images:
     return Images(
         column.read,
         column.length,
-        name=lambda index: f"column {theirs}",
+        name=column.name or (lambda index: f"column {theirs}"),
         column=ours,
         size=reading.size,
         mode=reading.mode,

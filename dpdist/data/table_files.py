@@ -1,12 +1,13 @@
-"""The sources that read tables from files: `parquet`, `arrow`, `csv` and `hf`."""
+"""The sources that read tables from files: `parquet`, `arrow`, `csv`, `hf` and `webdataset`."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpdist.config import Data
-from dpdist.data import arrow, csv_files, hf
+from dpdist.data import arrow, csv_files, hf, webdataset
 from dpdist.data.columns import wanted
 from dpdist.data.parts import Parts, find_files, split, unnamed
 from dpdist.data.sources import BadRecordError
@@ -46,6 +47,15 @@ def open_csv(path: Path, data: Data, *, reading: Reading, delimiter: Any, train:
 def open_hf(path: Path, data: Data, *, reading: Reading, train: str | None, test: str | None) -> Parts:
     """Open a directory that `save_to_disk` of `datasets` has made; `train` and `test` name splits."""
     return _parts(path, data, data.columns, reading, *hf.read_saved(path, wanted(data.columns), train=train, test=test))
+
+
+def open_webdataset(path: Path, data: Data, *, reading: Reading, train: str | None, test: str | None) -> Parts:
+    """Open the tar archives of a WebDataset."""
+    first, second = find_files(path, webdataset.SUFFIXES, train=train, test=test)
+    with unnamed(path, [*first, *second]):
+        read = partial(webdataset.read_shards, wanted=wanted(data.columns), workers=data.workers)
+        tables = [read(files) if files else None for files in (first, second)]
+    return _parts(path, data, data.columns, reading, *tables)
 
 
 def _parts(

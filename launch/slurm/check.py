@@ -24,6 +24,7 @@ BUILT_IN = {
         "parquet",
         "arrow",
         "hf",
+        "webdataset",
         "csv",
         "text",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -37,6 +38,13 @@ def write_all(root: Path) -> None:
     columns = {"pixel_values": images, "labels": [0, 1] * 10, "id": ["x"] * 20}
     whole = datasets.Dataset.from_dict(columns, features=features)
     datasets.DatasetDict(train=whole, test=whole.select([3])).save_to_disk(root / "saved")
+    (root / "shards").mkdir()
+    for part in ("train", "test"):
+        with tarfile.open(root / "shards" / f"digits-{part}-000000.tar", "w") as archive:
+            for index, file in enumerate(sorted((root / "digits" / part).rglob("*.png"))):
+                archive.add(file, f"{index}.png")
+                (label := root / "label").write_text(file.parent.name)
+                archive.add(label, f"{index}.cls")
     (root / "tables").mkdir()
     whole.to_parquet(root / "tables" / "train-00000-of-00001.parquet")
     lines = [f"{i},{i / 2},{('malignant', 'benign')[i % 2]}" for i in range(10)]
@@ -52,6 +60,7 @@ def write_all(root: Path) -> None:
         ("images", {"image": "uint8(4, 4, 1)", "label": "int32()"}),
         ("parquet", {"image": "uint8(4, 4, 1)", "label": "int32()"}),
         ("hf", {"image": "uint8(4, 4, 1)", "label": "int32()"}),
+        ("shards", {"image": "uint8(4, 4, 1)", "label": "int32()"}),
         ("csv", {"features": "float32(2,)", "label": "int32()"}),
         ("text", {"attention_mask": "int32(16,)", "input_ids": "int32(16,)", "label": "int32()"}),
         ("block", {"attention_mask": "int32(16,)", "input_ids": "int32(16,)"}),
@@ -66,7 +75,7 @@ def test_a_config_of_the_page_opens_its_data(
     rows = read_rows(dataset.train, np.arange(2))
     assert {column: f"{values.dtype}{values.shape[1:]}" for column, values in sorted(rows.items())} == columns
     assert dataset.test is not None
-    assert dataset.classes == (2 if "label" in columns else None)
+    assert dataset.classes == (2 if "label" in columns and name != "shards" else None)
 
 
 def test_the_page_names_every_source() -> None:
