@@ -85,10 +85,10 @@ def describe(config: Config, *, rows: int, read_all: bool = False, to: Path | No
     Raises:
         InputError: the data cannot be used; what it says of a record is added, since this is for the owner.
     """
-    from dpdist.data import open_dataset
+    from dpdist.data.datasets import open_unread, require_alike
 
     try:
-        dataset = open_dataset(config)
+        dataset = open_unread(config)
         report: dict[str, Any] = {
             "private": PRIVATE,
             "name": dataset.name,
@@ -103,6 +103,8 @@ def describe(config: Config, *, rows: int, read_all: bool = False, to: Path | No
         for name, part in (("train", dataset.train), ("test", dataset.test)):
             if part is not None:
                 report[name] = _part(config, dataset, part, rows, read_all, None if to is None else to / f"{name}.png")
+        if not any(part and part["damaged"] for part in (report["train"], report["test"])):
+            require_alike(dataset)
     except InputError as error:
         raise _with_cause(error) from error
     return report

@@ -79,6 +79,23 @@ def open_dataset(config: Config | Data, dataset: Any = None) -> Dataset:
         InputError: the source, a file, a module or a function is missing or cannot be used; or train and test examples
             have other columns.
     """
+    opened = open_unread(config, dataset)
+    require_alike(opened)
+    return opened
+
+
+def require_alike(dataset: Dataset) -> None:
+    """Check that train and test examples have the same columns, by reading the first of each.
+
+    Raises:
+        InputError: they have not.
+    """
+    records = dataset.train.without_unit() if isinstance(dataset.train, UnitSource) else dataset.train
+    require_same_columns(records, dataset.test, dataset.name)
+
+
+def open_unread(config: Config | Data, dataset: Any = None) -> Dataset:
+    """`open_dataset` without a look at any example that is decoded as it is read: the first may be damaged."""
     data = config.data if isinstance(config, Config) else config
     if dataset is not None or data.source == GIVEN:
         if dataset is None:
@@ -98,11 +115,7 @@ def open_dataset(config: Config | Data, dataset: Any = None) -> Dataset:
                     "module:function source has options of its own.",
                 )
         opened = open_source(data, **data.options)
-    if data.unit is not None:
-        opened = _by_unit(opened, data, data.unit)
-    records = opened.train.without_unit() if isinstance(opened.train, UnitSource) else opened.train
-    require_same_columns(records, opened.test, opened.name)
-    return opened
+    return opened if data.unit is None else _by_unit(opened, data, data.unit)
 
 
 def with_given(config: Config) -> Config:

@@ -91,7 +91,11 @@ class Images:
         return {self._column: pixels}
 
     def _pixels(self, content: bytes) -> np.ndarray:
-        with self._pillow.open(io.BytesIO(content)) as image:
+        try:
+            opened = self._pillow.open(io.BytesIO(content))
+        except self._pillow.UnidentifiedImageError:
+            raise ValueError("no image of a format that Pillow knows") from None
+        with opened as image:
             if image.mode in _DEEP:
                 raise InputError(
                     "data.source",

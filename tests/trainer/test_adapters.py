@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import userland
-from jobs import Jobs, Run, wait_all
+from jobs import Jobs, Run
 from safetensors.numpy import load_file
 
 from dpdist import config as config_module
@@ -69,37 +69,88 @@ def exported(jobs: Jobs, tuned: Run) -> Exported:
     return export
 
 
+#: Their data, what loads them in `transformers`, and their sizes.
 OTHERS = {
-    "llama": ("data.source=userland:sentences", "model.classes=null"),
-    "bert": ("data.source=userland:rated_sentences",),
-    "vit": ("data.source=userland:pictures",),
+    "llama": ("userland:sentences", "AutoModelForCausalLM", {"vocabulary": 12, "positions": 8}),
+    "bert": ("userland:rated_sentences", "AutoModelForSequenceClassification", {"vocabulary": 12, "positions": 8}),
+    "vit": ("userland:pictures", "AutoModelForImageClassification", {"patch": 32, "image_size": 96}),
 }
 
 
-def test_adapters_of_every_other_transformer_train(jobs: Jobs) -> None:
-    sizes = {"width": 16, "depth": 1, "heads": 2, "mlp": 16}
-    text = {"vocabulary": 12, "positions": 8}
-    options = {"llama": sizes | text, "bert": sizes | text, "vit": sizes | {"patch": 4, "image_size": 8}}
-    runs = {name: jobs.new(name) for name in OTHERS}
+@pytest.fixture(scope="module")
+def others(jobs: Jobs) -> dict[str, Run]:
+    """Every other transformer, adapted in two processes."""
+    runs = {name: jobs.new(f"adapted-{name}") for name in OTHERS}
     settings = ("model.lora={rank: 2}", "training.steps=2", "sampling.expected_batch_size=16")
-    started = [
-        jobs.launch(
-            runs[name], 1, 1, f"model.name={name}", f"model.options={json.dumps(options[name])}", *settings, *more
-        )
-        for name, more in OTHERS.items()
-    ]
-    wait_all(started)
-    for name, run in runs.items():
-        trained = load_run(run.root)
-        factors = [
-            leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trained.params) if path[-1].key == "lora_b"
-        ]
-        assert len(factors) == 4, name
-        assert all(np.any(leaf) for leaf in factors), name
-        fresh = models.build(trained.config.model, example=trained.signature.example, classes=4).init(jax.random.key(0))
-        assert np.array_equal(
-            trained.params["layers"][0]["mlp"]["grow"]["kernel"], fresh["layers"][0]["mlp"]["grow"]["kernel"]
-        )
+    settings += ("privacy.insecure_seed=null", "optimizer.name=adam", "optimizer.momentum=0")
+    settings += ("optimizer.learning_rate=0.1",)
+    sizes = {"width": 16, "depth": 1, "heads": 2, "mlp": 16}
+    for name, (source, _, more) in OTHERS.items():
+        chosen = (f"data.source={source}", f"model.name={name}", f"model.options={json.dumps(sizes | more)}")
+        classes = ("model.classes=null",) if name == "llama" else ()
+        ended = jobs.launch(runs[name], 2, 1, *chosen, *classes, *settings).wait()
+        assert ended.code == 0, ended.err
+    return runs
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_adapters_of_every_other_transformer_train(others: dict[str, Run], name: str) -> None:
+    trained = load_run(others[name].root)
+    factors = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trained.params) if path[-1].key == "lora_b"]
+    assert len(factors) == 4
+    assert all(np.any(leaf) for leaf in factors)
+    fresh = models.build(trained.config.model, example=trained.signature.example, classes=4).init(jax.random.key(0))
+    kernels = [params["layers"][0]["mlp"]["grow"]["kernel"] for params in (trained.params, fresh)]
+    assert np.array_equal(*kernels)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_fine_tuned_transformer_is_loaded_by_transformers(
+    jobs: Jobs, others: dict[str, Run], name: str
+) -> None:
+    target = others[name].root.with_name(f"given-{name}")
+    ended = jobs.command("export", str(others[name].root), "--to", str(target), "--as", "transformers").wait()
+    assert ended.code == 0, ended.err
+    source, auto, _ = OTHERS[name]
+    rows = getattr(userland, source.partition(":")[2])()[0].take(np.arange(3))
+    rows.pop("label", None)
+    trained = load(others[name].root)
+    expected = trained.predict(rows)
+    # Read as pretrained weights are, from nothing but the export.
+    section = config_module.Model(name=name, options={"pretrained": str(target)})
+    model = models.build(section, example=trained.signature.example, classes=trained.signature.classes)
+    found = jax.vmap(model.apply, (None, 0))(model.init(jax.random.key(0)), rows)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    torch = pytest.importorskip("torch", reason="needs the peers extra")
+    transformers = pytest.importorskip("transformers", reason="needs the peers extra")
+    theirs, report = getattr(transformers, auto).from_pretrained(target, output_loading_info=True)
+    assert not any(report[part] for part in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    if name == "vit":
+        columns = transformers.AutoImageProcessor.from_pretrained(target)(list(rows["image"]), return_tensors="pt")
+    else:
+        columns = {column: torch.from_numpy(values.astype(np.int64)) for column, values in rows.items()}
+    with torch.no_grad():
+        np.testing.assert_allclose(theirs.eval()(**columns).logits.numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fine_tuned_bit_is_loaded_by_timm(jobs: Jobs) -> None:
+    torch = pytest.importorskip("torch", reason="needs the peers extra")
+    timm = pytest.importorskip("timm", reason="needs the peers extra")
+    run = jobs.new("fine-tuned-bit")
+    chosen = ("data.source=userland:pictures", "model.name=bit_resnet", "model.options={image_size: 96}")
+    settings = ("model.trainable=[head/*]", "training.steps=2", "sampling.expected_batch_size=16")
+    ended = jobs.launch(run, 2, 1, *chosen, *settings, "privacy.insecure_seed=null").wait()
+    assert ended.code == 0, ended.err
+    target = run.root.with_name("given-bit")
+    ended = jobs.command("export", str(run.root), "--to", str(target), "--as", "timm").wait()
+    assert ended.code == 0, ended.err
+    images = userland.pictures()[0].take(np.arange(3))["image"]  # type: ignore[attr-defined]
+    pixels = torch.from_numpy((images.astype(np.float32) - 127.5) / 127.5).permute(0, 3, 1, 2)
+    theirs = timm.create_model(f"local-dir:{target}", pretrained=True).eval()
+    with torch.no_grad():
+        expected = theirs(pixels).numpy()
+    assert np.any(theirs.head.fc.weight.detach().numpy())  # zeros before the first step
+    np.testing.assert_allclose(load(run.root).predict({"image": images}), expected, rtol=1e-4, atol=1e-4)
 
 
 def tokens() -> dict[str, np.ndarray]:
