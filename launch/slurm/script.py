@@ -68,6 +68,8 @@ def setup(site: Path | None, run_dirs: Sequence[Path]) -> list[str]:
         f"read_site {shlex.quote(str(repository()))}",
         f"dpdist_runs=({shlex.join(map(str, run_dirs))})",
         'begin_job ${dpdist_runs[@]:+"${dpdist_runs[${SLURM_ARRAY_TASK_ID:-0}]}"}',
+        # By it the next start knows of one that ended without a last line.
+        'echo "+ job $job_id, start ${SLURM_RESTART_COUNT:-0}, $SLURM_NTASKS processes on $SLURM_JOB_NODELIST" >&2',
         # submitit logs to both streams, and to Python's root logger once that has a stream: lines came twice, and its
         # first ones, in the other file, behind ours. Without a configuration of its own it says what fails, once.
         "export SUBMITIT_LOG_LEVEL=NOCONFIG",

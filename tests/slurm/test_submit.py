@@ -112,6 +112,28 @@ def test_a_preempted_job_comes_back_by_itself_and_result_waits_for_it(cluster: J
     assert "dpdist job: preempted; requeued (start 1" in job.log().read_text()
 
 
+def test_a_start_that_nobody_could_tell_of_is_told_by_the_next(cluster: Jobs) -> None:
+    run = cluster.new("submit-silent")
+    file = run.root.with_suffix(".pace")
+    file.write_text("1")
+    os.environ["PACE"] = str(file)
+    job = submitted(cluster, run, data__prefetch=1)
+    wait_for(lambda: any(record["step"] >= 2 for record in run.diagnostics), every=0.1)
+    for daemon in subprocess.run(
+        ["pgrep", "-f", rf"^slurmstepd: \[{job.id}\.batch\]"], capture_output=True
+    ).stdout.split():
+        subprocess.run(
+            ["pkill", "-KILL", "-P", daemon.decode()], check=True
+        )  # the batch script, as its node's death would
+    wait_for(job.ended, every=0.2)
+    file.unlink()
+    subprocess.run(["scontrol", "requeue", job.id], check=True)
+    start_requeued(job.id, os.environ)
+    assert job.result(poll_seconds=0.5)["status"] == "finished"
+    assert "dpdist job: start 0 ended without a last line" in job.log().read_text()
+    assert job.log().read_text().count(f"+ job {job.id}, start ") == 2
+
+
 def test_a_failing_job_raises_with_what_the_failing_rank_said(cluster: Jobs) -> None:
     run = cluster.new("submit-failing")
     job = submitted(cluster, run, data__source="userland:failing", data__options={"index": 500})

@@ -128,7 +128,10 @@ def _fraction_of_ideal(arms: dict[str, Any], counts: list[int], base: int | None
                 f"Amdahl's law does not describe {name}: its best fit is off by {arm['misfit']:.0%}, so it has no f."
             )
     if any(len(arm["nodes"]) == 2 for arm in arms.values()):
-        said.append("Through two node counts the law always goes: being off by nothing there says nothing.")
+        said.append(
+            "Through two node counts the law always goes, where more nodes are not slower than fewer: being off by "
+            "nothing there says nothing."
+        )
     return [" ".join(said), _table(["nodes", *arms], rows)]
 
 

@@ -37,7 +37,8 @@ def parallel_fraction(throughput: Mapping[int, Sequence[float]]) -> float | None
 def misfit(throughput: Mapping[int, Sequence[float]], fraction: float) -> float:
     """Return the root mean square of X(n) / X_fit(n) - 1 over all repeats of all node counts but the smallest.
 
-    It is 0 for two node counts, through which the law always goes, unless f had to be clipped.
+    It is 0 for two node counts, through which the law always goes, unless f had to be clipped: where more nodes were
+    slower, or faster than in proportion.
     """
     smallest = min(throughput)
     unit = mean(throughput[smallest])

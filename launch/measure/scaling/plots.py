@@ -113,7 +113,8 @@ def _amdahl(axes: Axes, arms: dict[str, Any]) -> None:
         if fraction is not None:
             at = np.geomspace(smallest, max(nodes), 100)
             axes.plot(at, [speed_up(n, smallest, fraction) for n in at], color=colour, linewidth=1.6)
-    axes.plot([], [], color="grey", linewidth=1.6, label="fit: 1 / ((1 - f) + f n0 / n)")
+    if any(arm["parallel_fraction"] is not None for arm in arms.values()):
+        axes.plot([], [], color="grey", linewidth=1.6, label="fit: 1 / ((1 - f) + f n0 / n)")
     ends = [min(arm["smallest"] for arm in arms.values()), max(max(arm["nodes"]) for arm in arms.values())]
     axes.plot(ends, [end / ends[0] for end in ends], color="grey", linewidth=1, linestyle=":", label="ideal")
     axes.set_yscale("log")
