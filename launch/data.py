@@ -36,7 +36,9 @@ def add_to(commands: Any) -> None:
         description="Show the train and test examples of SPEC as a run would see them. It quotes them: for the eyes of "
         "the data's owner alone.",
     )
-    describe.add_argument("spec", metavar="SPEC", help="CONFIG, or source:path such as image_folder:data/cats")
+    describe.add_argument(
+        "spec", metavar="SPEC", help="CONFIG, or source:path such as image_folder:data/cats, or digits"
+    )
     describe.add_argument(
         "overrides", nargs="*", metavar="key=value", help="config overrides, e.g. data.options.size=32"
     )
@@ -65,7 +67,7 @@ def _config(spec: str, overrides: list[str]) -> Config:
     from dpdist.data.datasets import BUILT_IN
 
     source, colon, path = spec.partition(":")
-    if not colon or (source not in BUILT_IN and Path(spec).exists()):
+    if Path(spec).is_file() or (source not in BUILT_IN and not colon):
         return file.load(spec, overrides)
     if source not in BUILT_IN and (near := nearest(source, BUILT_IN)) is not None:
         raise InputError("SPEC", spec, f"did you mean {near}:{path}? Give CONFIG, source:path, or module:function.")

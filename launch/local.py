@@ -140,7 +140,7 @@ def _run(
                 _notify(ranks)
             # Threads only from here on: _start forks, and a fork copies locks that another thread may hold.
             forwarders = _forward_output(ranks, Copy(log))
-            code = _supervise(ranks)
+            code = _supervise(ranks, received)
         for thread in forwarders:
             thread.join(_DRAIN)
     finally:
@@ -269,8 +269,8 @@ def _notify(ranks: list[subprocess.Popen[bytes]]) -> None:
         process.send_signal(signal.SIGTERM)
 
 
-def _supervise(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """Wait for all ranks, end them when one fails, and return the code of the job."""
+def _supervise(ranks: list[subprocess.Popen[bytes]], told: list[int]) -> int:
+    """Wait for all ranks, end them when one fails, and return the code of the job; `told` are the signals we got."""
     # One waiting thread a rank, so that failures queue up in the order in which they happened: when the
     # coordinator dies the others abort within milliseconds, and it is the first that must be named.
     exits: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
@@ -292,6 +292,8 @@ def _supervise(ranks: list[subprocess.Popen[bytes]]) -> int:
             failed, deadline = True, time.monotonic() + GRACE
             job_code = code if code > 0 else 128 - code
             how = f"exited with code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+            if told and code == -signal.SIGTERM:
+                how = "had not begun to train, so there was nothing to save"
             print(f"launcher: rank {rank} of {len(ranks)} {how}; ending the others", file=sys.stderr, flush=True)
     return job_code
 

@@ -217,7 +217,7 @@ down() {
     [[ ${#left[@]} -eq 0 ]] || kill -KILL "${left[@]}" 2>/dev/null || true
     write_hosts
     rm -rf "$dir"
-    say "stopped ${#pids[@]} daemons and removed $dir"
+    say "stopped ${#pids[@]} daemons and removed $dir; in a shell that has used it: unset SLURM_CONF"
 }
 
 status() {

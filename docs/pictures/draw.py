@@ -63,7 +63,8 @@ def chunks():
     p.text(24, 266, "2 nodes, 4 devices:     0 | 1 | 2 | 3", at="start")
     p.text(24, 290, "after a dead node, 3:    0, 3 | 1 | 2", at="start")
     for chunk in range(4):
-        p.arrow(129 + 240 * chunk, 206, 690, 262, colour=SOFT, dashed=True)
+        x, y = (690, 262) if chunk < 3 else (833, 234)
+        p.arrow(129 + 240 * chunk, 206, x, y, colour=SOFT, dashed=True)
     p.box(690, 236, 286, 60, "R: 64-bit integers", "added in any order, the same bits", colour=BLUE)
     p.text(
         24,

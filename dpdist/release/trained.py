@@ -112,6 +112,9 @@ class TrainedRun:
         Raises:
             InputError: as `predict`.
         """
+        if not isinstance(examples, Mapping):
+            remedy = f"give a dict of columns, {{{', '.join(f'{name!r}: ...' for name in self.columns)}}}."
+            raise InputError("examples", type(examples).__name__, remedy)
         columns: dict[str, np.ndarray] = {}
         for name in self.columns:
             expected = self.signature.example[name]

@@ -176,6 +176,8 @@ def closing_line(summary: dict[str, Any], root: Path) -> str:
     told = [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in summary["metrics"].items()]
     metrics = f", test {', '.join(told)}" if told else ""
     spent = "" if summary["epsilon"] is None else f", epsilon {summary['epsilon']:.4g} at delta {summary['delta']:g}"
+    if spent and summary["status"] == "preempted":
+        spent += f" for all {summary['steps']} steps"
     return (
         f"dpdist: {summary['status']} at step {summary['step']} of {summary['steps']}{metrics}{spent} "
         f"(guarantee: {summary['guarantee']}); see {root / 'summary.json'}\n"

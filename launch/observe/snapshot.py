@@ -81,9 +81,14 @@ def look(root: Path, slurm: Answer) -> Snapshot:
         return Snapshot(path=str(root), state="broken", reason=f"cannot be understood ({type(error).__name__})")
 
 
+def is_of_many(root: Path) -> bool:
+    """Whether a directory holds the runs of a sweep or of a search."""
+    return (root / "sweep.json").exists() or (root / "search.json").exists()
+
+
 def is_run(root: Path) -> bool:
     """Whether a directory holds a run, or one that never began."""
-    if (root / "sweep.json").exists() or (root / "search.json").exists():  # these have a private part, too
+    if is_of_many(root):  # it has a private part, too
         return False
     run = RunPaths(root)
     return run.ledger.exists() or run.private.is_dir() or (run.config.exists() and run.checkpoints.is_dir())

@@ -16,7 +16,7 @@ from dpdist.errors import InputError
 from dpdist.run import events, goodput
 from dpdist.run.layout import RunPaths
 from dpdist_launch.observe import queue, table
-from dpdist_launch.observe.snapshot import Snapshot, is_run, job_of, look
+from dpdist_launch.observe.snapshot import Snapshot, is_of_many, is_run, job_of, look
 from dpdist_launch.paths import path_argument
 
 #: No wider, also on a terminal that is: the eye loses the row.
@@ -79,7 +79,11 @@ def _job(root: Path) -> str | None:
 
 def _runs_in(directory: Path, *, named: bool) -> list[Path]:
     if not directory.is_dir():
-        remedy = "there is no such directory" + ("." if named else "; name runs, or a folder of runs.")
+        remedy = "there is no such directory" + (
+            ": a job sent by sbatch makes it as it begins, and `squeue --me` says why it waits."
+            if named
+            else "; name runs, or a folder of runs."
+        )
         raise InputError("DIR", str(directory), remedy)
     try:
         return [directory] if is_run(directory) else list(_below(directory)) or ([directory] if named else [])
@@ -89,8 +93,9 @@ def _runs_in(directory: Path, *, named: bool) -> list[Path]:
 
 def _below(directory: Path) -> Iterator[Path]:
     """The folders in `directory`, and in place of one that is no run but holds some, as that of a sweep, those."""
+    ours = {"private"} if is_of_many(directory) else set()
     for child in sorted(directory.iterdir()):
-        if not child.is_dir() or child.name.startswith("."):
+        if not child.is_dir() or child.name.startswith(".") or child.name in ours:
             continue
         try:
             runs = [] if is_run(child) else [each for each in sorted(child.iterdir()) if each.is_dir() and is_run(each)]

@@ -6,6 +6,7 @@ changed, which other threads see. Here the environment is an argument. Nothing o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -25,6 +26,9 @@ from dpdist.errors import InputError
 class RefusedError(InputError):
     """SLURM did not take a job; another request may be taken."""
 
+
+#: Options that are in every submission, and that no cluster refuses.
+_NOT_ASKED = ("--output", "--error", "--job-name", "--open-mode", "--signal", "--wckey", "--requeue", "--array")
 
 #: A call that every task of a job makes: an importable function and its arguments.
 Call = tuple[Callable[..., None], tuple[Any, ...]]
@@ -57,6 +61,7 @@ def submit(
     array: dict[str, Any] = {} if at_once is None else {"map_count": len(calls), "array_parallelism": at_once}
     command = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     text = _make_sbatch_string(command=command, folder=folder, **options, **array)
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / f"{uuid.uuid4().hex}.sh"
     pickles = [script.with_suffix(f".{number}.pkl") for number in range(len(calls))]
@@ -74,9 +79,11 @@ def submit(
     if done.returncode != 0 or accepted is None:
         for file in (script, *pickles):
             file.unlink()
-        raise RefusedError(
-            "sbatch", shlex.join(said), f"SLURM refused: {' '.join((done.stderr or done.stdout).split())}"
-        )
+        for each in made:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                each.rmdir()
+        asked = shlex.join(option for option in said if not option.startswith(_NOT_ASKED))
+        raise RefusedError("sbatch", asked, f"SLURM refused: {' '.join((done.stderr or done.stdout).split())}")
     script.rename(folder / f"{accepted[1]}_submission.sh")
     ids = [accepted[1]] if at_once is None else [f"{accepted[1]}_{number}" for number in range(len(calls))]
     for job, pickle in zip(ids, pickles, strict=True):  # the tasks wait for it

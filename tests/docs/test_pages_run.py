@@ -134,19 +134,18 @@ def test_python_of_the_pages(reader: Jobs, tmp_path: Path) -> None:
     """One process for all of it: a fresh one takes seconds to begin."""
     page = {name: list(blocks(ROOT / "docs" / f"{name}.md", "python")) for name in ("quickstart", "data", "tasks")}
     yamls = dict(re.findall(r"```yaml\n# (\w+)\.yaml\n(.*?)```", (ROOT / "docs/data.md").read_text(), flags=re.S))
-    lines = [f"{i},{i / 2},{i / 3},{('malignant', 'benign')[i % 2]}" for i in range(60)]
-    (tmp_path / "cells.csv").write_text("\n".join(["mean_radius,mean_texture,mean_area,diagnosis", *lines]))
     small = {"sampling": {"expected_batch_size": 16}, "training": {"steps": 2}, "run": {"plots": False}}
     config = yaml.safe_load(yamls["rest"]) | yaml.safe_load(yamls["frame"])
     for section, values in small.items():
         config[section] = config.get(section, {}) | values
     (tmp_path / "frame.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "ranking.py").write_text(page["tasks"][0])
-    (tmp_path / "mydata.py").write_text(page["data"][1])
+    (tmp_path / "mydata.py").write_text(page["data"][2])
     script = [
         f"import os; os.chdir({str(tmp_path)!r})",
         page["data"][0],
-        "train_frame, test_frame = frame[:48], frame[48:]",  # as many as above: nothing is compiled again
+        page["data"][1],
+        "train_frame, test_frame = frame[:455], frame[455:]",  # as many as above: nothing is compiled again
         "config = dpdist.load_config('frame.yaml', ['run.dir=runs/quickstart'])",
         page["quickstart"][0],
         "assert summary['status'] == 'finished'",

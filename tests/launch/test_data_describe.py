@@ -89,6 +89,11 @@ def test_text_is_decoded_by_the_tokenizer(tmp_path: Path, capsys: pytest.Capture
     assert "a step of 2 expected examples takes" in said
 
 
+def test_a_source_without_a_path_is_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "describe", "digits", "--rows", "0"]) == 0
+    assert "train: 1,437 examples" in capsys.readouterr().out
+
+
 def test_a_wrong_spec_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for spec, message in (
         ("image_folder:/nowhere", "data.path = '/nowhere': no such directory"),

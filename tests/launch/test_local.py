@@ -211,6 +211,15 @@ def test_who_has_more_to_run_learns_of_a_signal_though_the_job_ended_well() -> N
     assert run_part([RANK], 1, None, program=PYTHON) == 0
 
 
+def test_a_rank_that_is_told_before_it_trains_had_nothing_to_save() -> None:
+    launcher = start_launcher("import os, time; print('ready', os.getpid(), flush=True); time.sleep(60)", 2)
+    wait_until_ready(launcher, 2)
+    launcher.send_signal(signal.SIGINT)
+    _, err = finish(launcher)
+    assert launcher.returncode == 143
+    assert "of 2 had not begun to train, so there was nothing to save; ending the others" in err
+
+
 def test_ctrl_c_in_a_terminal_reaches_the_launcher_alone() -> None:
     """The terminal signals its whole foreground process group; the ranks are in groups of their own."""
     launcher = start_launcher(SAVES, 2, "0")

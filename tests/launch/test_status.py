@@ -201,6 +201,8 @@ def test_folders_of_runs_within_a_folder_are_opened(tmp_path: Path, capsys: pyte
     assert main(["status", str(tmp_path)]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["RUN", "single", "sweep/lr-1", "sweep/lr-2"]
+    assert main(["status", str(tmp_path / "sweep")]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["RUN", "lr-1", "lr-2"]
 
 
 def test_the_default_is_runs_here(

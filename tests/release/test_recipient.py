@@ -15,6 +15,9 @@ import userland
 from jobs import STEPS, Jobs, Run
 from safetensors.numpy import load_file, save_file
 
+from dpdist import load
+from dpdist.errors import InputError
+
 VIT = {"image_size": 8, "width": 8, "depth": 1, "heads": 1, "mlp": 8, "patch": 4}
 #: A run that anybody can load: data, model and loss are built in.
 BUILT_IN = (
@@ -137,6 +140,11 @@ def test_columns_that_do_not_fit_are_named(
     assert (code, out) == (2, "")
     assert words in err
     assert len(err.splitlines()) == 1
+
+
+def test_an_array_alone_is_no_dict_of_columns(vit: tuple[Run, Path]) -> None:
+    with pytest.raises(InputError, match=r"examples = 'ndarray': give a dict of columns, {'image': \.\.\.}\."):
+        load(vit[1]).predict(GOOD)  # type: ignore[arg-type]
 
 
 def test_wrong_commands_are_refused_before_anything_is_written(
