@@ -119,18 +119,16 @@ def test_a_start_that_nobody_could_tell_of_is_told_by_the_next(cluster: Jobs) ->
     os.environ["PACE"] = str(file)
     job = submitted(cluster, run, data__prefetch=1)
     wait_for(lambda: any(record["step"] >= 2 for record in run.diagnostics), every=0.1)
-    for daemon in subprocess.run(
-        ["pgrep", "-f", rf"^slurmstepd: \[{job.id}\.batch\]"], capture_output=True
-    ).stdout.split():
-        subprocess.run(
-            ["pkill", "-KILL", "-P", daemon.decode()], check=True
-        )  # the batch script, as its node's death would
+    # The batch script and the ranks, as by the death of their nodes.
+    daemons = subprocess.run(["pgrep", "-f", rf"^slurmstepd: \[{job.id}\."], capture_output=True, text=True, check=True)
+    for daemon in daemons.stdout.split():
+        subprocess.run(["pkill", "-KILL", "-P", daemon], check=False)
     wait_for(job.ended, every=0.2)
     file.unlink()
     subprocess.run(["scontrol", "requeue", job.id], check=True)
     start_requeued(job.id, os.environ)
     assert job.result(poll_seconds=0.5)["status"] == "finished"
-    assert "dpdist job: start 0 ended without a last line" in job.log().read_text()
+    assert "start 0 ended without a last line" in job.log().read_text()
     assert job.log().read_text().count(f"+ job {job.id}, start ") == 2
 
 
