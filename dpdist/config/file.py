@@ -18,20 +18,21 @@ from dpdist.errors import InputError
 
 
 class Yaml(yaml.SafeLoader):
-    """YAML as people write it: 1e-3 is a number, and only true and false are truth values (off is a word)."""
+    """YAML as people write it: 1e-3 is a number, only true and false are truth values, `off` and a date are words."""
 
 
 class YamlDumper(yaml.SafeDumper):
     """Writes what `Yaml` reads back: it quotes a string that looks like a number to that."""
 
 
-_BOOL = re.compile(r"true|false|True|False")
+# To the end, `$`: PyYAML asks for a match at the beginning alone.
+_BOOL = re.compile(r"(true|false|True|False)$")
 _FLOAT = re.compile(
-    r"[-+]?([0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf|\.nan)"
+    r"[-+]?([0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf|\.nan)$"
 )
 for _kind in (Yaml, YamlDumper):
     _kind.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     _kind.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tfTF"))
@@ -118,7 +119,7 @@ def read(path: Path) -> dict[str, Any]:
     except GivenTwiceError as error:
         raise InputError("CONFIG", str(path), f"{error}; keep one of them.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError("CONFIG", str(path), f"cannot be read as YAML: {error}") from None
+        raise InputError("CONFIG", str(path), f"cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise InputError("CONFIG", str(path), "a config holds sections, such as `privacy:`.")
     return tree

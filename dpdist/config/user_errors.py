@@ -38,6 +38,8 @@ _PYTHON = frozenset(
         variable was were where which with you your builtin_function_or_method""",
     )
 )
+#: What Python says of a call with other arguments than the function has.
+_UNCALLABLE = re.compile(r"[\w.<>]+\(\) (missing|takes|got) ")
 _TOKEN = re.compile(r"[^\W\d]\w*|\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 _LONGEST = 400
 #: Libraries that see shapes of arrays and no values while a model is traced; others may have words of their own for
@@ -47,7 +49,9 @@ _OURS = Path(__file__).parents[1]
 
 
 @contextlib.contextmanager
-def users_code(field: str, value: object, *, slips_only: bool = False, quote: bool = True) -> Iterator[None]:
+def users_code(
+    field: str, value: object, *, slips_only: bool = False, quote: bool = True, traced: bool = False
+) -> Iterator[None]:
     """Within the block runs code of the user's own that `field` names: an error there is said in the open.
 
     Args:
@@ -55,6 +59,8 @@ def users_code(field: str, value: object, *, slips_only: bool = False, quote: bo
             that are slips in the code itself are said.
         quote: False where the code may have read anything, as a module may that is imported: of an error that is no
             slip, the text is then not shown.
+        traced: whether the code is only traced for shapes, without a record: then what a library says of these is
+            shown, too, where none of the code is to be seen in the traceback, as of a layer that the user has chosen.
 
     Raises:
         InputError: in place of an error that came through the user's own code.
@@ -65,7 +71,7 @@ def users_code(field: str, value: object, *, slips_only: bool = False, quote: bo
         except (InputError, MemoryError):
             raise
         except Exception as error:
-            said = said_of(error, quote=quote or isinstance(error, SLIPS))
+            said = said_of(error, quote=quote or isinstance(error, SLIPS), traced=traced)
             if said is None or (slips_only and not isinstance(error, SLIPS)):
                 raise
             raise InputError(field, value, said) from error
@@ -86,8 +92,12 @@ def _whole_tracebacks() -> Iterator[None]:
         jax.config.update("jax_traceback_filtering", before)
 
 
-def said_of(error: BaseException, *, quote: bool = True) -> str | None:
-    """`NameError in mytask.py, line 12: name 'foo' is not defined`; None where no code of the user's is in it."""
+def said_of(error: BaseException, *, quote: bool = True, traced: bool = False) -> str | None:
+    """`NameError in mytask.py, line 12: name 'foo' is not defined`; None where no code of the user's is in it.
+
+    Args:
+        quote: as `users_code` takes it, as is `traced`.
+    """
     steps = [(step.tb_frame, step.tb_lineno, step.tb_lasti) for step in _steps(error.__traceback__)]
     own = [number for number, (frame, *_) in enumerate(steps) if _is_users(frame.f_code.co_filename)]
     kind = type(error).__name__
@@ -95,10 +105,16 @@ def said_of(error: BaseException, *, quote: bool = True) -> str | None:
         said = _syntax(error.filename)
         if said is not None:
             return said
-    if not own or kind in ("JaxRuntimeError", "XlaRuntimeError"):  # of the machine, not of the code
+    if not steps or kind in ("JaxRuntimeError", "XlaRuntimeError"):  # of the machine, not of the code
         return None
     if Path(steps[-1][0].f_code.co_filename).is_relative_to(_OURS):
-        return None  # of dpdist's own, whose caller knows what to say
+        # A call of ours that the function does not take: names of functions and of their arguments. All else that
+        # arises in dpdist has a caller who knows what to say.
+        return f"{kind}: {error}." if isinstance(error, TypeError) and _UNCALLABLE.match(str(error)) else None
+    if not own:
+        told = traced and isinstance(error, TypeError | ValueError) and _is_languages(error)
+        text = _masked(str(error), [each for each, *_ in steps]) if told else ""
+        return f"{kind} as one example was traced: {text}." if text else None
     frame, line, last = steps[own[-1]]
     place = f"{kind} in {_shown(frame.f_code.co_filename)}, line {line}"
     if isinstance(error, OSError) and isinstance(error.errno, int):

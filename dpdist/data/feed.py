@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from dpdist.config import Data
 from dpdist.data.placement import Placement
-from dpdist.data.sources import Source
+from dpdist.data.sources import BadRecordError, Source
+from dpdist.errors import InputError
 from dpdist.mechanism.sampling import Assignment
 from dpdist.mechanism.step import Microbatch
 
@@ -62,6 +63,12 @@ class Feed:
         began = time.perf_counter()
         item = self._queue.get()
         self.wait_seconds += time.perf_counter() - began
+        if (
+            isinstance(item, InputError)
+            and isinstance(item.__cause__, BadRecordError)
+            and item.field.startswith("data.")
+        ):
+            raise item  # its words are ours; of the others, some name a column, which may be this record's alone
         if isinstance(item, BaseException):
             # The error may quote an example, so this message does not; the cause goes to the private log.
             raise RuntimeError("the training examples could not be read") from item

@@ -208,14 +208,16 @@ def numbered(column: Column, name: str, where: str) -> np.ndarray:
     Raises:
         InputError: it holds something else than names and integers, or a name is missing.
     """
-    if isinstance(column, Texts) and all(value is not None for value in column.values):
+    if isinstance(column, Texts) and all(value is not None and str(value).strip() for value in column.values):
         values = [str(value) for value in column.values]
     elif isinstance(column, Classes):
         values = [str(value) for value in column.numbers.tolist()]
     elif isinstance(column, np.ndarray) and column.ndim == 1 and column.dtype.kind in "iu":
         values = [str(value) for value in column.tolist()]
     else:
-        what = f"{column.dtype.name}{list(column.shape[1:])}" if isinstance(column, np.ndarray) else "something else"
+        what = "names, some of them missing" if isinstance(column, Texts) else "something else"
+        if isinstance(column, np.ndarray):
+            what = f"{column.dtype.name}{list(column.shape[1:])}"
         raise InputError("data.unit", name, f"of {where} must hold a name or an integer for each record, not {what}.")
     number = {value: blake2b(value.encode(), digest_size=8).digest() for value in set(values)}
     return np.frombuffer(b"".join(number[value] for value in values), "<u4").reshape(-1, 2).astype(np.uint32)

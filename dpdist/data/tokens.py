@@ -14,9 +14,9 @@ from dpdist.data.sources import ArraySource, BadRecordError
 from dpdist.errors import InputError
 
 #: What tokenizers call the token that begins a document, the one that pads, and the one that ends a document.
-_BEGINS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
+_BEGINS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]", "[BOS]")
 _PADS = ("[PAD]", "<pad>", "<|pad|>", "<|finetune_right_pad_id|>")
-_ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
+_ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]", "[EOS]")
 
 
 class Tokenizer:

@@ -80,6 +80,11 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
     }
     task = task_of(config)
     build_fn = builtin.get(config.name) or load_function(config.name, "model.name", list(builtin))
+    if isinstance(build_fn, type) and not issubclass(build_fn, Model):
+        remedy = (
+            "is a class; name a function that returns a dpdist.models.Model, as dpdist.models.nnx_model.from_nnx does."
+        )
+        raise InputError("model.name", config.name, remedy)
     options = dict(settled(config).options)
     parameters = inspect.signature(build_fn).parameters
     for name, value in (("example", example), ("classes", task.width(example, config.classes or classes))):
@@ -94,6 +99,10 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
             options[unknown[0]],
             f"{config.name} takes {', '.join(n for n in parameters if n != 'example')}.",
         )
+    if config.name in builtin:
+        for name in _SIZES & options.keys():
+            if isinstance(options[name], int) and options[name] < 1:
+                raise InputError(f"model.options.{name}", options[name], "give at least 1.")
     try:
         with users_code("model.name", config.name):
             model = build_fn(**options)
@@ -110,6 +119,12 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
     if config.frozen_dtype != "float32":
         model = with_frozen_in(model, config.frozen_dtype, config)
     return dataclasses.replace(model, loss=_loss(config, task, model))
+
+
+#: Options of built-in models that are numbers of something.
+_SIZES = {
+    *("width", "depth", "heads", "kv_heads", "head_width", "mlp", "patch", "image_size", "vocabulary", "positions"),
+}
 
 
 def _loss(config: config_module.Model, task: Task, model: Model) -> Callable[..., Array]:

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from dpdist.errors import InputError
 from dpdist.models import Model
 
 COMPUTE_DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -48,7 +49,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], prepare: Callable[[dict[st
         prepare: turns one example into the module's input.
 
     Raises:
-        ValueError: the module holds other state.
+        InputError: the module holds other state.
     """
     graph, *states = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, nnx.RngState, ...)
     template, streams, other = states
@@ -58,14 +59,18 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], prepare: Callable[[dict[st
         if isinstance(leaf, nnx.Variable)
     }
     if "BatchStat" in other_state:
-        raise ValueError(
-            "the module holds BatchStat: batch statistics mix examples, which DP-SGD must keep apart; take a group or "
-            "layer norm"
+        raise InputError(
+            "model.name",
+            "BatchStat",
+            "the module holds batch statistics, which mix examples, and DP-SGD must keep them apart; take a group or "
+            "layer norm.",
         )
     if other_state:
-        raise ValueError(
-            f"the module holds {', '.join(sorted(other_state))}, state that would change in training; DP-SGD needs "
-            "nnx.Param, and random streams such as those of nnx.Dropout, alone"
+        raise InputError(
+            "model.name",
+            ", ".join(sorted(other_state)),
+            "the module holds state that would change in training; DP-SGD takes nnx.Param, and random streams such as "
+            "those of nnx.Dropout, alone.",
         )
     leaves, structure = jax.tree.flatten(streams)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,9 @@ def own_metrics(config: config_module.Model) -> dict[str, Loss]:
     """
     for name in config.metrics.keys() & (RESERVED | METRICS):
         raise InputError(f"model.metrics.{name}", config.metrics[name], "is the name of another number; rename it.")
+    for name in config.metrics:
+        if not re.fullmatch(r"\w[\w.@-]*", name):  # it becomes that of a plot's file
+            raise InputError("model.metrics", name, "name metrics by letters, digits and any of _ . @ -.")
     return {name: load_function(path, f"model.metrics.{name}", []) for name, path in config.metrics.items()}
 
 

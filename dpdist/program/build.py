@@ -155,6 +155,7 @@ def open_model(config: Config, dataset: Dataset) -> OpenModel:
     model = models.build(config.model, example=record, classes=classes)
     with users_code("model.name", config.model.name):
         params = model.init(jax.random.key(config.training.seed))
+    _require_arrays(config, params)
     if dataset.vocabulary is not None and config.model.name in ("bert", "gpt2", "llama"):
         _require_vocabulary(params, dataset.vocabulary)
     records = dataset.train.source if isinstance(dataset.train, UnitSource) else dataset.train
@@ -197,6 +198,19 @@ def _require_vocabulary(params: Any, tokens: int) -> None:
         )
 
 
+def _require_arrays(config: Config, params: Any) -> None:
+    """Check that `init` of the user's own model gives arrays of numbers.
+
+    Raises:
+        InputError: it gives something else.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            remedy = f"init gave a {type(leaf).__name__} for {name or 'all parameters'}; give arrays."
+            raise InputError("model.name", config.model.name, remedy)
+
+
 def _require_fit(
     config: Config, task: Task, model: models.Model, params: Any, example: dict[str, Any], source: Source, part: str
 ) -> None:
@@ -205,8 +219,14 @@ def _require_fit(
     Raises:
         InputError: they do not fit, or an integer is out of range.
     """
-    with users_code("model.name", config.model.name):
+    with users_code("model.name", config.model.name, traced=True):
         outputs = jax.eval_shape(model.apply, params, with_key(example, model.randomised and part == "train"))
+    if model.loss is task.loss and not isinstance(outputs, jax.ShapeDtypeStruct):
+        remedy = f"apply gave a {type(outputs).__name__}; the task {task.name} takes one array, or give model.loss."
+        raise InputError("model.name", config.model.name, remedy)
+    if model.loss is not task.loss and part == "train":
+        with users_code("model.loss", config.model.loss or config.model.name, traced=True):
+            jax.eval_shape(models.example_loss(model), params, with_key(example, model.randomised))
     try:
         below = task.check(example, outputs, part)
     except InputError as error:

@@ -87,7 +87,7 @@ class Evaluator:
             out_specs=PartitionSpec(axis),
         )
         #: Shape of each statistic of one example, by name.
-        with users_code("model.metrics", ", ".join(own) or task.name):
+        with users_code("model.metrics", ", ".join(own) or task.name, traced=True):
             self._shapes = {name: x.shape for name, x in jax.eval_shape(measure, params, one).items()}
         batch = {
             name: jax.ShapeDtypeStruct((self._devices * self._batch, *x.shape), x.dtype, sharding=sharded)

@@ -104,7 +104,7 @@ def strategies_for(config: Config, loss: ExampleLoss, world: World) -> list[Leaf
     device = world.mesh.devices.flat[0]
     try:
         with users_code("model.loss", config.model.loss or config.model.name):
-            return choose_strategies(
+            chosen = choose_strategies(
                 loss.loss_fn,
                 loss.params,
                 loss.example,
@@ -115,6 +115,10 @@ def strategies_for(config: Config, loss: ExampleLoss, world: World) -> list[Leaf
                 strategies=config.training.clipping_strategies,
                 frozen=frozen_paths(config.model, loss.params),
             )
+        if not any(leaf.groups for leaf in chosen):
+            remedy = "depends on no parameter that trains, so the run would train on noise alone; mend the loss."
+            raise InputError("model.loss", config.model.loss or config.model.name, remedy)
+        return chosen
     except InputError:
         raise
     except UnsupportedLossError as error:

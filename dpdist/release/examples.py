@@ -66,6 +66,8 @@ def _columns(path: Path, part: Part) -> Source:
     if not arrays:
         raise InputError("DATA", str(path), "holds no columns; save arrays under the names of the model's columns.")
     if any(not name.startswith(("train_", "test_")) for name in arrays):
+        if part != "all":
+            raise InputError("--part", part, f"{path} has no parts: its columns are not called train_... and test_....")
         return ArraySource(arrays, name=str(path))
     kinds = ("train", "test") if part == "all" else (part,)
     parts = [

@@ -40,7 +40,7 @@ def load_export(directory: Path, *, allow_code: bool = False) -> TrainedRun:
     Raises:
         InputError: it is no export, is damaged or was changed, or its model is code that is not here.
     """
-    privacy = _read(directory / PRIVACY, json.loads)
+    privacy = _read(directory / PRIVACY, lambda text: dict(json.loads(text)))
     record = _read(directory / MODEL, json.loads)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise InputError(

@@ -33,6 +33,8 @@ def write_predictions(trained: TrainedRun, source: Source, to: Path | None, *, b
         raise InputError("--to", str(to), f"has no known format; end it in {', '.join(FORMATS)}.")
     if to is not None and to.exists():
         raise InputError("--to", str(to), "is there already; name a new file.")
+    if to is not None and not to.parent.is_dir():
+        raise InputError("--to", str(to), "its folder is not there; make it first.")
     if to is not None and to.suffix == ".npy":
         with _whole(to) as partial:
             return _write_array(trained, source, partial, batch_size)

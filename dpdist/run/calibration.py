@@ -86,6 +86,7 @@ def calibrate_further_steps(
         [cost],
         target_epsilon,
         f"what was charged so far costs {adaptive_epsilon(before, order=order, delta=delta):.4g} at delta={delta:g}, "
+        "by the Renyi filter, which a run that goes on otherwise than planned needs, and "
         f"which leaves too little of epsilon={target_epsilon:g} for {steps} more steps, whatever the noise",
     )
 

@@ -112,6 +112,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue  # a crash has torn it
+        if not isinstance(record, dict) or not {"incarnation", "step"} <= record.keys():
+            continue
         if record["incarnation"] > newest:
             newest = record["incarnation"]
             records = {step: kept for step, kept in records.items() if step < record["step"]}

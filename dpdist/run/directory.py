@@ -45,6 +45,8 @@ class RunDirectory(RunPaths):
         with self._writing():
             if self.root.is_dir() and not self.config.exists() and {p.name for p in self.root.iterdir()} - known:
                 raise InputError("run.dir", str(self.root), "holds files but no run; name a new or empty directory.")
+            if (self.root / "privacy.json").exists():
+                raise InputError("run.dir", str(self.root), "holds an export; name a new or empty directory.")
 
     def open_private(self) -> None:
         """Create the directory and its private part, for its owner alone.

@@ -50,6 +50,9 @@ def value_of(file: Path, override: str) -> Any:
         ("data.path=~/data with spaces/a=b", f"{Path.home()}/data with spaces/a=b"),
         ("run.dir=7", "7"),
         ("run.progress=off", "off"),
+        ("data.path=2020-99-99", "2020-99-99"),
+        ("data.path=1e3k", "1e3k"),
+        ("data.path=True.north", "True.north"),
     ],
 )
 def test_an_override_is_read_as_it_is_meant(file: Path, override: str, value: Any) -> None:

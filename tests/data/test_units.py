@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,14 @@ def test_the_fingerprint_tells_whose_a_record_is_and_how_many_count() -> None:
     assert fingerprint(units()) == fingerprint(units())
     plain = ArraySource(COLUMNS)
     assert fingerprint(WithoutColumn(plain, "who")) not in (fingerprint(plain), fingerprint(units()))
+
+
+def test_a_record_whose_owner_is_not_named_is_refused(tmp_path: Path) -> None:
+    for empty in ("", "  "):
+        (tmp_path / "x.csv").write_text(f"x,label,who\n1,0,ann\n2,1,{empty}\n3,0,bob\n")
+        data = Data(source="csv", path=str(tmp_path / "x.csv"), unit="who", records_per_unit=1)
+        with pytest.raises(InputError, match=r"data\.unit = 'who': .*not names, some of them missing"):
+            open_dataset(data)
 
 
 def test_what_cannot_be_a_unit_is_refused() -> None:

@@ -76,8 +76,11 @@ def test_clipped_sums_with_dropout_are_those_of_vmap(method: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (nnx.BatchStat, "holds BatchStat: batch statistics mix examples"),
-        (nnx.Cache, "holds Cache, state that would change in training; DP-SGD needs nnx.Param, and random streams"),
+        (nnx.BatchStat, "holds batch statistics, which mix examples"),
+        (
+            nnx.Cache,
+            "'Cache': the module holds state that would change in training; DP-SGD takes nnx.Param, and random streams",
+        ),
     ],
 )
 def test_other_state_is_refused_for_its_own_reason(kind: Any, message: str) -> None:

@@ -144,7 +144,7 @@ class WithLayerNorm(WithBatchNorm):
 
 
 def test_batch_normalisation_is_refused_with_the_reason() -> None:
-    with pytest.raises(ValueError, match=r"BatchStat.*batch statistics mix examples"):
+    with pytest.raises(ValueError, match=r"BatchStat.*batch statistics, which mix examples"):
         from_nnx(WithBatchNorm, lambda e: e["image"])
 
 

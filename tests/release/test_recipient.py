@@ -159,6 +159,7 @@ def test_wrong_commands_are_refused_before_anything_is_written(
         ((vit[1], tmp_path), "give a .npz of columns"),
         ((vit[1], "digits", "--to", tmp_path / "p.xls"), ".csv, .jsonl, .npy"),
         ((vit[1], "digits", "--to", there), "is there already"),
+        ((vit[1], "digits", "--to", tmp_path / "no/p.csv"), "its folder is not there"),
         ((vit[1], "digits", "--batch-size=0"), "give at least 1"),
         ((vit[1], "digits", "--part=tset"), "did you mean test?"),
     ):
@@ -204,7 +205,10 @@ def without(name: str) -> Callable[[Path], None]:
         (other_parameter, "does not hold the parameters that privacy.json speaks of"),
         (other_shape, "head/bias has shape (4,)"),
         (edited("config.yaml", "width: 8", "width: 16"), "do not belong together"),
-        (edited("config.yaml", "depth: 1", "depth: 0"), "the model that config.yaml and model.json describe has no"),
+        (
+            edited("config.yaml", "depth: 1", "depth: 2"),
+            "is missing, but the model that config.yaml and model.json describe",
+        ),
         (edited("config.yaml", "width: 8", "wdth: 8"), "wdth"),
         (edited("config.yaml", "source: digits", "sorce: digits"), "no such key; did you mean data.source?"),
         (edited("model.json", '"format": 1', '"format": 9'), "use the version of dpdist that exported it"),

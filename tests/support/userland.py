@@ -321,6 +321,11 @@ def own_cross_entropy(outputs: jax.Array, example: dict[str, jax.Array]) -> jax.
     return -jax.nn.log_softmax(outputs)[example["label"]]
 
 
+def constant(outputs: jax.Array, example: dict[str, jax.Array]) -> jax.Array:
+    """A loss that no parameter changes."""
+    return jnp.float32(1.0)
+
+
 def weighed(outputs: jax.Array, example: dict[str, jax.Array]) -> jax.Array:
     """A loss that needs no label."""
     return jnp.sum(jnp.square(outputs)) + jnp.mean(example["image"])

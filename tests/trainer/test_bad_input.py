@@ -56,6 +56,11 @@ CASES: dict[str, tuple[Changes, str, str]] = {
         "column 'number' of arrays",
         "do not fit into float32",
     ),
+    "a constant loss": (
+        {"model": {"loss": "userland:constant"}},
+        "model.loss",
+        "depends on no parameter that trains",
+    ),
     "no derivative": ({"model": {"name": "userland:searching"}}, "training.clipping", "lax.scan"),
     "missing data path": ({"data": {"source": "idx"}}, "data.path", "path"),
     "no such directory": ({"data": {"source": "idx", "path": "/nowhere"}}, "data.path", "train-images"),
@@ -144,6 +149,17 @@ def test_a_directory_that_holds_something_else_is_left_alone(jobs: Jobs) -> None
     assert ended.code == 2
     assert "holds files but no run" in ended.err
     assert [path.name for path in run.root.iterdir()] == ["chapter1.tex"]
+
+
+def test_an_export_is_not_trained_into(jobs: Jobs) -> None:
+    export = jobs.new("an-export")
+    export.root.mkdir()
+    for name in ("config.yaml", "privacy.json"):
+        (export.root / name).write_text("{}")
+    ended = jobs.train(export).wait()
+    assert ended.code == 2
+    assert "holds an export; name a new or empty directory" in ended.err
+    assert {path.name for path in export.root.iterdir()} == {"config.yaml", "privacy.json"}
 
 
 def test_a_directory_that_cannot_be_written_is_named(jobs: Jobs) -> None:
