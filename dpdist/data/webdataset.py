@@ -14,6 +14,7 @@ import json
 import tarfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,8 +137,8 @@ def _records(shard: Path) -> dict[str, dict[str, _Content]]:
             for member in archive:
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                 folder, _, file = member.name.rpartition("/")
-                if member.isdir() or file.startswith((".", "__")):
-                    continue
+                if member.isdir() or file.startswith(".") or (file.startswith("__") and file.endswith("__")):
+                    continue  # hidden, or what `webdataset` keeps for itself
                 stem, dot, ending = file.partition(".")
                 if not member.isreg() or member.issparse() or not dot:
                     raise InputError(
@@ -173,11 +174,9 @@ def _require_whole(shard: Path, end: int) -> None:
     """
     with shard.open("rb") as file:
         file.seek(end)
-        rest = file.read(_BLOCK)
-        while len(block := file.read(1 << 20)) and not any(block):
-            rest = rest[:_BLOCK]
-    if len(rest) < _BLOCK or any(rest) or any(block):
-        raise EOFError
+        first = file.read(_BLOCK)
+        if len(first) < _BLOCK or any(map(any, chain([first], iter(lambda: file.read(1 << 20), b"")))):
+            raise EOFError
 
 
 def _column_of(ending: str) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from dpdist.mechanism.clipping import (
     clipped_grad_sum,
 )
 from dpdist.mechanism.clipping.graph import trace
-from dpdist.mechanism.clipping.strategy import smaller, strategies_of
+from dpdist.mechanism.clipping.strategy import UNUSED, smaller, strategies_of
 from dpdist.mechanism.ledger import Plan
 from dpdist.models.frozen import frozen_paths
 from dpdist.program.cache import examples_at_a_time, few_at_a_time
@@ -115,7 +115,7 @@ def strategies_for(config: Config, loss: ExampleLoss, world: World) -> list[Leaf
                 strategies=config.training.clipping_strategies,
                 frozen=frozen_paths(config.model, loss.params),
             )
-        if not any(leaf.groups for leaf in chosen):
+        if chosen and all(leaf.reason == UNUSED for leaf in chosen):
             remedy = "depends on no parameter that trains, so the run would train on noise alone; mend the loss."
             raise InputError("model.loss", config.model.loss or config.model.name, remedy)
         return chosen

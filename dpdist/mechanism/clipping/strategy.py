@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import combinations
 from typing import Any, Literal
 
 from dpdist.mechanism.clipping.factors import Factors, factors_of
@@ -38,6 +39,8 @@ class LeafStrategy:
     seconds: tuple[tuple[str, float], ...] = ()
 
 
+#: The `reason` of a parameter whose gradient is 0 whatever the example.
+UNUSED = "no example's loss depends on it"
 #: The factors of one parameter, by group -> (the preferred strategy, estimated seconds per example of each if known).
 Preference = Callable[[Sequence[Sequence[Factors]]], tuple[Strategy, dict[str, float]]]
 
@@ -86,19 +89,17 @@ def _groups(
 ) -> tuple[tuple[tuple[int, ...], ...], str]:
     """Group a parameter's uses by the region of it that they see; if `ghost` is impossible, return why instead."""
     if not uses:
-        return (), "no example's loss depends on it"
+        return (), UNUSED
     seen = {u: found.view for u in uses if (found := factors[u]) is not None and found.view is not None}
     if not_seen := sorted({graph.uses[u].equation.primitive.name for u in uses if u not in seen}):
         return (), f"no ghost norm for its use in {', '.join(not_seen)}"
     groups: dict[Any, list[int]] = {}
     for u, view in seen.items():
         groups.setdefault(view.region, []).append(u)
-    regions = list(groups)
-    if not all(disjoint(a, b) for i, a in enumerate(regions) for b in regions[i + 1 :]):
+    if not all(disjoint(a, b) for a, b in combinations(groups, 2)):
         return (), "it is used in parts that overlap"
-    for group in groups.values():
-        if len(group) > 1 and not _add_up([f for u in group if (f := factors[u]) is not None]):
-            return (), "its uses divide it into rows and columns differently"
+    if not all(_add_up([f for u in g if (f := factors[u]) is not None]) for g in groups.values() if len(g) > 1):
+        return (), "its uses divide it into rows and columns differently"
     return tuple(tuple(group) for group in groups.values()), ""
 
 
