@@ -150,7 +150,9 @@ def test_a_fine_tuned_bit_is_loaded_by_timm(jobs: Jobs) -> None:
     with torch.no_grad():
         expected = theirs(pixels).numpy()
     assert np.any(theirs.head.fc.weight.detach().numpy())  # zeros before the first step
-    np.testing.assert_allclose(load(run.root).predict({"image": images}), expected, rtol=1e-4, atol=1e-4)
+    # Sums of 2,048 features times noise: float32 rounds by the size of the largest output.
+    found = load(run.root).predict({"image": images})
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 def tokens() -> dict[str, np.ndarray]:
