@@ -30,6 +30,7 @@ from dpdist.data import open_dataset
 from dpdist.data.checks import fingerprints
 from dpdist.data.datasets import with_given
 from dpdist.data.feed import Feed
+from dpdist.data.readers import read_in_processes
 from dpdist.data.sources import Source
 from dpdist.data.units import UnitSource
 from dpdist.joint import charging
@@ -94,6 +95,8 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
         stacks = run.logs / f"rank-{world.process_id}.stacks"
         watchdog = Watchdog(config.cluster.watchdog_timeout, stacks, world.membership.label)
         cleanup.callback(watchdog.stop)
+        readers = run.logs / f"reader-{world.process_id}"
+        read = cleanup.enter_context(read_in_processes(dataset, config.data, digests, readers))
 
         with watchdog.allow(config.cluster.initialization_timeout):
             # Plan: from which checkpoint, as which incarnation, with which constants; fixed before the first step.
@@ -118,7 +121,7 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
 
             # Build: compile every shape that can occur; place the state, new or restored, on the devices.
             with writer.phase("compile"):
-                setup = build_setup(config, start.plan, opened, dataset, world, start.decisions)
+                setup = build_setup(config, start.plan, opened, read, world, start.decisions)
             require_fits(start, setup.decisions()["leaves"])
             require_same({"initial parameters": params_digest(setup.initial.params)}, world)
             if setup.evaluator is not None:
@@ -151,7 +154,7 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
         cleanup.callback(writer.stop_recording)
         assigner = make_assigner(config, start.plan, setup, keys, world)
         first, last = start.step or 0, start.plan.steps
-        feed = Feed(dataset.train, assigner, world.mesh, data=config.data, start=first, stop=last)
+        feed = Feed(read.train, assigner, world.mesh, data=config.data, start=first, stop=last)
         cleanup.callback(feed.close)
         trainer = Trainer(
             config=config,

@@ -87,7 +87,9 @@ def describe(config: Config, *, rows: int, read_all: bool = False, to: Path | No
     Raises:
         InputError: the data cannot be used; what it says of a record is added, since this is for the owner.
     """
+    from dpdist.data.checks import fingerprints
     from dpdist.data.datasets import open_unread, require_alike
+    from dpdist.data.readers import read_in_processes
 
     try:
         dataset = open_unread(config)
@@ -102,9 +104,12 @@ def describe(config: Config, *, rows: int, read_all: bool = False, to: Path | No
             "train": None,
             "test": None,
         }
-        for name, part in (("train", dataset.train), ("test", dataset.test)):
-            if part is not None:
-                report[name] = _part(config, dataset, part, rows, read_all, None if to is None else to / f"{name}.png")
+        digests = fingerprints(dataset.train, dataset.test) if config.data.worker_processes else {}
+        with read_in_processes(dataset, config.data, digests, None) as timed:
+            for name in ("train", "test"):
+                if getattr(dataset, name) is not None:
+                    drawing = None if to is None else to / f"{name}.png"
+                    report[name] = _part(config, dataset, timed, name, rows, read_all, drawing)
         if not any(part and part["damaged"] for part in (report["train"], report["test"])):
             require_alike(dataset)
     except InputError as error:
@@ -125,20 +130,21 @@ def _cause(error: Exception) -> str:
 
 
 def _part(
-    config: Config, dataset: Dataset, source: Source, rows: int, read_all: bool, drawing: Path | None
+    config: Config, dataset: Dataset, timed: Dataset, name: str, rows: int, read_all: bool, drawing: Path | None
 ) -> dict[str, Any]:
-    """The description of the train or the test part."""
+    """The description of the part of that name; `timed` is the dataset as a run reads it."""
     import numpy as np
 
     from dpdist.data.sources import read_rows, schema
 
+    source = getattr(dataset, name)
     with ThreadPoolExecutor(config.data.workers) as pool:
         damaged = _damaged(source, pool) if read_all else []
         wrong = {index for index, _ in damaged}
         whole = np.array([index for index in range(len(source)) if index not in wrong], np.int64)
         spread = whole[_evenly(len(whole), _TIMED)]
         began = time.perf_counter()
-        found = read_rows(source, spread, pool)
+        found = read_rows(getattr(timed, name), spread, pool)
         rate = len(spread) / max(time.perf_counter() - began, 1e-9)
         first = read_rows(source, whole[:rows], pool)
     if drawing is not None and (column := _image_column(found)) is not None:
@@ -155,6 +161,7 @@ def _part(
         ],
         "examples_per_second": rate,
         "threads": config.data.workers,
+        "processes": config.data.worker_processes,
         "seconds_per_step": config.sampling.expected_batch_size / rate,
         "damaged": [what for _, what in damaged],
         "drawing": None if drawing is None or not drawing.exists() else str(drawing),
@@ -292,7 +299,8 @@ def text(report: dict[str, Any]) -> str:
             lines.append(f"  labels           {', '.join(counts[:20])}{' ...' * (len(counts) > 20)}")
         for index, row in enumerate(part["rows"]):
             lines += [f"  {index:<3} {column}: {value}" for column, value in row.items()]
-        line = f"  read at {part['examples_per_second']:,.0f} examples/s by {part['threads']} threads"
+        readers = f"{part['processes']} processes" if part["processes"] else f"{part['threads']} threads"
+        line = f"  read at {part['examples_per_second']:,.0f} examples/s by {readers}"
         if name == "train":
             size = report["expected_batch_size"]
             line += f"; a step of {size:g} expected examples takes {part['seconds_per_step']:.3g} s on one process"

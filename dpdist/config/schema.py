@@ -53,6 +53,9 @@ class Data(Section):
     records_per_unit: Annotated[int | None, AtLeast(1)] = None
     #: Threads that call a source's `__getitem__`; array sources need none.
     workers: Annotated[int, AtLeast(1)] = 4
+    #: Processes that read examples instead, for a `module:function` that computes in Python, whose lock threads share:
+    #: docs/data.md. 0 is threads.
+    worker_processes: Annotated[int, AtLeast(0)] = 0
     #: Microbatches held ready on the devices, beyond the one in use.
     prefetch: Annotated[int, AtLeast(1)] = 8
 

@@ -7,7 +7,7 @@ a sorted list of indices, so we need no shards, no shuffling and no iterators.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, Protocol, runtime_checkable
 
@@ -203,15 +203,24 @@ def _stack(source: Source, indices: Int64[np.ndarray, " n"], pool: Executor | No
         _columns(example, index)
         for index, example in zip(indices.tolist(), read(source.__getitem__, indices.tolist()), strict=True)
     ]
+    require_one_schema(examples, indices.tolist())
+    return {name: np.stack([_native(example[name]) for example in examples]) for name in examples[0]}
+
+
+def require_one_schema(examples: Sequence[Mapping[str, np.ndarray]], indices: Sequence[int]) -> None:
+    """Check that examples have the same columns, dtypes and shapes.
+
+    Raises:
+        InputError: one differs from the first; the cause, a `BadRecordError`, says which.
+    """
     expected = schema(examples[0])
-    for index, example in zip(indices.tolist(), examples, strict=True):
+    for index, example in zip(indices, examples, strict=True):
         if (found := schema(example)) != expected:
             raise InputError(
                 "data.source",
                 "examples that differ",
                 "return the same columns, dtypes and shapes for every index.",
             ) from BadRecordError(f"example {index} is {found}, and example {indices[0]} is {expected}")
-    return {name: np.stack([_native(example[name]) for example in examples]) for name in examples[0]}
 
 
 def _columns(example: Any, index: int) -> dict[str, np.ndarray]:

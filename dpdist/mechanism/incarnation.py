@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "cluster.",
     "data.workers",
+    "data.worker_processes",
     "data.prefetch",
     "data.path",
     "sampling.assignment",
@@ -48,11 +49,7 @@ MAY_CHANGE = (
 
 def step_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings a step depends on, by dotted name: all but `MAY_CHANGE`."""
-    return {
-        name: value
-        for name, value in settings.items()
-        if not any(name.startswith(free) if free.endswith(".") else name == free for free in MAY_CHANGE)
-    }
+    return {name: value for name, value in settings.items() if {name, name.split(".")[0] + "."}.isdisjoint(MAY_CHANGE)}
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:

@@ -48,6 +48,7 @@ LANES = {
     "tests/cluster/test_straggler.py::test_a_lost_coordination_service_is_no_error": WAIT,
     "tests/config": FAST,
     "tests/data": FAST,
+    "tests/data/test_readers.py": WAIT,
     "tests/data/test_datasets.py::test_digits_are_those_of_scikit_learn_read_without_importing_it": WAIT,
     "tests/docker": WAIT,
     "tests/docs": FAST,
