@@ -21,9 +21,10 @@ def add_to(commands: Any) -> None:
         help="a run, a sweep or a comparison of runs as one HTML page",
         description="Write one HTML page about RUN, or about several compared: the guarantee in plain words, what all "
         "of them cost together, curves, where the time went, what happened, settings. It holds public numbers only, "
-        "unless --private is given, and loads nothing from elsewhere. A sweep stands for its points.",
+        "unless --private is given, and loads nothing from elsewhere. A sweep stands for its points, a folder for the "
+        "runs in it.",
     )
-    report.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="run or sweep")
+    report.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="run, sweep, or folder of them")
     report.add_argument(
         "--to", type=path_argument, required=True, metavar="FILE.html", help="written anew if it is there"
     )
@@ -44,14 +45,24 @@ def run(options: argparse.Namespace) -> int:
     from dpdist.report.read import read_run
     from dpdist.run.directory import write_atomically
 
-    roots = list(dict.fromkeys(root for given in options.runs for root in _runs_of(given)))
+    named = [each for given in options.runs for each in _members(given)]
+    roots = list(dict.fromkeys(root for each in named for root in _runs_of(each)))
     told = [read_run(root, private=options.private) for root in roots]
-    together = _together(options.runs) if len(told) > 1 else None
+    together = _together(named) if len(told) > 1 else None
     title = options.title or ", ".join(dict.fromkeys(given.resolve().name for given in options.runs))
     text = page(told, title=title, together=together, audit=audit)
     write_atomically(options.to, text, mode=0o600 if options.private else 0o644)
     print(json.dumps({"to": str(options.to), "runs": len(told), "private": options.private}), file=sys.stdout)
     return 0
+
+
+def _members(given: Path) -> list[Path]:
+    """The runs, sweeps and searches in a folder that is none of them; what it is, or is not, else."""
+    marks = ("config.yaml", "ledger.jsonl", "sweep.json", "search.json")
+    if not given.is_dir() or any((given / mark).exists() for mark in marks):
+        return [given]
+    inside = [each for each in sorted(given.iterdir()) if any((each / mark).exists() for mark in marks[1:])]
+    return inside or [given]
 
 
 def _runs_of(given: Path) -> list[Path]:

@@ -64,6 +64,8 @@ class Data(Section):
         self.require(
             "records_per_unit", both, "give data.unit and data.records_per_unit together: whose records, and how many."
         )
+        there = self.unit is None or self.columns is None or self.unit in self.columns
+        self.require("unit", there, f"is none of data.columns; add it there: {{{self.unit}: ITS_NAME}}.")
         for ours, theirs in (self.columns or {}).items():
             several = theirs if isinstance(theirs, list) else [theirs]
             if not several or not all(type(name) in (str, int) for name in several):

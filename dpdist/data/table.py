@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from dpdist.config.nearest import did_you_mean
 from dpdist.data.columns import named, stacked, wanted
 from dpdist.data.encoded import EncodedSource
 from dpdist.data.images import Images
-from dpdist.data.sources import ArraySource, BadRecordError, Source
+from dpdist.data.sources import WHERE_NAMED, ArraySource, BadRecordError, Source
 from dpdist.errors import InputError
 
 
@@ -99,6 +100,11 @@ def to_source(table: Table, columns: Mapping[str, Any] | None, reading: Reading,
     Raises:
         InputError: a column is missing, or holds what no model can take.
     """
+    if reading.unit is not None and reading.unit not in {*table, *(columns or {})}:
+        meant = did_you_mean(reading.unit, list(table))
+        raise InputError(
+            "data.unit", reading.unit, f"there is no such column in {where}, which has {len(table)}; {WHERE_NAMED}."
+        ) from BadRecordError(f"{meant}there are {', '.join(table)}")
     chosen = named(columns, table, where, reading.given)
     arrays: dict[str, np.ndarray] = {}
     pictures = []

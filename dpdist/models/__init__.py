@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from dpdist import config as config_module
@@ -90,6 +91,10 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
     for name, value in (("example", example), ("classes", task.width(example, config.classes or classes))):
         if name in parameters and name not in options:
             if value is None:
+                if config.loss is None:
+                    task.check(
+                        example, jax.ShapeDtypeStruct((2,), jnp.float32), "train"
+                    )  # there may be no label at all
                 raise InputError("model.classes", None, "the data source does not say; set model.classes.")
             options[name] = value
     unknown = [name for name in options if name not in parameters]

@@ -153,7 +153,8 @@ def _require_pure(optimizer: optax.GradientTransformation, path: str, field: str
     except (TypeError, ValueError) as error:
         if isinstance(error, InputError) or not path.startswith(_OPTAX):
             raise
-        remedy = f"cannot be used: it needs more than the noisy gradient, its state and the parameters ({error})."
+        needs = "it needs more than the noisy gradient, its state and the parameters, or options of another kind"
+        remedy = f"cannot be used: {needs} ({error})."
         raise InputError(field, path, remedy) from None
     if any(word in str(traced) for word in ("callback", "ffi_call")):
         remedy = "calls back into Python, where it could read data; an optimizer must be a pure function of its inputs."

@@ -46,6 +46,8 @@ def read(root: Path) -> dict[str, Any]:
         raise InputError("RUN", str(root), "holds no run (no config.yaml).")
     config = config_module.from_dict(configfile.read(run.config))
     looks, steps = _lines(run.probe), [_shares(record) for record in _lines(run.diagnostics)]
+    if not steps and (root / "privacy.json").exists():
+        raise InputError("RUN", str(root), "is an export, which holds nothing private; name the run it was made of.")
     if not steps:
         raise InputError("RUN", str(root), "has taken no step yet.")
     bound = config.privacy.clip_norm if config.privacy.enabled else None

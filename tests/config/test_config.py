@@ -122,6 +122,7 @@ def test_overrides_reach_into_options_and_keep_the_rest(file: Path) -> None:
         ("optimizer.warmup_steps=-1", "optimizer.warmup_steps", "0 or more"),
         ("data.test_fraction=1", "data.test_fraction", "between 0 and 1"),
         ("data.workers=0", "data.workers", "at least 1"),
+        ("data.worker_processes=-1", "data.worker_processes", "0 or more"),
         ("data.prefetch=0", "data.prefetch", "at least 1"),
         ("data.options=3", "data.options", "wrong type; give dict"),
         ("model.classes=1", "model.classes", "at least 2"),

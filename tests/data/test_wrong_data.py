@@ -64,6 +64,29 @@ WRONG: dict[str, tuple[Callable[[Path], dict[str, Any]], str, str, str]] = {
         "'224x224'",
         "give [height, width] in pixels, or one number for both.",
     ),
+    "a misspelt unit, beside its column of names": (
+        lambda root: {
+            "source": "csv",
+            "path": csv(root, "a,target,patient\n1,0,ann\n2,1,bob\n"),
+            "unit": "patent",
+            "records_per_unit": 2,
+        },
+        "data.unit",
+        "'patent'",
+        "there is no such column",
+    ),
+    "a unit that data.columns leaves out": (
+        lambda root: {
+            "source": "csv",
+            "path": csv(root, "a,target,patient\n1,0,ann\n2,1,bob\n"),
+            "columns": {"features": ["a"], "target": "target"},
+            "unit": "patient",
+            "records_per_unit": 2,
+        },
+        "data.unit",
+        "'patient'",
+        "is none of data.columns; add it there: {patient: ITS_NAME}.",
+    ),
     "an option of another source": (
         lambda root: {"source": "csv", "path": csv(root, "a,label\n1,0\n"), "options": {"size": 8}},
         "data.options.size",

@@ -188,6 +188,8 @@ def test_unknown_classes_are_asked_for() -> None:
     with pytest.raises(InputError) as caught:
         build("mlp", classes=None)
     assert caught.value.field == "model.classes"
+    with pytest.raises(InputError, match="add a column named 'label'"):  # which would be asked for next
+        models.build(config.Model(name="mlp"), example={"image": FASHION["image"]}, classes=None)
     given = models.build(config.Model(name="mlp", classes=3), example=FASHION, classes=None)
     assert shapes(given)["layers"][1]["bias"].shape == (3,)
 

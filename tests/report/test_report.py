@@ -151,6 +151,14 @@ def test_a_sweep_stands_for_its_points_that_have_begun(tmp_path: Path) -> None:
     page = report(sweep, "--title", "Sweep", "--to", tmp_path / "page.html")
     assert "2 runs" in page.text
     assert "c has not begun" in page.text
+    run_at(tmp_path / "another")
+    (tmp_path / "notes").mkdir()
+    folder = report(tmp_path, "--title", "All of a folder", "--to", tmp_path / "page.html")
+    assert "3 runs" in folder.text
+    assert "c has not begun" in folder.text
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search/search.json").write_text("{}")
+    assert main(["report", str(tmp_path), "--to", str(tmp_path / "page.html")]) == 2, "a search is not left out unseen"
 
 
 @pytest.mark.parametrize("broken", ["plain", "open", "ledger", "summary"])

@@ -102,3 +102,6 @@ def test_what_is_no_run_or_has_not_begun_is_said(tmp_path: Path) -> None:
     (root / "private/diagnostics.jsonl").unlink()
     with pytest.raises(InputError, match="has taken no step yet"):
         diagnose(root)
+    (root / "privacy.json").write_text("{}")
+    with pytest.raises(InputError, match="is an export, which holds nothing private"):
+        diagnose(root)
