@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from by_hand import assert_exact
+from by_hand import QUICK, assert_exact
 from flax import nnx
 
 from dpdist import config, models
@@ -30,9 +30,16 @@ METHODS = ["per_example", "bookkeeping", "ghost", "auto"]
 
 def shaken(params: Any) -> Any:
     """All parameters matter: B is not zero."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: x + 0.1 * np.cos(np.arange(x.size)).reshape(x.shape) if path[-1].key == "lora_b" else x, params
-    )
+
+    def shake(path: Any, leaf: Any) -> np.ndarray:
+        moved = 0.1 * np.cos(np.arange(leaf.size, dtype=np.float32)).reshape(leaf.shape)
+        return moved if path[-1].key == "lora_b" else np.asarray(leaf)
+
+    return jax.tree_util.tree_map_with_path(shake, params)
+
+
+def initialised(model: models.Model, seed: int = 0) -> Any:
+    return jax.jit(model.init, compiler_options=QUICK)(jax.random.key(seed))
 
 
 def tiny_bit(**settings: Any) -> tuple[config.Model, models.Model]:
@@ -90,7 +97,7 @@ def images(name: str) -> np.ndarray:
 @cache
 def problem(name: str) -> tuple[models.Model, Any, frozenset[str], dict[str, np.ndarray]]:
     chosen, model = BUILT[name]()
-    params = shaken(model.init(jax.random.key(0)))
+    params = shaken(initialised(model))
     return model, params, frozen_paths(chosen, params), {"image": images(name), "label": np.array([0, 3, 1, 4])}
 
 
@@ -119,15 +126,15 @@ def test_clipping_knows_both_factors_of_a_convolution(name: str) -> None:
 def test_new_adapters_change_nothing_and_those_of_plain_convolutions_merge(name: str) -> None:
     model, params, _, batch = problem(name)
     _, plain = BUILT[name](lora=None)
-    weights = plain.init(jax.random.key(0))
-    fresh = tiny.logits(model, model.init(jax.random.key(0)), batch)
+    weights = initialised(plain)
+    fresh = tiny.logits(model, initialised(model), batch)
     np.testing.assert_array_equal(fresh, tiny.logits(plain, weights, batch))
     found = tiny.logits(model, params, batch)
     assert np.abs(found - fresh).max() > 1e-3
     if name == "net":
         without = merged(model, params, read(LORA))
         assert jax.tree.structure(without) == jax.tree.structure(weights)
-        np.testing.assert_allclose(tiny.logits(plain, without, batch), found, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(tiny.logits(plain, without, batch), found, rtol=1e-4, atol=1e-4)
         # By hand, of the kernel alone.
         conv = params["convs"][1]
         products = np.einsum("hwir,ro->hwio", np.asarray(conv["lora_a"]), np.asarray(conv["lora_b"]))
@@ -155,7 +162,7 @@ def test_a_has_the_variance_of_one_over_all_inputs_of_an_output() -> None:
         from_nnx(lambda rngs: nnx.Sequential(nnx.Conv(64, 64, (3, 3), rngs=rngs)), lambda e: e["x"]),
         read({"rank": 64, "targets": ["*kernel"]}),
     )
-    first, again, other = (model.init(jax.random.key(seed))["layers"][0] for seed in (0, 0, 1))
+    first, again, other = (initialised(model, seed)["layers"][0] for seed in (0, 0, 1))
     assert first["lora_a"].shape == (3, 3, 64, 64)
     assert abs(np.std(first["lora_a"]) * 576**0.5 - 1) < 0.02
     assert not np.any(first["lora_b"])
@@ -170,7 +177,7 @@ def test_a_standardised_kernel_does_not_merge_and_the_head_of_a_bit_does() -> No
     assert (caught.value.field, caught.value.value) == ("model.lora.targets", "stages/0/0/conv1/kernel")
     lora = LORA | {"targets": ["head/kernel"]}
     _, of_head = tiny_bit(lora=lora)
-    adapted = shaken(of_head.init(jax.random.key(0)))
+    adapted = shaken(initialised(of_head))
     without = merged(of_head, adapted, read(lora))
     _, plain = tiny_bit(lora=None)
     found = tiny.logits(of_head, adapted, batch)

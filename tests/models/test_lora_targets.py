@@ -107,6 +107,10 @@ ODD: dict[str, tuple[Callable[[nnx.Rngs], Any], str]] = {
         lambda rngs: nnx.Conv(4, 4, (3, 3), conv_general_dilated=own_convolution, rngs=rngs),
         "has a conv_general_dilated of its own",
     ),
+    "own promotion": (
+        lambda rngs: nnx.Conv(4, 4, (3, 3), promote_dtype=lambda arrays, **_: arrays, rngs=rngs),
+        "has a promote_dtype of its own",
+    ),
     "own product": (lambda rngs: nnx.Linear(4, 4, dot_general=own_products, rngs=rngs), "has a dot_general of its own"),
     "subclass": (lambda rngs: OwnConv(4, 4, (3, 3), rngs=rngs), "is of OwnConv, no nnx.Linear or nnx.Conv"),
     "transposed": (lambda rngs: nnx.ConvTranspose(4, 4, (3, 3), rngs=rngs), "is of ConvTranspose, no nnx.Linear"),
