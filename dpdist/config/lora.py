@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,10 @@ _KEYS = ("rank", "alpha", "targets")
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Low-rank adaptation: a layer's kernel W stays, and x W + (alpha / rank) (x A) B takes the place of x W."""
+    """Low-rank adaptation: a layer's kernel W stays, and x W + (alpha / rank) (x A) B takes the place of x W.
+
+    Of a convolution, x W and x A are convolutions, and B takes the place of a kernel of one pixel.
+    """
 
     #: Columns of A and rows of B.
     rank: int
@@ -32,8 +35,8 @@ class Lora:
         return self.alpha / self.rank
 
 
-def read(given: Mapping[str, Any]) -> Lora:
-    """Read the setting; alpha is the rank where it is left out, and the targets those of the attention.
+def read(given: Mapping[str, Any], targets: Sequence[str] = ATTENTION) -> Lora:
+    """Read the setting; alpha is the rank where it is left out, and `targets` are the targets.
 
     Raises:
         InputError: a key is unknown, the rank is missing, or a value cannot be used.
@@ -49,7 +52,7 @@ def read(given: Mapping[str, Any]) -> Lora:
     alpha = given.get("alpha", rank)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not (math.isfinite(alpha) and alpha > 0):
         raise InputError(f"{FIELD}.alpha", alpha, "give a positive, finite number, such as twice the rank.")
-    targets = given.get("targets", list(ATTENTION))
-    if not isinstance(targets, list) or not targets or not all(isinstance(each, str) for each in targets):
-        raise InputError(f"{FIELD}.targets", targets, f"give a list of patterns, such as {list(ATTENTION)}.")
-    return Lora(rank=rank, alpha=float(alpha), targets=tuple(targets))
+    named = given.get("targets", list(targets))
+    if not isinstance(named, list) or not named or not all(isinstance(each, str) for each in named):
+        raise InputError(f"{FIELD}.targets", named, f"give a list of patterns, such as {list(targets)}.")
+    return Lora(rank=rank, alpha=float(alpha), targets=tuple(named))

@@ -100,8 +100,9 @@ class Model(Section):
     #: all of them; beside `lora` it is the adapters, and a classifier's `head/*`.
     trainable: Annotated[list[str] | None, NonEmpty("name at least one, or leave it out to train all.")] = None
     #: Low-rank adapters beside frozen layers: `{rank: 8, alpha: 16, targets: ["*attention/*/kernel"]}`. alpha / rank
-    #: multiplies their product, and targets are kernels of `nnx.Linear` layers; left out, alpha is the rank and targets
-    #: are those of the attention. What trains beside them, `trainable` says.
+    #: multiplies their product, and targets are kernels of `nnx.Linear` and `nnx.Conv` layers, or of a BiT's
+    #: convolutions; left out, alpha is the rank and targets are those of the attention, or of a BiT
+    #: `stages/*/conv*/kernel`. What trains beside them, `trainable` says.
     lora: dict[str, Any] | None = None
     #: The format in which matrices that do not train are kept; they cost no norm and no optimizer state in either.
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"

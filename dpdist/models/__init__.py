@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dpdist import config as config_module
+from dpdist.config.lora import ATTENTION
 from dpdist.config.lora import read as read_lora
 from dpdist.config.plugins import load_function
 from dpdist.config.user_errors import users_code
@@ -61,7 +62,7 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
             classes and none is given, or it does not return a `Model`.
     """
     from dpdist.models.bert import bert
-    from dpdist.models.families import settled
+    from dpdist.models.families import family_of, settled
     from dpdist.models.frozen import with_frozen_in
     from dpdist.models.gpt2 import gpt2
     from dpdist.models.llama import llama
@@ -120,7 +121,8 @@ def build(config: config_module.Model, *, example: dict[str, jax.ShapeDtypeStruc
     if not isinstance(model, Model):
         raise InputError("model.name", config.name, f"must return a dpdist.models.Model, not {type(model).__name__}.")
     if config.lora is not None:
-        model = with_lora(model, read_lora(config.lora))
+        family = family_of(config.name)
+        model = with_lora(model, read_lora(config.lora, ATTENTION if family is None else family.adapted))
     if config.frozen_dtype != "float32":
         model = with_frozen_in(model, config.frozen_dtype, config)
     return dataclasses.replace(model, loss=_loss(config, task, model))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdist import config as config_module
+from dpdist.config.lora import ATTENTION
 from dpdist.errors import InputError
 from dpdist.models.pretrained import FIELD
 
@@ -44,6 +45,8 @@ class Family:
     finish: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda said, options: said
     #: What `timm`'s config.json says -> our options, or None if its `architecture` is not of this family.
     timm_options: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda said: None
+    #: Patterns of the kernels that `model.lora` adapts where it names none.
+    adapted: tuple[str, ...] = ATTENTION
 
 
 def modules() -> dict[str, Any]:

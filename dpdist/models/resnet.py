@@ -21,6 +21,7 @@ from dpdist.models.images import check_image, prepare_image
 from dpdist.models.nnx_model import compute_dtype, from_nnx
 from dpdist.models.pooling import max_pool
 from dpdist.models.pretrained import CONVOLUTION, POINTWISE, Naming, Tensors, dense, norm, with_weights
+from dpdist.models.standardised import StandardisedConv
 
 #: Output channels of the stages at width factor 1.
 CHANNELS = (256, 512, 1024, 2048)
@@ -37,31 +38,6 @@ VARIANTS = {
     for name, (layers, factor) in _PUBLISHED.items()
 }
 GROUPS = 32
-#: Epsilon of `timm`, whose weights we read; the paper's code uses 1e-10.
-WEIGHT_EPSILON = 1e-8
-
-
-class _Convolution(nnx.Module):
-    """A convolution whose kernel has mean 0 and variance 1 over each output channel's inputs (Qiao et al. 2019)."""
-
-    def __init__(
-        self, size: int, channels: int, out: int, dtype: DTypeLike, rngs: nnx.Rngs, *, stride: int = 1
-    ) -> None:
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (size, size, channels, out)))
-        self.stride, self.dtype = stride, dtype
-
-    def __call__(self, x: Array) -> Array:
-        kernel = self.kernel[...]
-        mean, variance = kernel.mean((0, 1, 2)), kernel.var((0, 1, 2))
-        kernel = (kernel - mean) * jax.lax.rsqrt(variance + WEIGHT_EPSILON)
-        pad = (kernel.shape[0] // 2,) * 2
-        return jax.lax.conv_general_dilated(
-            x.astype(self.dtype)[None],
-            kernel.astype(self.dtype),
-            (self.stride, self.stride),
-            (pad, pad),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )[0]
 
 
 class _Norm(nnx.Module):
@@ -80,12 +56,12 @@ class _Block(nnx.Module):
     def __init__(self, channels: int, out: int, stride: int, first: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         inner = out // 4
         self.norm1 = _Norm(channels, dtype, rngs)
-        self.conv1 = _Convolution(1, channels, inner, dtype, rngs)
+        self.conv1 = StandardisedConv(1, channels, inner, dtype, rngs)
         self.norm2 = _Norm(inner, dtype, rngs)
-        self.conv2 = _Convolution(3, inner, inner, dtype, rngs, stride=stride)
+        self.conv2 = StandardisedConv(3, inner, inner, dtype, rngs, stride=stride)
         self.norm3 = _Norm(inner, dtype, rngs)
-        self.conv3 = _Convolution(1, inner, out, dtype, rngs)
-        self.project = _Convolution(1, channels, out, dtype, rngs, stride=stride) if first else None
+        self.conv3 = StandardisedConv(1, inner, out, dtype, rngs)
+        self.project = StandardisedConv(1, channels, out, dtype, rngs, stride=stride) if first else None
 
     def __call__(self, x: Array) -> Array:
         y = self.norm1(x)
@@ -105,7 +81,7 @@ class _BitResNet(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         width = channels[0] // 4
-        self.stem = _Convolution(7, colours, width, dtype, rngs, stride=2)
+        self.stem = StandardisedConv(7, colours, width, dtype, rngs, stride=2)
         stages = []
         for stage, (depth, out) in enumerate(zip(layers, channels, strict=True)):
             blocks = []
@@ -202,4 +178,5 @@ FAMILY = Family(
     keys={},
     variants=VARIANTS,
     timm_options=_timm_options,
+    adapted=("stages/*/conv*/kernel",),
 )

@@ -118,6 +118,13 @@ def strategies_for(config: Config, loss: ExampleLoss, world: World) -> list[Leaf
         if chosen and all(leaf.reason == UNUSED for leaf in chosen):
             remedy = "depends on no parameter that trains, so the run would train on noise alone; mend the loss."
             raise InputError("model.loss", config.model.loss or config.model.name, remedy)
+        idle = [leaf.path for leaf in chosen if leaf.reason == UNUSED and leaf.path.endswith(("lora_a", "lora_b"))]
+        if idle and config.model.lora is not None:
+            remedy = (
+                "has an adapter that no loss depends on, which would learn noise alone: the model does not call this "
+            )
+            remedy += "layer, though it may read its kernel; leave it out."
+            raise InputError("model.lora.targets", f"{idle[0].rpartition('/')[0]}/kernel", remedy)
         return chosen
     except InputError:
         raise

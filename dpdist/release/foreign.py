@@ -30,7 +30,7 @@ def without_adapters(trained: TrainedRun) -> TrainedRun:
     """The same function with adapters merged into the kernels, and every parameter in float32."""
     section, params = trained.config.model, trained.params
     if section.lora is not None:
-        params = merged(params, read(section.lora))
+        params = merged(trained._model, params, read(section.lora))
     section = dataclasses.replace(section, lora=None, trainable=None, frozen_dtype="float32")
     return dataclasses.replace(
         trained,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from worlds import alone
 
-from dpdist.config import from_dict
+from dpdist.config import Config, from_dict
 from dpdist.data import ArraySource, Dataset
 from dpdist.errors import InputError
 from dpdist.program.build import open_model
+from dpdist.program.gradients import strategies_for
 
 SOURCE = """
 import jax.numpy as jnp
@@ -49,6 +52,18 @@ def good(classes):
     return Model(init=lambda key: jnp.zeros((4, classes)), apply=lambda w, example: flat(example) @ w)
 
 
+class Around(nnx.Module):  # a layer, and only its kernel is used
+    def __init__(self, classes, rngs):
+        self.layer, self.head = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, classes, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(x @ self.layer.kernel[...])
+
+
+def around(classes):
+    return from_nnx(lambda rngs: Around(classes, rngs), flat)
+
+
 def bare(example, weight): ...
 
 
@@ -61,6 +76,18 @@ def unary(outputs):
 """
 ROWS = {"image": np.zeros((6, 2, 2), np.float32), "label": np.arange(6, dtype=np.int32) % 2}
 _NUMBER = itertools.count()
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"slips_{next(_NUMBER)}"
+    (tmp_path / f"{name}.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def config_of(model: dict[str, Any]) -> Config:
+    return from_dict({"model": model | {"classes": 2}, "privacy": {"enabled": False}, "training": {"steps": 1}})
 
 
 @pytest.mark.parametrize(
@@ -76,14 +103,20 @@ _NUMBER = itertools.count()
         ("good", "unary", "model.loss = '{}:unary': TypeError: unary() takes 1 positional argument but 2 were given"),
     ],
 )
-def test_a_slip_is_told_in_the_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, loss: str | None, words: str
-) -> None:
-    module = f"slips_{next(_NUMBER)}"
-    (tmp_path / f"{module}.py").write_text(SOURCE)
-    monkeypatch.syspath_prepend(tmp_path)
-    chosen = {"name": f"{module}:{model}", "classes": 2} | ({} if loss is None else {"loss": f"{module}:{loss}"})
-    config = from_dict({"model": chosen, "privacy": {"enabled": False}, "training": {"steps": 1}})
+def test_a_slip_is_told_in_the_open(module: str, model: str, loss: str | None, words: str) -> None:
+    config = config_of({"name": f"{module}:{model}"} | ({} if loss is None else {"loss": f"{module}:{loss}"}))
     with pytest.raises(InputError) as caught:
         open_model(config, Dataset(train=ArraySource(ROWS), name="rows"))
     assert words.format(module) in str(caught.value)
+
+
+def test_an_adapter_beside_a_layer_that_is_not_called_is_refused(module: str) -> None:
+    def choose(targets: list[str]) -> None:
+        config = config_of({"name": f"{module}:around", "lora": {"rank": 1, "targets": targets}})
+        loss = open_model(config, Dataset(train=ArraySource(ROWS), name="rows")).loss
+        strategies_for(config, loss, alone(1))
+
+    choose(["head/kernel"])
+    with pytest.raises(InputError, match="has an adapter that no loss depends on") as caught:
+        choose(["*kernel"])
+    assert (caught.value.field, caught.value.value) == ("model.lora.targets", "layer/kernel")

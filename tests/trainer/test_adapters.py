@@ -18,6 +18,8 @@ from safetensors.numpy import load_file
 
 from dpdist import config as config_module
 from dpdist import load, models
+from dpdist.errors import InputError
+from dpdist.release.export import export
 from dpdist.release.trained_run import load_run
 from dpdist.run.checkpoint import Checkpoints
 
@@ -77,13 +79,15 @@ OTHERS = {
 }
 
 
+ADAM = ("privacy.insecure_seed=null", "optimizer.name=adam", "optimizer.momentum=0", "optimizer.learning_rate=0.1")
+
+
 @pytest.fixture(scope="module")
 def others(jobs: Jobs) -> dict[str, Run]:
     """Every other transformer, adapted in two processes."""
     runs = {name: jobs.new(f"adapted-{name}") for name in OTHERS}
     settings = ("model.lora={rank: 2}", "training.steps=2", "sampling.expected_batch_size=16")
-    settings += ("privacy.insecure_seed=null", "optimizer.name=adam", "optimizer.momentum=0")
-    settings += ("optimizer.learning_rate=0.1",)
+    settings += ADAM
     sizes = {"width": 16, "depth": 1, "heads": 2, "mlp": 16}
     for name, (source, _, more) in OTHERS.items():
         chosen = (f"data.source={source}", f"model.name={name}", f"model.options={json.dumps(sizes | more)}")
@@ -153,6 +157,43 @@ def test_a_fine_tuned_bit_is_loaded_by_timm(jobs: Jobs) -> None:
     # Sums of 2,048 features times noise: float32 rounds by the size of the largest output.
     found = load(run.root).predict({"image": images})
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def convolutions(jobs: Jobs) -> Run:
+    """A BiT with adapters beside the convolutions of its blocks, as `model.lora` has them without targets."""
+    run = jobs.new("adapted-bit")
+    sizes = {"layers": [1], "channels": [128], "image_size": 32}
+    chosen = ("data.source=userland:pictures", "model.name=bit_resnet", f"model.options={json.dumps(sizes)}")
+    settings = ("model.lora={rank: 2}", "training.steps=2", "sampling.expected_batch_size=16", *ADAM)
+    ended = jobs.launch(run, 2, 1, *chosen, *settings).wait()
+    assert ended.code == 0, ended.err
+    return run
+
+
+def test_adapters_beside_convolutions_train_and_are_given_away(jobs: Jobs, convolutions: Run) -> None:
+    trained = load_run(convolutions.root)
+    fresh = models.build(trained.config.model, example=trained.signature.example, classes=4).init(jax.random.key(0))
+    block, before = trained.params["stages"][0][0], fresh["stages"][0][0]
+    adapted = {name for name, layer in block.items() if "lora_b" in layer and np.any(layer["lora_b"])}
+    assert adapted == {"conv1", "conv2", "conv3"}
+    assert all(np.array_equal(block[name]["kernel"], before[name]["kernel"]) for name in (*adapted, "project"))
+    target = convolutions.root.with_name("given-adapted-bit")
+    ended = jobs.command("export", str(convolutions.root), "--to", str(target)).wait()
+    assert ended.code == 0, ended.err
+    images = {"image": userland.pictures()[0].take(np.arange(3))["image"]}  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(load(target).predict(images), trained.predict(images))
+
+
+def test_what_cannot_merge_is_refused_in_a_line_before_anything_is_written(jobs: Jobs, convolutions: Run) -> None:
+    target = convolutions.root.parent / "nowhere" / "merged"
+    ended = jobs.command("export", str(convolutions.root), "--to", str(target), "--merge-lora").wait()
+    assert ended.code == 2
+    said = "model.lora.targets = 'stages/0/0/conv1/kernel': is standardised before its use"
+    assert [said in line for line in ended.err.splitlines()] == [True]
+    with pytest.raises(InputError, match=r"no --merge-lora, no --as.*, or train .* by model\.trainable"):
+        export(convolutions.root, target, library="timm")
+    assert not target.parent.exists()
 
 
 def tokens() -> dict[str, np.ndarray]:

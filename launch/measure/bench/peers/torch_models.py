@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from dpdist.errors import InputError
 from dpdist.models.bert import VARIANTS as BERT_VARIANTS
-from dpdist.models.resnet import GROUPS, WEIGHT_EPSILON
+from dpdist.models.resnet import GROUPS
 from dpdist.models.resnet import VARIANTS as RESNET_VARIANTS
+from dpdist.models.standardised import WEIGHT_EPSILON
 from dpdist.models.vit import VARIANTS as VIT_VARIANTS
 from dpdist_launch.measure.bench.tasks import Task
 
