@@ -121,9 +121,9 @@ def strategies_for(config: Config, loss: ExampleLoss, world: World) -> list[Leaf
         idle = [leaf.path for leaf in chosen if leaf.reason == UNUSED and leaf.path.endswith(("lora_a", "lora_b"))]
         if idle and config.model.lora is not None:
             remedy = (
-                "has an adapter that no loss depends on, which would learn noise alone: the model does not call this "
+                "has an adapter that would learn noise alone: the model never calls this layer, though it may read "
             )
-            remedy += "layer, though it may read its kernel; leave it out."
+            remedy += "its kernel; leave it out."
             raise InputError("model.lora.targets", f"{idle[0].rpartition('/')[0]}/kernel", remedy)
         return chosen
     except InputError:
