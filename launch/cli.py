@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dpdist_launch.ending import end_at_once  # isort: skip  # before any library
+
 import argparse
 import json
 import os
@@ -28,7 +30,11 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 128 + signal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command; returns its exit code.
+
+    Args:
+        argv: the command's words; None is those of this process, which is then about to end.
+    """
     open_missing_streams()
     forbid_core_files()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -49,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader has left, as in `dpdist settings | head`
         code = EXIT_FAILED
-    return code if _flush() else code or EXIT_FAILED
+    code = code if _flush() else code or EXIT_FAILED
+    if argv is None and options.run is _train:
+        end_at_once(code)
+    return code
 
 
 def _flush() -> bool:
