@@ -5,6 +5,7 @@ from __future__ import annotations
 from dpdist_launch.ending import end_at_once  # isort: skip  # before any library
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -256,8 +257,11 @@ def _train(options: argparse.Namespace) -> int:
         given = [options.config, *options.overrides]
         given += [] if options.run_dir is None else [f"--run-dir={options.run_dir}"]
         return train_local(config, ["train", *given], options.processes)
+    gc.disable()  # the collector would look through JAX's modules again and again: a quarter of a second
     from dpdist_launch.training import train_here
 
+    gc.freeze()
+    gc.enable()
     return train_here(config)
 
 
