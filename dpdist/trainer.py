@@ -44,9 +44,10 @@ from dpdist.program.look import look
 from dpdist.program.probe import require_something_to_learn
 from dpdist.program.update import placed
 from dpdist.run.checkpoint import Checkpoints
+from dpdist.run.compiled import open_cache
 from dpdist.run.directory import RunDirectory
 from dpdist.run.fingerprints import all_finite, params_digest, step_inputs
-from dpdist.run.opening import agree, agree_on_data, agree_on_start, begin, open_cache, open_secret, open_writer
+from dpdist.run.opening import agree, agree_on_data, agree_on_start, begin, open_secret, open_writer
 from dpdist.run.profiler import Profiler
 from dpdist.run.progress import say
 from dpdist.run.resume import ResumeRequest, Start, require_fits
@@ -86,9 +87,10 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
         writer = open_writer(config, run, world, began=began)
         cleanup.callback(writer.release)
         cleanup.push(lambda kind, error, trace: writer.failed(error))
-        open_cache(config, run, world)
+        compiling = open_cache(config, run, world)
         dataset = open_dataset(config, dataset)
-        opened = open_model(config, dataset)
+        with compiling():
+            opened = open_model(config, dataset)
         secret, secret_lost = open_secret(config, run, world)
         digests = fingerprints(dataset.train, dataset.test)
         tags = agree_on_data(secret, digests, world)
@@ -121,7 +123,7 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
 
             # Build: compile every shape that can occur; place the state, new or restored, on the devices.
             with writer.phase("compile"):
-                setup = build_setup(config, start.plan, opened, read, world, start.decisions)
+                setup = build_setup(config, start.plan, opened, read, world, start.decisions, compiling)
             require_fits(start, setup.decisions()["leaves"])
             require_same({"initial parameters": params_digest(setup.initial.params)}, world)
             if setup.evaluator is not None:

@@ -43,6 +43,7 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "noise": set(),
     "local": {"ranks", "noise"},
     "failures": set(),
+    "ending": set(),
     "training": {"failures"},
     "plan": set(),
     "elsewhere": {"plan", "measure"},
@@ -58,7 +59,7 @@ LAUNCH_MAY_IMPORT: dict[str, set[str]] = {
     "tune": {"paths", "local", "ranks", "slurm"},
     "measure": {"paths", "local", "ranks", "slurm", "failures"},
     "cli": {"audit", "data", "elsewhere", "local", "measure", "observe", "paths", "plan", "predict", "privacy"}
-    | {"report", "settings", "slurm", "training", "tune", "verify"},
+    | {"ending", "report", "settings", "slurm", "training", "tune", "verify"},
     "__main__": {"cli"},
     "__init__": {"slurm"},
 }

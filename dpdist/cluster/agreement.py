@@ -11,10 +11,11 @@ meant for start-up and rare decisions, not for every step.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -147,6 +148,26 @@ def barrier(name: str, world: World, timeout: float | None = None) -> None:
         raise TimeoutError(
             f"barrier {name!r} was not passed within {seconds:g} s on {world.membership.label}: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def process_0_first(world: World, *, timeout: float | None = None) -> Iterator[None]:
+    """Let process 0 go through the block, and the others once it has left it, well or with an error.
+
+    Args:
+        timeout: seconds that the others wait for it; None means `world.timeout`.
+
+    Raises:
+        TimeoutError: process 0 did not leave it in time.
+    """
+    key = f"dpdist/turn/{next(_serial)}"
+    if not world.is_main:
+        _get(key, 0, world.timeout if timeout is None else timeout)
+    try:
+        yield
+    finally:
+        if world.is_main and world.num_processes > 1:
+            client().key_value_set(key, "left")
 
 
 def _broadcast(value: Any, world: World, timeout: float) -> Any:

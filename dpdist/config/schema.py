@@ -323,7 +323,8 @@ class Cluster(Section):
     #: measures alone.
     least_bandwidth: Annotated[float | None, Positive("give a positive number, or null.")] = None
     #: Where compiled programs are kept, so that a restart need not compile again: a directory that all nodes share and
-    #: nobody else can write. `auto` is the run's own `private/compiled` on GPUs and nothing on CPU; null is nothing.
+    #: nobody else can write. `auto` is the run's own `private/compiled` on GPUs and, for several processes, on CPU,
+    #: where process 0 compiles first, and those on the same kind of processor read what it made. null is nothing.
     compilation_cache: Annotated[Literal["auto"] | str | None, IsPath()] = "auto"
 
 

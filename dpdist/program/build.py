@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -243,12 +244,19 @@ def _require_fit(
 
 
 def build_setup(
-    config: Config, plan: Plan, opened: OpenModel, dataset: Dataset, world: World, earlier: dict[str, Any] | None
+    config: Config,
+    plan: Plan,
+    opened: OpenModel,
+    dataset: Dataset,
+    world: World,
+    earlier: dict[str, Any] | None,
+    compiling: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> TrainingSetup:
     """Compile everything a run needs, before its first step.
 
     Args:
         earlier: the `decisions` of an earlier part of the run, or None for a new one.
+        compiling: is entered around all that compiles, equally often on all processes.
 
     Raises:
         InputError: the model or the physical batch size cannot be used.
@@ -256,29 +264,31 @@ def build_setup(
     model, params, example, loss = opened.model, opened.params, opened.example, opened.loss
     optimizer = optimizers.build(config.optimizer, plan.steps_asked)
     gradients = build_gradients(config, plan, loss, world, earlier)
-    initial = initial_state(params, optimizer, averaged=config.optimizer.average_decay > 0, frozen=gradients.frozen)
+    averaged = config.optimizer.average_decay > 0
+    with compiling():
+        initial = initial_state(params, optimizer, averaged=averaged, frozen=gradients.frozen)
     terms = plan.privacy
 
     @cache
     def compiled(physical: int) -> StepPrograms:
+        spec = StepSpec(
+            grad_sum=gradients.of_batches((physical, tail_of(physical))),
+            state=initial,
+            example=example,
+            update=update_of(optimizer, average_decay=config.optimizer.average_decay, frozen=gradients.frozen),
+            mesh=world.mesh,
+            batch_sizes=(physical, tail_of(physical)),
+            normaliser=plan.expected_batch_size,
+            clip_norm=math.inf if terms is None else terms.clip_norm,
+            noise_scale=None if terms is None else terms.noise_scale,
+            grid=None if terms is None else terms.grid,
+            placement=config.privacy.noise_placement,
+            randomised=opened.randomised,
+            frozen=gradients.frozen,
+        )
         try:
-            return StepPrograms(
-                StepSpec(
-                    grad_sum=gradients.of_batches((physical, tail_of(physical))),
-                    state=initial,
-                    example=example,
-                    update=update_of(optimizer, average_decay=config.optimizer.average_decay, frozen=gradients.frozen),
-                    mesh=world.mesh,
-                    batch_sizes=(physical, tail_of(physical)),
-                    normaliser=plan.expected_batch_size,
-                    clip_norm=math.inf if terms is None else terms.clip_norm,
-                    noise_scale=None if terms is None else terms.noise_scale,
-                    grid=None if terms is None else terms.grid,
-                    placement=config.privacy.noise_placement,
-                    randomised=opened.randomised,
-                    frozen=gradients.frozen,
-                )
-            )
+            with compiling():
+                return StepPrograms(spec)
         except UnsupportedLossError as error:
             raise InputError("training.clipping", config.training.clipping, f"{error}.") from None
 
@@ -309,16 +319,17 @@ def build_setup(
         )
     evaluator = None
     if dataset.test is not None:
-        evaluator = Evaluator(
-            model,
-            opened.task,
-            opened.metrics,
-            initial.params,
-            dataset.test,
-            world.mesh,
-            batch_size=config.training.evaluation_batch_size,
-            workers=config.data.workers,
-        )
+        with compiling():
+            evaluator = Evaluator(
+                model,
+                opened.task,
+                opened.metrics,
+                initial.params,
+                dataset.test,
+                world.mesh,
+                batch_size=config.training.evaluation_batch_size,
+                workers=config.data.workers,
+            )
     return TrainingSetup(
         model=model,
         step_programs=compiled(physical),

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import stat
 import time
 from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any
-
-import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 from dpdist.cluster.agreement import decide, require_same
 from dpdist.cluster.lease import Lease
@@ -37,9 +30,6 @@ from dpdist.run.progress import say
 from dpdist.run.resume import ResumeRequest, Start, find_start
 from dpdist.run.summary import opening_line
 from dpdist.run.writer import RunWriter, SilentWriter
-
-#: Seconds that compiling must take for a program to be kept. JAX's default of one second leaves half of a start.
-_WORTH_KEEPING = 0.2
 
 
 def agree(config: Config, run: RunDirectory, world: World) -> None:
@@ -97,47 +87,6 @@ def _read_ledger(run: RunDirectory) -> Ledger:
         return Ledger(run.ledger)
     except LedgerError as error:
         raise InputError("ledger.jsonl", str(run.ledger), f"{error}.") from None
-
-
-def open_cache(config: Config, run: RunDirectory, world: World) -> None:
-    """Keep what is compiled from here on as `cluster.compilation_cache` says: process 0 writes, all read.
-
-    That is JAX's own rule; where the directory can't be written it warns and compiles. XLA's programs for CPUs are for
-    the processor that compiled them, which another node of the job may not have: `auto` keeps none. Nor does it take
-    the place of a directory that the environment names.
-
-    Raises:
-        InputError: others than its owner can write the directory: what lies there is run as it is.
-    """
-    asked, found = config.cluster.compilation_cache, _found_cache()
-    if asked == "auto":
-        asked = str(run.compiled) if world.platform == "gpu" and found is None else found
-    decide(world, lambda: None if asked is None else _require_trusted(Path(asked)))
-    compilation_cache.reset_cache()  # JAX asks once in a process whether there is one
-    compilation_cache.set_cache_dir(asked)
-    if asked not in (None, found):
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
-
-
-@cache
-def _found_cache() -> str | None:
-    """The directory that JAX has of its environment; asked once, before a run names its own."""
-    found: str | None = getattr(jax.config, "jax_compilation_cache_dir", None)
-    return found
-
-
-def _require_trusted(directory: Path) -> None:
-    """Many systems give a user a group of their own, and let it write: that is nobody else."""
-    if not directory.is_dir():
-        return
-    found = directory.stat()
-    if found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid != os.getgid()):
-        raise InputError(
-            "cluster.compilation_cache",
-            str(directory),
-            "can be written by others, who could have the job run what they like; take that away (chmod go-w), or name "
-            "another directory.",
-        )
 
 
 def open_secret(config: Config, run: RunDirectory, world: World) -> tuple[Secret, bool]:

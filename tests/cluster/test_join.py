@@ -22,11 +22,15 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from types import SimpleNamespace
-from dpdist.run.opening import open_cache
+from dpdist.run.compiled import open_cache
 world = join(cluster())
-open_cache(SimpleNamespace(cluster=cluster(compilation_cache=sys.argv[1])), None, world)
+compiling = open_cache(SimpleNamespace(cluster=cluster(compilation_cache=sys.argv[1])), None, world)
 rank = world.process_id
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+found = []
+jax.monitoring.register_event_listener(lambda event, **_: found.append(event.rpartition("/")[2]))
+with compiling():  # one program for each of the process's own devices
+    cubes = [int(jax.jit(lambda x: x**3)(jax.device_put(np.int32(5), device))) for device in jax.local_devices()]
+report(cubes=cubes, found=[found.count("compile_requests_use_cache"), found.count("cache_hits")])
 sharding = NamedSharding(world.mesh, PartitionSpec("data"))
 ones = jax.make_array_from_callback((4, 3), sharding, lambda index: np.full((1, 3), 1.0 + index[0].start))
 total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(world.mesh, PartitionSpec()))(ones)
@@ -94,6 +98,11 @@ def test_leaving_ends_all_processes_with_0(two: list[dict[str, Any]]) -> None:
 
 def test_the_compilation_cache_is_used(two: list[dict[str, Any]]) -> None:
     assert two[0]["cached"] > 0
+
+
+def test_a_process_reads_what_process_0_compiled_for_its_own_devices(two: list[dict[str, Any]]) -> None:
+    assert [facts["cubes"] for facts in two] == [[125, 125]] * 2
+    assert [facts["found"] for facts in two] == [[2, 0], [2, 2]]
 
 
 def test_broadcast_gives_everyone_process_0s_value(two: list[dict[str, Any]]) -> None:
