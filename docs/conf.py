@@ -10,6 +10,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_site"]
 root_doc = "index"
+# In docstrings a single backtick marks code.
+default_role = "code"
 
 # Pages are read on their own as well, as Markdown: links are those of files, and headings can be linked to.
 myst_heading_anchors = 4
