@@ -12,6 +12,8 @@ import lanes
 import progress
 import pytest
 from jobs import COMPILED_ANEW, Jobs, Run, wait_all
+from pages import Given, everything
+from ways import way
 
 if TYPE_CHECKING:
     from dpdist.run.checkpoint import Checkpoints
@@ -41,6 +43,14 @@ def _compiled_anew(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with compiled.anew():
         yield
+
+
+@pytest.fixture
+def given(request: pytest.FixtureRequest) -> Iterator[Given]:
+    """What the pages leave to this test, all of which it must take."""
+    given = Given(request.node.name, [each for each in everything() if way(each.page, each.name) == request.node.name])
+    yield given
+    assert not given.left, f"not executed, though ways.py says so: {[(each.page, each.name) for each in given.left]}"
 
 
 @pytest.fixture(scope="session")

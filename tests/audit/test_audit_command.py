@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,6 +46,10 @@ def test_the_short_form_prints_one_object_and_refutes_nothing(tmp_path: Path) ->
     names = ["loud step", "one step", "one step", "sampled step", "four steps", "lowest bits", "one run", "went back"]
     assert [check["name"] for check in report["checks"]] == names
     assert all(check["confidence"] == pytest.approx(1 - 0.05 / len(names)) for check in report["checks"])
+    page = (Path(__file__).parents[2] / "docs/audit.md").read_text()
+    for check in report["checks"]:
+        delta, claimed = f"{check['delta']:g}", f"{check['epsilon_claimed']:.2f}"
+        assert re.search(rf"^{check['name']} +delta {delta} .*, claimed +{claimed}:", page, re.M), check
 
 
 def test_the_mechanism_is_audited_in_two_processes(

@@ -6,39 +6,27 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pages import PAGES, ROOT, blocks, shown
 
 from dpdist.config import SECTIONS, setting_names
 from dpdist_launch.cli import parser
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
 #: Of settings whose value is a dict, the keys below are the user's.
 SETTINGS = set(setting_names())
 
 
-def blocks(page: Path, *kinds: str) -> Iterator[str]:
-    for kind, text in BLOCK.findall(page.read_text()):
-        if kind in kinds:
-            yield text
-
-
 def commands(page: Path) -> list[list[str]]:
-    """The `dpdist` commands that a page shows, as words; lines that end in a backslash go on."""
+    """The `dpdist` commands that a page shows, as words, up to a pipe."""
     found = []
-    for text in blocks(page, "bash", "console", "sh", ""):
-        for line in text.replace("\\\n", " ").splitlines():
-            line = re.sub(r"^\$ |^\+ ", "", line.strip())
-            line = re.sub(r"^(?:[A-Z_]+=\S+ |srun (?:-\S+ )*|nice (?:-n \d+ )?)+(?=dpdist )", "", line)
-            if re.match(r"dpdist [a-z]", line) and "..." not in line:
-                command = re.split(r"\s[|>&;]|\s2>", line)[0]
-                found.append(shlex.split(command, comments=True)[1:])
+    for each in shown(page):
+        line = re.sub(r"^(?:[A-Z_]+=\S+ |srun (?:-\S+ )*)+(?=dpdist )", "", each.text)
+        if each.kind == "command" and re.match(r"dpdist [a-z]", line):
+            found.append(shlex.split(re.split(r"\s[|>&;]|\s2>", line)[0], comments=True)[1:])
     return found
 
 
@@ -59,7 +47,7 @@ def test_every_command_that_a_page_shows_can_be_typed(page: Path, capsys: pytest
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_setting_in_a_shown_config_exists(page: Path) -> None:
-    for text in blocks(page, "yaml"):
+    for text in [text for kind, text in blocks(page) if kind == "yaml"]:
         tree: Any = yaml.safe_load(text)
         if isinstance(tree, dict) and set(tree) & set(SECTIONS):
             assert set(tree) <= set(SECTIONS), f"{page.name}: {sorted(set(tree) - set(SECTIONS))}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 from pathlib import Path
 
 from jobs import Run
@@ -18,6 +20,9 @@ def test_a_run_that_is_killed_at_random_again_and_again_ends_bit_for_bit_as_if_l
     print(tally.record())
     assert not tally.violations, f"python -m tests.faults.soak --seed {seed} --cycles {tally.cycles} --processes 2"
     assert tally.cycles > 0
+    page = (Path(__file__).parents[2] / "docs/faults.md").read_text()
+    (shown,) = re.findall(r'^\{"seed".*', page, re.M)
+    assert json.loads(shown).keys() - {"seconds"} == tally.record().keys()
 
 
 def test_the_soak_notices_a_ledger_that_lost_a_line(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -163,6 +164,10 @@ def test_the_command_measures_on_a_processor_what_it_measures_on_a_gpu(tmp_path:
         row = next(x.split(" | ") for x in written.splitlines() if x.startswith(f"| mnist-cnn | 8 | tf32 | {arm} |"))
         assert row[8] == f"{predicted[way]['ratio']:.2f}"
     assert "**A trial**" in written
+    shown = (ROOT / "docs/benchmarks.md").read_text()
+    told = re.findall(r"^([\w-]+): ok after \d+ s: ", shown, re.M)
+    assert told == [step.name for step in steps.steps(tiny=True)]
+    assert re.findall(r"^([\w-]+): ok after \d+ s: ", done.stdout, re.M) == [told[i] for i in (0, 1, 4, 5)]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -63,6 +64,9 @@ def test_a_search_that_is_killed_twice_releases_one_model_and_what_the_whole_cos
 
     summary = json.loads(ended.out)
     assert summary == json.loads((root / "summary.json").read_text())
+    (page,) = re.findall(r"^\{\"status\".*", (Path(__file__).parents[2] / "docs/tuning.md").read_text(), re.M)
+    told = json.loads(page)
+    assert (told.keys(), told["best"].keys()) == (summary.keys(), summary["best"].keys())
     scores = [run.summary["accuracy"] for run in begun(root)]
     assert summary["best"]["metrics"]["accuracy"] == max(scores)
     best = begun(root)[scores.index(max(scores))].summary

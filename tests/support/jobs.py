@@ -311,9 +311,9 @@ class Jobs:
         known = [(str(rank), str(processes), coordinator) for rank in range(processes)]
         return [dict(zip(LOCAL_VARIABLES, values, strict=True)) for values in known]
 
-    def command(self, *argv: str, **environ: str) -> Running:
-        """Any `dpdist` command."""
-        return self._start({"argv": argv, "environ": environ})
+    def command(self, *argv: str, cwd: Path | None = None, **environ: str) -> Running:
+        """Any `dpdist` command, in `cwd` or else in `root`."""
+        return self._start({"argv": argv, "environ": environ, "cwd": str(cwd or self.root)})
 
     def call(self, function: str, **keywords: Any) -> Any:
         """What a function of `warm.py` returns."""

@@ -7,11 +7,14 @@ environment, names further modules to import once.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import io
 import json
 import os
 import resource
+import runpy
 import signal
 import sys
 import threading
@@ -223,6 +226,16 @@ def fail_once_evaluated(config: dict[str, Any], step: int) -> dict[str, Any]:
     return {"measured": measured, "failed": None}
 
 
+def script(path: str) -> str:
+    """What a program prints that runs in its own folder."""
+    folder = str(Path(path).parent)
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(path, run_name="__main__")
+    return printed.getvalue()
+
+
 def child(command: dict[str, Any]) -> NoReturn:
     """What a fork does with the rest of its life."""
     os.setpgid(0, 0)
@@ -230,6 +243,7 @@ def child(command: dict[str, Any]) -> NoReturn:
         os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), descriptor)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
     os.environ.update(command["environ"])
+    os.chdir(command.get("cwd", "."))
     if os.environ.get("JAX_ENABLE_COMPILATION_CACHE") == "false":  # JAX has read its environment
         jax.config.update("jax_enable_compilation_cache", False)
     if "argv" in command:
