@@ -127,6 +127,18 @@ def test_tasks(reader: Reader, given: Given, write: Write) -> None:
     reader.follow(given.one("tasks.md", "dpdist train visits"), *QUIET)
 
 
+def test_a_bit_with_adapters_beside_its_convolutions(reader: Reader, given: Given, write: Write) -> None:
+    """One process: two are in tests/trainer/test_adapters.py."""
+    write("bit.yaml", given.one("models.md", r"\[yaml\]").text)
+    plan, train, merge, export = given.of("models.md")
+    reader.follow(plan, numbers=False)
+    alone = train.text.replace(" --processes 2", ""), train.output.replace("[0] ", "")
+    reader.follow(Shown(train.page, train.kind, *alone), *QUIET, numbers=False)
+    reader.follow(merge, ok=False)
+    assert reader.code == 2
+    reader.follow(export, numbers=False)
+
+
 def test_a_language_model_that_is_adapted_in_private(reader: Reader, given: Given, write: Write) -> None:
     """Two steps of each run; how many paragraphs there are depends on the version of Python."""
     for each in given.of("models.md", r"\[(yaml|python)\]"):

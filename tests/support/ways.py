@@ -29,6 +29,7 @@ class Cannot:
 
 DIGITS, PLANS, PYTHON = "test_digits_from_a_clone_to_who_gets_the_model", "test_what_plans_cost", "test_python"
 TASKS, MODELS, DATA = "test_tasks", "test_a_language_model_that_is_adapted_in_private", "test_data"
+BIT = "test_a_bit_with_adapters_beside_its_convolutions"
 COMPOSING, SEEN, PLOT = "test_composing", "test_what_people_see", "test_what_is_drawn_of_kept_numbers"
 SLURM = "test_the_pages_on_a_virtual_cluster"
 
@@ -141,6 +142,7 @@ WAYS: dict[str, list[tuple[str, Way]]] = {
     "first-day.md": [(r"cp slurm|source slurm", DIGITS), (r"sbatch|dpdist", SLURM)],
     "giving.md": [(r"dpdist|ls|head|python", DIGITS)],
     "models.md": [
+        (r"\[yaml\] # bit|dpdist .*\bbit\b", BIT),
         (r"\[python\] # prepare|\[yaml\]|python prepare|dpdist", MODELS),
         (
             r"\[python\] model = ",
