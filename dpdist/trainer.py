@@ -97,10 +97,11 @@ def train(config: Config, *, dataset: Any = None, began: float | None = None) ->
         stacks = run.logs / f"rank-{world.process_id}.stacks"
         watchdog = Watchdog(config.cluster.watchdog_timeout, stacks, world.membership.label)
         cleanup.callback(watchdog.stop)
-        readers = run.logs / f"reader-{world.process_id}"
-        read = cleanup.enter_context(read_in_processes(dataset, config.data, digests, readers))
 
         with watchdog.allow(config.cluster.initialization_timeout):
+            readers = run.logs / f"reader-{world.process_id}"
+            read = cleanup.enter_context(read_in_processes(dataset, config.data, digests, readers))
+
             # Plan: from which checkpoint, as which incarnation, with which constants; fixed before the first step.
             checkpoints = Checkpoints(
                 run.checkpoints, keep=config.checkpoint.keep, timeout=config.cluster.shutdown_timeout

@@ -13,7 +13,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from multiprocessing import Pipe
@@ -26,6 +28,7 @@ from jaxtyping import Int64
 
 from dpdist.config import Data
 from dpdist.data.datasets import GIVEN, Dataset
+from dpdist.data.serve import LEAVE
 from dpdist.data.sources import BadRecordError, Rows, Subset, TakeSource, require_one_schema
 from dpdist.errors import InputError
 
@@ -34,6 +37,8 @@ FIELD = "data.worker_processes"
 _BLOCKS = 4
 #: Seconds to end after the pipe is closed: an example may be under way.
 _PATIENCE = 5.0
+#: Seconds between two looks whether a process that does not answer is still there.
+_LOOK = 1.0
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from dpdist.data.serve import serve; serve(int(sys.argv[2]))"
@@ -107,8 +112,8 @@ class _Readers:
     """The processes, and who is asked for what."""
 
     def __init__(self, data: Data, log: Path | None) -> None:
-        self._data, self._lock = data, threading.Lock()
-        self._failed = False
+        self._data, self._log, self._lock = data, log, threading.Lock()
+        self._broken = False
         self._processes: dict[Connection, subprocess.Popen[bytes]] = {}
         try:
             for number in range(data.worker_processes):
@@ -120,44 +125,66 @@ class _Readers:
 
     def open(self, fingerprints: Mapping[str, bytes]) -> None:
         """Have all open the data at once, and compare what they see."""
-        for pipe in self._processes:
-            self._send(pipe, self._data)
-        for pipe in self._processes:
-            if self._receive(pipe) != fingerprints:
-                raise InputError(
-                    "data.source",
-                    self._data.source,
-                    f"gives other examples in another process, so {FIELD} cannot be used; return the same example for "
-                    "an index in every process (the order of a set is another one in each).",
-                )
+        if any(found != fingerprints for found in self._exchange([self._data] * len(self._processes))):
+            raise InputError(
+                "data.source",
+                self._data.source,
+                f"gives other examples in another process, so {FIELD} cannot be used; return the same example for "
+                "an index in every process (the order of a set is another one in each).",
+            )
 
     def take(self, part: str, indices: Int64[np.ndarray, " n"]) -> Rows:
         """The examples at `indices`, in their order, read by whichever processes are free."""
         blocks = np.array_split(indices, min(max(1, len(indices)), _BLOCKS * len(self._processes)))
-        found: list[Rows] = [{}] * len(blocks)
-        waiting, asked = iter(range(len(blocks))), dict[Connection, int]()
-
-        def ask(pipe: Connection) -> None:
-            if (number := next(waiting, None)) is not None:
-                asked[pipe] = number
-                self._send(pipe, (part, blocks[number]))
-
-        with self._lock:
-            if self._failed:
-                raise ReadingError("reading has failed before")
-            # Should this fail, answers to it may still come, which the next call would take for its own.
-            self._failed = True
-            for pipe in self._processes:
-                ask(pipe)
-            while asked:
-                for pipe in [each for each in wait(list(asked)) if isinstance(each, Connection)]:
-                    found[asked.pop(pipe)] = self._receive(pipe)
-                    ask(pipe)
-            self._failed = False
+        found: list[Rows] = self._exchange([(part, block) for block in blocks])
         if len(indices):
             firsts = [{name: values[0] for name, values in rows.items()} for rows in found]
             require_one_schema(firsts, [int(block[0]) for block in blocks])  # within a block, it was checked there
         return {name: np.concatenate([rows[name] for rows in found]) for name in found[0]}
+
+    def _exchange(self, requests: Sequence[Any]) -> list[Any]:
+        """What is answered to each request; a process has one at a time, and each its first before one has a second.
+
+        Raises:
+            InputError: of the first answer that is an error; what is asked already is waited for.
+            ReadingError: the same; or a process has ended, and nothing can be read any more.
+        """
+        answers, waiting, free = [None] * len(requests), deque(range(len(requests))), deque(self._processes)
+        asked: dict[Connection, int] = {}
+        failure: Exception | None = None
+        with self._lock:
+            if self._broken:
+                raise ReadingError("a process that reads examples has ended before")
+            # Should this be interrupted, answers to it may still come, which the next call would take for its own.
+            self._broken = True
+            while True:
+                while free and waiting and failure is None:
+                    asked[pipe := free.popleft()] = number = waiting.popleft()
+                    self._send(pipe, requests[number])
+                if not asked:
+                    break
+                for pipe in self._ready(asked):
+                    number = asked.pop(pipe)
+                    answers[number], error = self._receive(pipe)
+                    failure = failure or error
+                    free.append(pipe)
+            self._broken = False
+        if failure is not None:
+            raise failure from failure.__cause__
+        return answers
+
+    def _ready(self, asked: Collection[Connection]) -> list[Connection]:
+        """Those of `asked` that have answered; one has at least.
+
+        Raises:
+            ReadingError: one has ended.
+        """
+        while not (ready := [each for each in wait(list(asked), _LOOK) if isinstance(each, Connection)]):
+            # What the user's source has started may hold the pipe of a process that has ended open.
+            for pipe in asked:
+                if self._processes[pipe].poll() is not None and not pipe.poll():
+                    raise self._ended(pipe)
+        return ready
 
     def _send(self, pipe: Connection, request: Any) -> None:
         try:
@@ -165,43 +192,45 @@ class _Readers:
         except OSError:
             raise self._ended(pipe) from None
 
-    def _receive(self, pipe: Connection) -> Any:
+    def _receive(self, pipe: Connection) -> tuple[Any, Exception | None]:
         try:
             rows, error, what = pipe.recv()
         except (EOFError, OSError):
             raise self._ended(pipe) from None
-        if error is not None:
-            raise error from (BadRecordError(what) if what else None)
-        if what:
-            raise ReadingError(what)
-        return rows
+        if error is not None and what:
+            error.__cause__ = BadRecordError(what)
+        return rows, ReadingError(what) if what and error is None else error
 
     def _ended(self, pipe: Connection) -> ReadingError:
         process = self._processes[pipe]
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_PATIENCE)
-        return ReadingError(f"a process that reads examples has ended with exit code {process.returncode}")
+        told = "" if self._log is None else f" ({self._log}.*.log may say why)"
+        return ReadingError(f"a process that reads examples has ended with exit code {process.returncode}{told}")
 
     def close(self) -> None:
         """End the processes; what they are reading is dropped."""
         for pipe in self._processes:
             pipe.close()
+        deadline = time.monotonic() + _PATIENCE
         for process in self._processes.values():
-            try:
-                process.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        for process in self._processes.values():
+            if process.poll() is None:
                 process.kill()
-                process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a dead file system
+                    process.wait(_LOOK)
 
 
 def _start(log: Path | None) -> tuple[Connection, subprocess.Popen[bytes]]:
-    """Start a process, deaf to the signals that ask a job to leave: it is needed till this process has saved."""
+    """Start a process that does not hear the signals of `LEAVE`, until it says so itself."""
     ours, theirs = Pipe()
     output = os.dup(2) if log is None else os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, LEAVE)
     try:
         process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(theirs.fileno())],
+            [sys.executable, "-P", "-c", _PROGRAM, json.dumps(sys.path), str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=output,

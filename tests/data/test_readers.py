@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from dpdist.data.sources import BadRecordError
 from dpdist.errors import InputError
 
 MODULE = """
-import os, sys
+import os, subprocess, sys, time
 import numpy as np
 
 class Items:
@@ -41,6 +42,17 @@ class Items:
             raise ValueError("record of Alice Example")
         if index == 700 and self.odd == "exit":
             os._exit(9)
+        if index == 700 and self.odd == "sleep":
+            time.sleep(600)
+        if index == 700 and self.odd == "fork" and os.fork() == 0:
+            time.sleep(15)
+            os._exit(0)
+        if index == 700 and self.odd == "fork":
+            os._exit(9)
+        if index == 700 and self.odd == "program":
+            program = subprocess.Popen(["sleep", "600"])
+            program.terminate()
+            program.wait(20)
         if index == 700 and self.odd == "print":
             print("Alice Example", flush=True)
             sys.stderr.write("born 1980\\n")
@@ -77,10 +89,14 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
             return cleanup.enter_context(read_in_processes(dataset, data, digests, tmp_path / "reader-0"))
 
         yield enter
-        readers = children(os.getpid())
+        readers = started()
     assert readers
-    for pid in readers:
-        assert not Path(f"/proc/{pid}").exists()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in readers)
+
+
+def started() -> list[int]:
+    """The reading processes of this one, which has other children too."""
+    return [pid for pid in children(os.getpid()) if _runs(pid)]
 
 
 def test_they_give_the_rows_of_the_source_in_the_order_asked_for(opened: Opened) -> None:
@@ -122,14 +138,21 @@ def test_any_other_error_is_one_of_reading_that_says_where(opened: Opened) -> No
     read = opened(odd="raise")
     with pytest.raises(ReadingError, match=r"items.py(.|\n)*ValueError: record of Alice Example"):
         read_rows(read.train, np.arange(690, 710))
+    np.testing.assert_array_equal(read_rows(read.train, np.arange(50))["image"][:, 0], np.arange(50))
 
 
-def test_a_process_that_ends_is_an_error_and_nobody_waits(opened: Opened) -> None:
-    read = opened(odd="exit")
+def test_a_program_that_the_source_starts_hears_signals(opened: Opened) -> None:
+    assert len(read_rows(opened(odd="program").train, np.arange(690, 710))["label"]) == 20
+
+
+@pytest.mark.parametrize("odd", ["exit", "fork"])  # in the second, a child of its holds the pipe open
+def test_a_process_that_ends_is_an_error_and_nobody_waits(opened: Opened, odd: str) -> None:
+    read, began = opened(odd=odd), time.monotonic()
     with pytest.raises(ReadingError, match="has ended with exit code 9"):
         read_rows(read.train, np.arange(690, 710))
-    with pytest.raises(ReadingError, match="has failed before"):  # or it could be given rows that were asked for above
+    with pytest.raises(ReadingError, match="has ended before"):  # or it could be given rows that were asked for above
         read_rows(read.train, np.arange(10))
+    assert time.monotonic() - began < 14
 
 
 def test_what_they_print_goes_to_a_private_file(opened: Opened, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -149,39 +172,40 @@ def test_data_that_is_another_in_each_process_is_refused(opened: Opened) -> None
 
 def test_they_do_not_hear_the_signals_that_ask_a_job_to_leave(opened: Opened) -> None:
     read = opened()
-    for pid in children(os.getpid()):
+    for pid in started():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             os.kill(pid, number)
     assert read_rows(read.train, np.array([5]))["image"][0, 0] == 5
 
 
-def test_they_end_with_the_process_that_reads(tmp_path: Path) -> None:
-    """Which is a script that trains at once: no `if __name__ == "__main__"`, as other libraries' processes need it."""
+def test_they_end_with_the_process_that_reads_though_one_be_stuck(tmp_path: Path) -> None:
+    """It is a script that trains at once: no `if __name__ == "__main__"`, as other libraries' processes need it."""
     (tmp_path / "items.py").write_text(MODULE)
     (tmp_path / "script.py").write_text(
-        "import os, signal, numpy as np, pathlib\n"
+        "import os, signal, threading, numpy as np, pathlib\n"
         "from dpdist.config import Data\n"
         "from dpdist.data import open_dataset\n"
         "from dpdist.data.checks import fingerprints\n"
         "from dpdist.data.readers import read_in_processes\n"
-        "data = Data(source='items:data', worker_processes=2)\n"
+        "data = Data(source='items:data', options={'odd': 'sleep'}, worker_processes=2)\n"
         "dataset = open_dataset(data)\n"
         "digests = fingerprints(dataset.train, dataset.test)\n"
         "with read_in_processes(dataset, data, digests, pathlib.Path('reader')) as read:\n"
         "    assert read.train[3]['image'][0] == 3\n"
         "    print(pathlib.Path(f'/proc/self/task/{os.getpid()}/children').read_text())\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    threading.Timer(2, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
+        "    read.train[700]\n"
     )
     ended = subprocess.run(
         [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    started = ended.stdout.split()
-    assert len(started) == 2
-    wait_for(lambda: not any(Path(f"/proc/{pid}/exe").is_symlink() and _runs(pid) for pid in started), 20)
+    pids = ended.stdout.split()
+    assert len(pids) == 2
+    wait_for(lambda: not any(Path(f"/proc/{pid}/exe").is_symlink() and _runs(pid) for pid in pids), 20)
 
 
-def _runs(pid: str) -> bool:
+def _runs(pid: int | str) -> bool:
     try:
         return "dpdist.data.serve" in Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
