@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,13 +105,16 @@ def describe(config: Config, *, rows: int, read_all: bool = False, to: Path | No
             "train": None,
             "test": None,
         }
-        digests = fingerprints(dataset.train, dataset.test) if config.data.worker_processes else {}
-        with read_in_processes(dataset, config.data, digests, None) as timed:
-            for name in ("train", "test"):
-                if getattr(dataset, name) is not None:
-                    drawing = None if to is None else to / f"{name}.png"
-                    report[name] = _part(config, dataset, timed, name, rows, read_all, drawing)
-        if not any(part and part["damaged"] for part in (report["train"], report["test"])):
+        parts = {name: part for name in ("train", "test") if (part := getattr(dataset, name)) is not None}
+        damaged = {name: _damaged(part, config) if read_all else [] for name, part in parts.items()}
+        data = config.data  # with damaged examples no process of a run could begin
+        data = replace(data, worker_processes=0) if any(damaged.values()) else data
+        digests = fingerprints(dataset.train, dataset.test) if data.worker_processes else {}
+        with read_in_processes(dataset, data, digests, None) as timed:
+            for name in parts:
+                drawing = None if to is None else to / f"{name}.png"
+                report[name] = _part(replace(config, data=data), dataset, timed, name, rows, damaged[name], drawing)
+        if not any(damaged.values()):
             require_alike(dataset)
     except InputError as error:
         raise _with_cause(error) from error
@@ -130,7 +134,13 @@ def _cause(error: Exception) -> str:
 
 
 def _part(
-    config: Config, dataset: Dataset, timed: Dataset, name: str, rows: int, read_all: bool, drawing: Path | None
+    config: Config,
+    dataset: Dataset,
+    timed: Dataset,
+    name: str,
+    rows: int,
+    damaged: list[tuple[int, str]],
+    drawing: Path | None,
 ) -> dict[str, Any]:
     """The description of the part of that name; `timed` is the dataset as a run reads it."""
     import numpy as np
@@ -139,7 +149,6 @@ def _part(
 
     source = getattr(dataset, name)
     with ThreadPoolExecutor(config.data.workers) as pool:
-        damaged = _damaged(source, pool) if read_all else []
         wrong = {index for index, _ in damaged}
         whole = np.array([index for index in range(len(source)) if index not in wrong], np.int64)
         spread = whole[_evenly(len(whole), _TIMED)]
@@ -176,7 +185,7 @@ def _evenly(length: int, count: int) -> np.ndarray:
     return np.arange(count) * (length - 1) // max(count - 1, 1)
 
 
-def _damaged(source: Source, pool: ThreadPoolExecutor) -> list[tuple[int, str]]:
+def _damaged(source: Source, config: Config) -> list[tuple[int, str]]:
     """Every example that cannot be read, by its index, and why."""
 
     def why(index: int) -> str | None:
@@ -186,7 +195,8 @@ def _damaged(source: Source, pool: ThreadPoolExecutor) -> list[tuple[int, str]]:
             return _cause(error)
         return None
 
-    return [(index, said) for index, said in enumerate(pool.map(why, range(len(source)))) if said is not None]
+    with ThreadPoolExecutor(config.data.workers) as pool:
+        return [(index, said) for index, said in enumerate(pool.map(why, range(len(source)))) if said is not None]
 
 
 def _label_counts(source: Source, dataset: Dataset) -> dict[str, int] | None:

@@ -39,8 +39,7 @@ def with_lora(model: Model, lora: Lora) -> Model:
     come from the same key or the same pretrained weights.
 
     Raises:
-        InputError: the model is not made of NNX layers by `from_nnx`, a target is no kernel that takes an adapter, or
-            the rank is larger than one of them can have.
+        InputError: the model is not made of NNX layers by `from_nnx`, or a target is no kernel that takes an adapter.
     """
     if not isinstance(model, NnxModel):
         raise InputError(
@@ -72,17 +71,10 @@ def _adapt(module: nnx.Module, lora: Lora) -> nnx.Module:
     """Put adapters in the place of the layers that `lora` names."""
     layers, refused = _layers(module)
     chosen = {name: layers[name] for name in sorted(_chosen(lora.targets, layers, refused))}
-    held, smallest = list(_held(module)), math.inf
+    held = list(_held(module))
     for name, (_, layer) in chosen.items():
         if any(sum(value is shared for value in held) > 1 for shared in (layer, layer.kernel)):
             raise InputError(f"{FIELD}.targets", name, "belongs to several layers; leave them out.")
-        *inputs, out = layer.kernel.shape
-        if min(side := (math.prod(inputs), out)) < smallest:
-            smallest, least = min(side), f"{name} has {side[0]} inputs and {out} outputs"
-    if lora.rank > smallest:
-        remedy = f"{least}, so that factors of a rank beyond {smallest} have more parameters than the kernel itself; "
-        remedy += f"give at most {smallest}, or leave it out of {FIELD}.targets."
-        raise InputError(f"{FIELD}.rank", lora.rank, remedy)
     for path, layer in chosen.values():
         holder: Any = module
         for key in path[:-1]:
@@ -154,6 +146,30 @@ def _grouped(paths: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(re.sub(r"(?<=/)\d+(?=/)", "*", path) for path in paths))
 
 
+def require_rank(model: Model, lora: Lora) -> None:
+    """Check that no adapter of `model` is larger than it can need to be.
+
+    Raises:
+        InputError: the rank is above the inputs or the outputs of a kernel.
+    """
+    for path, node in _parts(model):
+        if isinstance(node, tuple(ADAPTERS.values())):
+            *inputs, out = nnx.state(node)["kernel"].shape
+            if lora.rank > (most := min(math.prod(inputs), out)):
+                name = "/".join(map(str, (*path, "kernel")))
+                remedy = f"{name} has {math.prod(inputs)} inputs and {out} outputs, so that factors of a rank beyond "
+                remedy += (
+                    f"{most} have more parameters than the kernel itself; give at most {most}, or leave it out of "
+                )
+                raise InputError(f"{FIELD}.rank", lora.rank, f"{remedy}{FIELD}.targets.")
+
+
+def _parts(model: Model) -> Iterable[tuple[_Path, Any]]:
+    if not isinstance(model, NnxModel):
+        raise TypeError("adapters are those of `with_lora`, which makes an NnxModel")
+    return nnx.iter_graph(nnx.eval_shape(lambda: model.module(nnx.Rngs(0))))
+
+
 def merged(model: Model, params: Any, lora: Lora) -> Any:
     """Return `params` of the model without adapters: W + scale A B, as float32, in the place of W, A and B.
 
@@ -165,9 +181,7 @@ def merged(model: Model, params: Any, lora: Lora) -> Any:
     Raises:
         InputError: an adapter is beside a kernel that is standardised, in whose place no other gives the same outputs.
     """
-    if not isinstance(model, NnxModel):
-        raise TypeError("adapters are those of `with_lora`, which makes an NnxModel")
-    for path, node in nnx.iter_graph(nnx.eval_shape(lambda: model.module(nnx.Rngs(0)))):
+    for path, node in _parts(model):
         if isinstance(node, LoraStandardisedConv):
             raise InputError(
                 f"{FIELD}.targets",

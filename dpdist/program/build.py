@@ -16,6 +16,7 @@ from dpdist import models
 from dpdist.cluster.agreement import all_gather
 from dpdist.cluster.world import World
 from dpdist.config import Config
+from dpdist.config.lora import read as read_lora
 from dpdist.config.user_errors import users_code
 from dpdist.data import Dataset
 from dpdist.data.checks import require_below, require_values
@@ -27,6 +28,7 @@ from dpdist.mechanism.ledger import Plan
 from dpdist.mechanism.step import StepPrograms, StepSpec, TrainState
 from dpdist.models.augment import augmentation
 from dpdist.models.frozen import frozen_paths
+from dpdist.models.lora import require_rank
 from dpdist.models.tasks import Loss, Task, own_metrics, task_of
 from dpdist.models.whole import over_records, over_views
 from dpdist.program import optimizer as optimizers
@@ -154,6 +156,8 @@ def open_model(config: Config, dataset: Dataset) -> OpenModel:
     classes = config.model.classes or dataset.classes
     task, metrics = task_of(config.model), own_metrics(config.model)
     model = models.build(config.model, example=record, classes=classes)
+    if config.model.lora is not None:
+        require_rank(model, read_lora(config.model.lora))
     with users_code("model.name", config.model.name):
         params = model.init(jax.random.key(config.training.seed))
     _require_arrays(config, params)

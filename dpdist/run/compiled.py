@@ -55,7 +55,7 @@ def open_cache(config: Config, run: RunDirectory, world: World) -> Compiling:
     decide(world, lambda: None if asked is None else _require_trusted(Path(asked)))
     compilation_cache.reset_cache()  # JAX asks once in a process whether there is one
     compilation_cache.set_cache_dir(asked)
-    if asked not in (None, found):
+    if asked is not None and (together or asked != found):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if together else _WORTH_KEEPING)
     if asked is None or not together or not _key_by_processor():
         return nullcontext

@@ -101,10 +101,11 @@ def cause_of(log: Sequence[str], layout: Layout, code: int | None) -> Cause:
         if "watchdog: " in text:
             return Cause("stuck", _named(text[text.index("watchdog: ") :], rank, layout) + "; the first rank to say so")
     errors = [(rank, text[text.index("dpdist: failed") :]) for rank, text in said if "dpdist: failed" in text]
+    named = _unheard(said)
     for rank, text in errors:
-        if ECHO not in text:
+        if ECHO not in text and (not named or rank in named):  # the others may fail for the lack of it
             return Cause("failed", _named(text, rank, layout))
-    if named := _unheard(said):
+    if named:
         nodes = tuple(dict.fromkeys(node for rank in named if (node := node_of(rank, layout))))
         where = f" on {listed(nodes)}" if nodes else ""
         text = f"{_ranks(named)}{where} stopped answering (no heartbeat)"

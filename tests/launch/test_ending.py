@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import subprocess
 import sys
 from pathlib import Path
 
 ENDS = """
 from dpdist_launch.ending import end_at_once
-import atexit, sys, threading, time
+import atexit, gc, gzip, sys, threading, time
 
 class AtTeardown:
     def __del__(self):
@@ -17,6 +18,10 @@ class AtTeardown:
 kept = AtTeardown()
 left_open = open(sys.argv[1], "w")
 left_open.write("written")
+compressed = gzip.open(sys.argv[1] + ".gz", "wt")
+compressed.write("to its end")
+if sys.argv[2] != "none":
+    gc.freeze()
 atexit.register(print, "registered")
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
 if sys.argv[2] != "none":
@@ -33,6 +38,7 @@ def test_threads_handlers_and_open_files_come_first(tmp_path: Path) -> None:
     done = ended(tmp_path / "file", "75")
     assert (done.returncode, done.stdout.split(), done.stderr) == (75, ["thread", "registered"], "")
     assert (tmp_path / "file").read_text() == "written"
+    assert gzip.decompress((tmp_path / "file.gz").read_bytes()) == b"to its end"
 
 
 def test_a_program_that_does_not_ask_ends_as_ever(tmp_path: Path) -> None:

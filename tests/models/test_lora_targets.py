@@ -13,9 +13,10 @@ import tiny
 from flax import nnx
 
 from dpdist import config, models
-from dpdist.config.lora import read
+from dpdist.config.lora import Lora, read
 from dpdist.errors import InputError
-from dpdist.models.lora import with_lora
+from dpdist.models import Model
+from dpdist.models.lora import require_rank, with_lora
 from dpdist.models.nnx_model import from_nnx
 
 
@@ -154,9 +155,14 @@ def test_a_model_in_which_nothing_takes_adapters_says_so() -> None:
 def test_a_rank_of_which_the_factors_are_larger_than_the_kernel_is_refused(layer: Any, most: int) -> None:
     model = from_nnx(lambda rngs: nnx.Sequential(layer(rngs), nnx.Linear(40, 40, rngs=rngs)), lambda e: e["x"])
     with pytest.raises(InputError, match=rf"layers/0/kernel has .*; give at most {most}, or leave it out of") as caught:
-        with_lora(model, read({"rank": most + 1, "targets": ["*kernel"]}))
+        require_rank(*adapted(model, most + 1))
     assert (caught.value.field, caught.value.value) == ("model.lora.rank", most + 1)
-    with_lora(model, read({"rank": most, "targets": ["*kernel"]}))
+    require_rank(*adapted(model, most))
+
+
+def adapted(model: Any, rank: int) -> tuple[Model, Lora]:
+    lora = read({"rank": rank, "targets": ["*kernel"]})
+    return with_lora(model, lora), lora
 
 
 Layer = Callable[[nnx.Rngs], Any]

@@ -41,6 +41,12 @@ def start(log: str | None, **known: Any) -> Start:
             "task 1 on n2 stopped answering (no heartbeat); n2 does not",
         ),
         ("node", {"code": None}, "probe", "task 1 on n2 stopped answering"),
+        (
+            "node-in-a-save",
+            {"code": 134, "alive": ("n1",), "min_nodes": 1},
+            "again",
+            "task 1 on n2 stopped answering (no heartbeat); n2 does not answer; it starts again on the other node",
+        ),
         ("node-of-three", {"code": None, "nodes": THREE, "alive": ("n1", "n3")}, "requeue", "requeued without n2"),
         (
             "node-of-three",
