@@ -57,7 +57,12 @@ def test_a_step_that_fails_or_hangs_costs_neither_its_own_results_nor_the_others
         [
             fake("first"),
             fake("fails", "sys.stderr.write('ValueError: no such thing\\n'); sys.exit(3)"),
-            fake("hangs", "time.sleep(60)", limit=1.5),
+            fake(
+                "hangs",
+                "sys.stderr.write('dpdist: step 3\\nW1128 09:11:54.227383 1 x.cc:9] SIGTERM\\n'); sys.stderr.flush(); "
+                "time.sleep(60)",
+                limit=1.5,
+            ),
             fake("stubborn", "import signal; signal.signal(15, signal.SIG_IGN); time.sleep(60)", limit=1.5),
             fake("killed", "import os; os.kill(os.getpid(), 9)"),
             Step(name="silent", limit=60, command=lambda context: ["true"], result="silent.json"),
@@ -79,6 +84,7 @@ def test_a_step_that_fails_or_hangs_costs_neither_its_own_results_nor_the_others
         "last": "ok",
     }
     assert told["fails"]["last_line"] == "ValueError: no such thing"
+    assert told["hangs"]["last_line"] == "dpdist: step 3"
     assert told["silent"]["last_line"] == "it wrote no result: FileNotFoundError"
     assert told["last"]["last_line"] == "wrote last"
     assert content["results"] == {

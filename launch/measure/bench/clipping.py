@@ -8,7 +8,6 @@ import gzip
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +27,10 @@ from dpdist_launch.measure.bench import arms, peers, table
 from dpdist_launch.measure.bench.naive import naive_series
 from dpdist_launch.measure.bench.profile import profiled
 from dpdist_launch.measure.bench.program import Arm, Program, Sums, largest_batch
+from dpdist_launch.measure.bench.progress import Progress, to_stderr
 from dpdist_launch.measure.bench.rounds import Clock, fastest, interleaved, ratios
 from dpdist_launch.measure.bench.tasks import TASKS, Problem, Task, in_dtype, problem_of
 
-Progress = Callable[[str], None]
 TF32, FLOAT32 = "tf32", "float32"
 #: Format of the products -> (dtype of the model, JAX's precision of float32 products).
 FORMATS: dict[str, tuple[str, str | None]] = {
@@ -97,15 +96,11 @@ def _known(flag: str, names: Sequence[str], choices: Mapping[str, Any]) -> None:
             raise InputError(flag, name, f"there are {', '.join(choices)}.")
 
 
-def _to_stderr(line: str) -> None:
-    print(f"dpdist: {line}", file=sys.stderr, flush=True)
-
-
 def _named(progress: Progress, model: str, line: str) -> None:
     progress(f"{model}: {line}")
 
 
-def bench_clipping(request: Request, *, progress: Progress = _to_stderr) -> dict[str, Any]:
+def bench_clipping(request: Request, *, progress: Progress = to_stderr) -> dict[str, Any]:
     """Measure all models of the request, one after the other; return the content of `clipping.json`.
 
     Raises:
@@ -280,12 +275,10 @@ def _prepare(
     """
     programs: dict[str, Program] = {}
     references: dict[bool, Sums] = {}
-    slowest = 0.0
-    # The reference method first: the others are compared with it, and only its sums need to be kept. Where time is
-    # short, it must not cost us the arms that matter more.
-    for arm in sorted(measured, key=lambda arm: until == math.inf and arm.name != "per_example"):
+    slowest: dict[str, float] = {}  # by framework: one that compiles says nothing of one that does not
+    for arm in _in_order(measured, hurry=until < math.inf):
         result, began = results[arm.name], clock()
-        if programs and began + slowest >= until:
+        if programs and began + slowest.get(arm.framework, 0.0) >= until:
             result["failed"] = NO_TIME
             continue
         try:
@@ -312,11 +305,22 @@ def _prepare(
         called = clock()
         program.run()
         result["second_call_seconds"] = clock() - called
-        slowest = max(slowest, clock() - began)
+        slowest[arm.framework] = max(slowest.get(arm.framework, 0.0), clock() - began)
         after_arm()
     if arms.SGD not in programs:
         raise RuntimeError(f"plain SGD does not run: {results[arms.SGD]['failed']}")
     return programs
+
+
+def _in_order(measured: Sequence[Arm], *, hurry: bool) -> list[Arm]:
+    """Return the arms as they are prepared: the reference method first, since the others are compared with it.
+
+    In a hurry, it must not cost us arms that matter more: then plain SGD and the first method, then the arms of
+    PyTorch, which are ready in seconds, then the others in the order they were asked for.
+    """
+    if not hurry:
+        return sorted(measured, key=lambda arm: arm.name != "per_example")
+    return [*measured[:2], *sorted(measured[2:], key=lambda arm: arm.framework == arms.JAX)]
 
 
 def _profile(to: Path | None, model: str, name: str, program: Program) -> dict[str, Any]:

@@ -28,12 +28,13 @@ from dpdist.program.update import placed
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.fingerprints import code_digest, environment
 from dpdist.run.plan import plan_run
+from dpdist_launch.measure.bench.progress import Progress, to_stderr
 from dpdist_launch.measure.collective import all_reduce_program
 
 _WARM_UP = 2
 
 
-def bench_step(config: Config, *, steps: int) -> dict[str, Any]:
+def bench_step(config: Config, *, steps: int, progress: Progress = to_stderr) -> dict[str, Any]:
     """Run `steps` steps of `config` with a throw-away secret, and time their stages.
 
     Returns medians over steps, in seconds and as fractions of the step: `sampling_and_planning` (on the feed's
@@ -50,6 +51,7 @@ def bench_step(config: Config, *, steps: int) -> dict[str, Any]:
     secret = Secret.fresh()
     nonce = fresh_nonce(secret)
     opened = open_model(config, dataset)
+    progress(f"{opened.coordinates:,} parameters; planning, compiling")
     plan = plan_run(
         config,
         dataset_size=len(dataset.train),
@@ -65,6 +67,7 @@ def bench_step(config: Config, *, steps: int) -> dict[str, Any]:
     feed = Feed(dataset.train, assigner, world.mesh, data=config.data, start=0, stop=_WARM_UP + steps)
     stages: dict[str, list[float]] = {name: [] for name in ("data_wait", "accumulate", "all_reduce", "apply", "step")}
     for number in range(_WARM_UP + steps):
+        progress(f"step {number + 1} of {_WARM_UP + steps}")
         if number == _WARM_UP:
             planned_before = feed.assign_seconds
             stages = {name: [] for name in stages}
@@ -87,6 +90,7 @@ def bench_step(config: Config, *, steps: int) -> dict[str, Any]:
             ("step", ended - began - (reduced - accumulated)),
         ):
             stages[name].append(spent)
+    progress("saves")
     median = {name: statistics.median(values) for name, values in stages.items()}
     seconds = {
         "sampling_and_planning": (feed.assign_seconds - planned_before) / steps,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -150,9 +151,10 @@ def _run_one(step: Step, command: list[str], limit: float, out: Path) -> dict[st
     timed_out = code == 124 or (code in (137, -9) and time.monotonic() - began >= limit)  # a killed one: no memory?
     status = OK if code == 0 else CUT_OFF if timed_out else FAILED
     lines = _lines(printed) if status == OK else _lines(errors) or _lines(printed)
-    # JAX prints errors of its coordination service at its exit: what stopped a program stands before them.
-    named = [line for line in lines if "Error" in line and not line.startswith(("E0", "E1", "W0", "W1", "I0", "I1"))]
-    lines = lines if status == OK else named or lines
+    # XLA's log, as of the signal that cut a step off, and JAX's errors at its exit: what tells stands before them.
+    own = [line for line in lines if not re.match(r"[IWEF]\d{4} ", line)] or lines
+    named = [line for line in own if "Error" in line]
+    lines = lines if status == OK else named or own
     return {
         "status": status,
         "seconds": round(time.monotonic() - began, 1),
