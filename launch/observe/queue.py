@@ -6,13 +6,18 @@ the accounting is asked too, where there is one.
 
 from __future__ import annotations
 
+import shlex
 import subprocess
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
 #: Seconds that SLURM is given.
 PATIENCE = 3.0
 _SEPARATOR = "|"
+#: Our batch scripts, and what the jobs of a copy of them are called.
+_SCRIPTS, _NAME = ("train_80gpu.sh", "scaling.sh"), "dpdist"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,20 @@ class QueuedJob:
     start: str | None
     #: SLURM's list of nodes, such as `n[01-20]`; may be empty.
     nodes: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaitingJob:
+    """A job of mine that sbatch has sent and that waits: it makes its run's directory as it begins."""
+
+    number: str
+    #: As in `QueuedJob`.
+    reason: str | None
+    start: str | None
+    #: The batch script and its arguments.
+    command: str
+    #: The run directory, where the command names it.
+    run_dir: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +64,54 @@ def ask(jobs: Collection[str], *, past: Collection[str] = (), patience: float = 
     """
     if not jobs:
         return Answer(jobs={})
-    form = _SEPARATOR.join(("%i", "%T", "%r", "%S", "%N"))
-    command = ["squeue", "--noheader", "--states=all", f"--jobs={','.join(sorted(jobs))}", f"--format={form}"]
+    selected = ("--states=all", f"--jobs={','.join(sorted(jobs))}")
+    said, failure = _squeue(selected, ("%i", "%T", "%r", "%S", "%N"), patience)
+    if failure is not None and "Invalid job id" not in failure:  # said where it has forgotten the only one
+        return Answer(jobs={}, failure=failure)
+    found = parsed(said)
+    return Answer(jobs=found | _recorded(set(past) - found.keys(), patience))
+
+
+def waiting(known: Collection[str], *, patience: float = PATIENCE) -> list[WaitingJob]:
+    """My jobs of our batch scripts that wait, without those in `known`; none where SLURM does not say."""
+    said, _ = _squeue(("--me", "--states=PENDING"), ("%i", "%r", "%S", "%j", "%Z", "%o"), patience)
+    numbers, found = {job.partition("_")[0] for job in known}, []
+    for line in said.splitlines():
+        cells = [cell.strip() for cell in line.split(_SEPARATOR, 5)]
+        if len(cells) != 6 or cells[0].partition("_")[0] in numbers:
+            continue
+        number, reason, start, name, directory, command = cells
+        script, _, arguments = command.partition(" ")
+        if Path(script).name in _SCRIPTS or name.startswith(_NAME):
+            words = f"{Path(script).name} {arguments}".strip()
+            run_dir = _run_dir(directory, arguments)
+            found.append(WaitingJob(number=number, command=words, run_dir=run_dir, **_when(reason, start)))
+    return sorted(found, key=lambda job: [len(job.number), job.number])
+
+
+def _run_dir(directory: str, arguments: str) -> str | None:
+    """The last `--run-dir` among arguments, from the job's working directory."""
+    try:
+        words = shlex.split(arguments)
+    except ValueError:  # SLURM keeps no quotes, so that one may be open
+        return None
+    named = [word.partition("=")[2] for word in words if word.startswith("--run-dir=")]
+    named += [after for word, after in pairwise(words) if word == "--run-dir"]
+    return str(Path(directory) / named[-1]) if named else None
+
+
+def _squeue(selected: Sequence[str], fields: Sequence[str], patience: float) -> tuple[str, str | None]:
+    """What squeue prints of the jobs selected, and why it printed nothing."""
+    command = ["squeue", "--noheader", *selected, f"--format={_SEPARATOR.join(fields)}"]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=patience, check=False)
     except FileNotFoundError:
-        return Answer(jobs={}, failure="there is no squeue here")
+        return "", "there is no squeue here"
     except subprocess.TimeoutExpired:
-        return Answer(jobs={}, failure=f"SLURM gave no answer within {patience:g} s")
-    if asked.returncode != 0 and "Invalid job id" not in asked.stderr:  # said where it has forgotten the only one
-        said = asked.stderr.strip().partition("\n")[0]
-        return Answer(jobs={}, failure=said or f"squeue returned {asked.returncode}")
-    found = parsed(asked.stdout)
-    return Answer(jobs=found | _recorded(set(past) - found.keys(), patience))
+        return "", f"SLURM gave no answer within {patience:g} s"
+    if asked.returncode != 0:
+        return asked.stdout, asked.stderr.strip().partition("\n")[0] or f"squeue returned {asked.returncode}"
+    return asked.stdout, None
 
 
 def _recorded(jobs: Collection[str], patience: float) -> dict[str, QueuedJob]:
@@ -83,10 +137,12 @@ def parsed(text: str) -> dict[str, QueuedJob]:
         if len(cells) != 5:
             continue
         number, state, reason, start, nodes = cells
-        found[number] = QueuedJob(
-            state=state,
-            reason=None if reason in ("None", "") else reason.strip("()"),
-            start=None if start in ("N/A", "") else start,
-            nodes=nodes,
-        )
+        found[number] = QueuedJob(state=state, nodes=nodes, **_when(reason, start))
     return found
+
+
+def _when(reason: str, start: str) -> dict[str, str | None]:
+    return {
+        "reason": None if reason in ("None", "") else reason.strip("()"),
+        "start": None if start in ("N/A", "") else start,
+    }

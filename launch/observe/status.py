@@ -57,17 +57,47 @@ def run(options: argparse.Namespace) -> int:
             return 0
 
 
-def snapshots(dirs: Sequence[Path]) -> tuple[list[Snapshot], queue.Answer]:
-    """The runs in `dirs`, and what SLURM said.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Screen:
+    """What there is to show."""
+
+    runs: list[Snapshot]
+    #: Jobs without a directory: all where no folder is named, since the config may say where theirs will be; else those
+    #: whose command names one in there.
+    waiting: list[queue.WaitingJob]
+    #: Why SLURM said nothing of the runs' jobs; None where it answered.
+    failure: str | None
+
+
+def screen(dirs: Sequence[Path]) -> Screen:
+    """The runs in `dirs`, and the jobs that will make some.
 
     Raises:
-        InputError: one of them does not exist, or none was named and there is no ./runs.
+        InputError: one of them does not exist and no job will make it, or none was named and there is no ./runs.
     """
-    found = [root for directory in dirs or [_DEFAULT] for root in _runs_in(directory, named=bool(dirs))]
+    asked = dirs or [_DEFAULT]
+    missing = [directory for directory in asked if not directory.is_dir()]
+    found = [root for directory in asked if directory not in missing for root in _runs_in(directory, named=bool(dirs))]
     jobs = {root: job for root in found if (job := _job(root)) is not None}
     never_begun = {job for root, job in jobs.items() if not RunPaths(root).ledger.exists()}
     slurm = queue.ask(set(jobs.values()), past=never_begun)
-    return [look(root, slurm) for root in found], slurm
+    waiting = [] if slurm.failure is not None else queue.waiting(jobs.values())
+    if dirs:
+        waiting = [job for job in waiting if any(_makes(job, directory) for directory in dirs)]
+    for directory in missing:
+        if dirs and not any(_makes(job, directory) for job in waiting):
+            remedy = (
+                "there is no such directory, and no waiting job names it; one sent by sbatch makes it as it begins."
+            )
+            raise InputError("DIR", str(directory), remedy)
+        if not waiting:
+            raise InputError("DIR", str(directory), "there is no such directory; name runs, or a folder of runs.")
+    return Screen(runs=[look(root, slurm) for root in found], waiting=waiting, failure=slurm.failure)
+
+
+def _makes(job: queue.WaitingJob, directory: Path) -> bool:
+    """Whether a job will make a directory, or one in it."""
+    return job.run_dir is not None and Path(job.run_dir).resolve().is_relative_to(directory.resolve())
 
 
 def _job(root: Path) -> str | None:
@@ -78,13 +108,6 @@ def _job(root: Path) -> str | None:
 
 
 def _runs_in(directory: Path, *, named: bool) -> list[Path]:
-    if not directory.is_dir():
-        remedy = "there is no such directory" + (
-            ": a job sent by sbatch makes it as it begins, and `squeue --me` says why it waits."
-            if named
-            else "; name runs, or a folder of runs."
-        )
-        raise InputError("DIR", str(directory), remedy)
     try:
         return [directory] if is_run(directory) else list(_below(directory)) or ([directory] if named else [])
     except OSError:
@@ -105,27 +128,28 @@ def _below(directory: Path) -> Iterator[Path]:
 
 
 def _as_text(options: argparse.Namespace) -> str:
-    runs, slurm = snapshots(options.dirs)
-    if not runs:
-        return f"no runs in {_DEFAULT}"
+    found = screen(options.dirs)
     width = min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns)
-    lines = [table.text(runs, width=width)]
-    if slurm.failure is not None:
-        lines.append(table.cut(f"states are the runs' own: {slurm.failure}", width))
+    lines = [table.text(found.runs, width=width)] if found.runs else [] if found.waiting else [f"no runs in {_DEFAULT}"]
+    if found.failure is not None:
+        lines.append(table.cut(f"states are the runs' own: {found.failure}", width))
+    if found.waiting:
+        lines.append(table.waiting(found.waiting, width=width))
     if options.detail:
-        lines += ["\n" + table.detail(run, *_sources(run)) for run in runs if run.state != "not a run"]
+        lines += ["\n" + table.detail(run, *_sources(run)) for run in found.runs if run.state != "not a run"]
     return "\n".join(lines)
 
 
 def _as_json(options: argparse.Namespace) -> str:
-    runs, slurm = snapshots(options.dirs)
-    records = [dataclasses.asdict(run) for run in runs]
+    found = screen(options.dirs)
+    records = [dataclasses.asdict(run) for run in found.runs]
     if options.detail:
-        for record, each in zip(records, runs, strict=True):
+        for record, each in zip(records, found.runs, strict=True):
             record["time"], summary, record["events"] = _sources(each)
             speed = ("seconds_to_first_step", "examples_per_second", "tflops_per_device", "mfu")
             record |= {name: summary.get(name) for name in speed}
-    return json.dumps({"runs": records, "slurm": slurm.failure or "answered"})
+    waiting = [dataclasses.asdict(job) for job in found.waiting]
+    return json.dumps({"runs": records, "waiting": waiting, "slurm": found.failure or "answered"})
 
 
 def _sources(run: Snapshot) -> tuple[dict[str, Any] | None, dict[str, Any], list[dict[str, Any]]]:

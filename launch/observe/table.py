@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dpdist_launch.observe.queue import WaitingJob
 from dpdist_launch.observe.snapshot import Snapshot
 
 #: Title, whether it is a number, and when there is no room for all: the highest goes first.
@@ -17,6 +18,8 @@ _COLUMNS = (
 _GAP = "  "
 #: The longest name of a run that is shown in full, and the shortest to which it is cut.
 _NAME, _SHORTEST = 28, 8
+#: Of the jobs that have no directory yet, so many are shown.
+_MOST = 10
 _PHASES = {
     "start_up": "start-up (imports, joining, opening)",
     "compile": "compiling",
@@ -42,6 +45,16 @@ def text(runs: Sequence[Snapshot], *, width: int) -> str:
         lines.append(_line([row[column] for column in shown], widths, shown))
         lines += [cut(f"    {note}", width) for note in _notes(run)]
     return "\n".join(cut(line.rstrip(), width) for line in lines)
+
+
+def waiting(jobs: Sequence[WaitingJob], *, width: int) -> str:
+    """Jobs that have no directory yet: why each waits, and its command; no line is longer than `width`."""
+    lines = ["in the queue; a job that sbatch sent makes its directory as it begins:"]
+    for job in jobs[:_MOST]:
+        lines += [f"    job {job.number}{_why(job.reason, job.start)}", f"        {job.command}"]
+    if len(jobs) > _MOST:
+        lines.append(f"    and {len(jobs) - _MOST} more; `squeue --me` has all")
+    return "\n".join(cut(line, width) for line in lines)
 
 
 def detail(
@@ -129,17 +142,19 @@ def _nodes(nodes: list[str]) -> str:
 def _notes(run: Snapshot) -> list[str]:
     notes = []
     if run.job is not None and run.state.isupper():
-        waits = "" if run.reason is None else f" waits: {run.reason}"
-        start = ""
-        if run.start is not None and run.state == "PENDING":
-            start = f"; expected to start {run.start.replace('T', ' ')}"
-        if waits or start:
-            notes.append(f"job {run.job}{waits}{start}")
+        why = _why(run.reason, run.start if run.state == "PENDING" else None)
+        if why:
+            notes.append(f"job {run.job}{why}")
     elif run.reason is not None:
         notes.append(run.reason)
     if run.error is not None:
         notes.append(f"last error: {run.error}")
     return notes
+
+
+def _why(reason: str | None, start: str | None) -> str:
+    waits = "" if reason is None else f" waits: {reason}"
+    return waits + ("" if start is None else f"; expected to start {start.replace('T', ' ')}")
 
 
 def _widths(rows: list[list[str]], shown: list[int]) -> list[int]:

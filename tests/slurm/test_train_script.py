@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -270,6 +271,38 @@ def test_after_the_death_of_a_rank_the_job_starts_again_by_itself(
     assert "Gloo" not in log
     assert told == f"rank 0 = {seen['nodes'][0]} local 0\nlog: {batch.log}\n"
     assert "finished at step" not in observed.log(run, rank=1)[0]
+
+
+def test_a_job_that_waits_is_seen_before_it_has_a_directory(
+    slurm: dict[str, str], jobs: Jobs, observed: Observed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = jobs.new("held")
+    ours = ("config.yaml", "--run-dir", str(run.root), "training.steps=6")
+    sent = [
+        subprocess.run(
+            ["sbatch", "--parsable", "--hold", "--nodes=1", "--output=/dev/null", *command],
+            cwd=REPOSITORY,
+            env=os.environ | slurm,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for command in ((str(SCRIPT), *ours), (str(SCRIPT),), ("--wrap=true",))
+    ]
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert main(["status", "--json"]) == 0
+        mine, default = json.loads(observed.capsys.readouterr().out)["waiting"]
+        assert (mine["number"], mine["reason"], mine["run_dir"]) == (sent[0], "JobHeldUser", str(run.root))
+        assert (default["number"], default["command"], default["run_dir"]) == (sent[1], SCRIPT.name, None)
+        assert main(["status", str(run.root)]) == 0
+        shown = observed.capsys.readouterr().out
+        assert f"job {sent[0]} waits: JobHeldUser\n        train_80gpu.sh config.yaml --run-dir" in shown
+        assert sent[1] not in shown
+        assert main(["status", str(tmp_path / "another")]) == 2
+        assert "there is no such directory, and no waiting job names it" in observed.capsys.readouterr().err
+    finally:
+        subprocess.run(["scancel", *sent], env=os.environ | slurm, check=True)
 
 
 def test_a_notice_to_the_batch_shell_or_by_another_signal_saves_too(

@@ -154,6 +154,13 @@ WAYS: dict[str, list[tuple[str, Way]]] = {
     ],
     "observing.md": [
         (r"dpdist report|\[json\]|\[yaml\]|\[text\]", SEEN),
+        (
+            r"dpdist status$",
+            By(
+                "slurm/test_train_script.py::test_a_job_that_waits_is_seen_before_it_has_a_directory",
+                ("status", "sbatch", "JobHeldUser", "--run-dir", "train_80gpu.sh", "training.steps=6"),
+            ),
+        ),
         (r"dpdist status", SLURM),
         (
             r"dpdist logs",
