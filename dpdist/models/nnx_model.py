@@ -99,7 +99,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module], prepare: Callable[[dict[st
 
 
 def _run_once(init: Callable[[Array], Any]) -> Callable[[Array], Any]:
-    """Compile `init` as one program, with few optimisations on a CPU, where compiling takes longer than running.
+    """Compile `init` as one program, with few optimisations for a CPU, where compiling takes longer than running.
 
     Within another program, which has options of its own, it is a part of that one.
     """
@@ -108,6 +108,8 @@ def _run_once(init: Callable[[Array], Any]) -> Callable[[Array], Any]:
     def initialise(key: Array) -> Any:
         if isinstance(key, jax.core.Tracer):
             return init(key)
-        return jax.jit(init, compiler_options=quick if jax.default_backend() == "cpu" else None)(key)
+        chosen = getattr(jax.config, "jax_default_device", None)  # or the name of a platform
+        platform = jax.default_backend() if chosen is None else getattr(chosen, "platform", chosen)
+        return jax.jit(init, compiler_options=quick if platform == "cpu" else None)(key)
 
     return initialise

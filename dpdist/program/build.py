@@ -36,6 +36,7 @@ from dpdist.program.evaluate import Evaluator
 from dpdist.program.flops import flops_per_example
 from dpdist.program.gradients import ExampleLoss, Gradients, build_gradients
 from dpdist.program.guards import require_guards
+from dpdist.program.host import on_the_host
 from dpdist.program.memory import Memory, memory_limit, memory_of
 from dpdist.program.microbatches import LARGEST, choose_physical_batch, largest_that_fits, tail_of
 from dpdist.program.probe import Probe
@@ -158,7 +159,7 @@ def open_model(config: Config, dataset: Dataset) -> OpenModel:
     model = models.build(config.model, example=record, classes=classes)
     if config.model.lora is not None:
         require_rank(model, read_lora(config.model.lora))
-    with users_code("model.name", config.model.name):
+    with users_code("model.name", config.model.name), on_the_host():
         params = model.init(jax.random.key(config.training.seed))
     _require_arrays(config, params)
     if dataset.vocabulary is not None and config.model.name in ("bert", "gpt2", "llama"):
@@ -269,7 +270,7 @@ def build_setup(
     optimizer = optimizers.build(config.optimizer, plan.steps_asked)
     gradients = build_gradients(config, plan, loss, world, earlier)
     averaged = config.optimizer.average_decay > 0
-    with compiling():
+    with compiling(), on_the_host():
         initial = initial_state(params, optimizer, averaged=averaged, frozen=gradients.frozen)
     terms = plan.privacy
 

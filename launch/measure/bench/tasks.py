@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from dpdist.config import Model
 from dpdist.models import build, example_loss
+from dpdist.program.host import on_the_host
 
 #: C. With random weights gradient norms exceed 1, so most examples are clipped.
 CLIP_NORM = 1.0
@@ -77,19 +78,11 @@ def in_dtype(task: Task, dtype: str) -> Task:
 def problem_of(task: Task, size: int) -> Problem:
     """Make the task's problem with fixed random weights and a fixed random batch of `size` examples."""
     model = build(task.model, example=task.shapes(), classes=task.classes)
-    # On the host's processor where there is one: on an H100 the initialisers of ViT-B compiled for 45 s, one by one.
-    with jax.default_device(_host_device()):
+    with on_the_host():
         params = model.init(jax.random.key(0))
     device = jax.devices()[0]
     params, batch, mask = jax.device_put((params, task.examples(size), np.ones(size, np.float32)), device)
     return Problem(task=task, loss=example_loss(model), params=params, batch=batch, mask=mask, clip_norm=CLIP_NORM)
-
-
-def _host_device() -> jax.Device | None:
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS names the GPU alone
-        return None
 
 
 def _images(name: str, variant: str | None, *, side: int, channels: int, classes: int, batch: int) -> Task:
