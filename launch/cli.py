@@ -15,17 +15,9 @@ from typing import Any
 
 from dpdist.cluster.core_files import forbid_core_files
 from dpdist.cluster.streams import open_missing_streams
+from dpdist.config import file as configfile
 from dpdist.config.nearest import did_you_mean
 from dpdist.errors import InputError
-from dpdist_launch import audit, data, predict, report, verify
-from dpdist_launch.measure.bench import command as bench
-from dpdist_launch.measure.scaling import command as scaling
-from dpdist_launch.observe import logs, status
-from dpdist_launch.paths import path_argument
-from dpdist_launch.privacy import command as privacy_of_runs
-from dpdist_launch.privacy import views
-from dpdist_launch.slurm import command as submit
-from dpdist_launch.tune import command as tune
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 128 + signal.SIGINT
 
@@ -39,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_missing_streams()
     forbid_core_files()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    top = parser()
+    top = parser(training=arguments[:1] == ["train"])
     options, rest = top.parse_known_args(arguments)
     # argparse takes `key=value` only next to CONFIG; after an option they come out here.
     if any("=" not in item or item.startswith("-") for item in rest) or (rest and not hasattr(options, "overrides")):
@@ -104,8 +96,8 @@ class _Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"no such choice: {value!r}; {hint}there are {there}")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line of every command."""
+def parser(*, training: bool = False) -> argparse.ArgumentParser:
+    """The command line of every command, or of `train` alone, which each rank of a job reads."""
     top = _Parser(prog="dpdist", description="Distributed differentially private training in JAX.")
     top.add_argument("--version", nargs=0, action=_PrintVersion, help="print the version and exit")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
@@ -119,6 +111,17 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_training(train)
     train.set_defaults(run=_train)
+    if training:  # a rank has no use for the modules of the others: 20 ms of each
+        return top
+    from dpdist_launch import audit, data, predict, report, verify
+    from dpdist_launch.measure.bench import command as bench
+    from dpdist_launch.measure.scaling import command as scaling
+    from dpdist_launch.observe import logs, status
+    from dpdist_launch.paths import path_argument
+    from dpdist_launch.privacy import command as privacy_of_runs
+    from dpdist_launch.privacy import views
+    from dpdist_launch.slurm import command as submit
+    from dpdist_launch.tune import command as tune
 
     submit.add_to(commands)
     tune.add_to(commands)
@@ -247,8 +250,6 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from dpdist.config import file as configfile
-
     named = {} if options.run_dir is None else {"run.dir": options.run_dir}
     config = configfile.load(options.config, options.overrides, named)  # before any process is started
     if options.processes is not None:
@@ -266,8 +267,6 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _run_dir(options: argparse.Namespace) -> int:
-    from dpdist.config import file as configfile
-
     named = {} if options.run_dir is None else {"run.dir": options.run_dir}
     config = configfile.load(options.config, options.overrides, named, default_run_dir=options.default)
     print(config.run.dir)
@@ -275,8 +274,8 @@ def _run_dir(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from dpdist.config import file as configfile
     from dpdist_launch.plan import plan_report, text
+    from dpdist_launch.tune import command as tune
 
     config = configfile.load(options.config, options.overrides)
     if options.device is None:

@@ -160,6 +160,23 @@ def test_questions_are_answered_without_starting_jax() -> None:
     assert "usage: dpdist" in result.stdout
 
 
+#: What only other commands need, process 0, or some configs; each would cost every rank of a job 10 to 500 ms.
+NOT_OF_A_RANK = {"dp_accounting", "matplotlib", "pandas", "pyarrow", "PIL", "scipy", "sklearn", "submitit", "torch"}
+
+
+def test_a_rank_imports_no_other_command_and_nothing_that_process_0_needs_alone() -> None:
+    code = (
+        "import sys, dpdist_launch.cli as c\ntry: c.main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "print(*[m for m in sys.modules if m.startswith('dpdist_launch')])\n"
+        "import dpdist_launch.training\nprint(*sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    ours, everything = (set(line.split()) for line in result.stdout.splitlines()[-2:])
+    assert ours == {"dpdist_launch", "dpdist_launch.cli", "dpdist_launch.ending"}
+    assert "dpdist.trainer" in everything
+    assert {name.split(".")[0] for name in everything} & NOT_OF_A_RANK == set()
+
+
 def test_the_version_is_that_of_the_package(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -24,6 +25,7 @@ case "$*" in
     --version) echo Python 3.10.13 ;;
     "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
     "-m pip "*) echo "$*" >>pip ;;
+    "-m compileall "*) exec {real} "$@" ;;
     *) exit 9 ;;
 esac
 """
@@ -31,7 +33,7 @@ esac
 
 def fake_python(tmp_path: Path, *, old: bool = False) -> str:
     python = tmp_path / "python"
-    python.write_text(FAKE.format(old=int(old)))
+    python.write_text(FAKE.format(old=int(old), real=sys.executable))
     python.chmod(0o755)
     return str(python)
 
@@ -87,6 +89,21 @@ def test_the_lock_holds_for_training_and_tests_and_for_nothing_else(tmp_path: Pa
     assert installed(tmp_path) == f"{lock} --editable ."
     (tmp_path / "requirements" / "test-py311.txt").write_text("numpy==2.4.6\n")
     assert installed(tmp_path) == f"{lock} --editable ."
+
+
+def test_ranks_find_bytecode_where_python_writes_none(tmp_path: Path) -> None:
+    for name in ("dpdist", "launch"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part.py").write_text("value = 1\n")
+    installed(tmp_path, PYTHONDONTWRITEBYTECODE="1")
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("part.*.pyc")}
+    assert sorted(path.parents[1].name for path in kept) == ["dpdist", "launch"]
+    for path in kept:
+        source = path.parents[1] / "part.py"
+        source.write_text("value = 2\n")
+        os.utime(source, (0, source.stat().st_mtime + 2))  # the whole seconds of it tell that it has changed
+    installed(tmp_path, PYTHONDONTWRITEBYTECODE="1")
+    assert all(path.read_bytes() != before for path, before in kept.items())
 
 
 def test_every_python_that_is_named_has_a_lock_and_a_place_in_ci() -> None:
