@@ -149,12 +149,9 @@ def build_gradients(
     if plan.privacy is None:
         plain = plain_grad_sum(loss.loss_fn, frozen=frozen)
         _require_supported(plain, loss, config, frozen, world)
+        examples = examples_at_a_time(loss.loss_fn, loss.params, loss.example, world.platform)
         return Gradients(
-            grad_sum=plain,
-            frozen=frozen,
-            strategies=None,
-            precision="highest",
-            examples_at_a_time=_examples_at_a_time(loss, world),
+            grad_sum=plain, frozen=frozen, strategies=None, precision="highest", examples_at_a_time=examples
         )
     method, strategies = config.training.clipping, None
     precision = earlier["precision"] if earlier is not None else decide(world, lambda: precision_for(config, world))
@@ -173,21 +170,10 @@ def build_gradients(
         frozen=frozen,
     )
     _require_supported(grad_sum, loss, config, frozen, world)
+    examples = examples_at_a_time(loss.loss_fn, loss.params, loss.example, world.platform)
     return Gradients(
-        grad_sum=grad_sum,
-        frozen=frozen,
-        strategies=strategies,
-        precision=precision,
-        examples_at_a_time=_examples_at_a_time(loss, world),
+        grad_sum=grad_sum, frozen=frozen, strategies=strategies, precision=precision, examples_at_a_time=examples
     )
-
-
-def _examples_at_a_time(loss: ExampleLoss, world: World) -> int | None:
-    """`examples_at_a_time` of the loss, which process 0 traces for all."""
-    answer: int | None = decide(
-        world, lambda: examples_at_a_time(loss.loss_fn, loss.params, loss.example, world.platform)
-    )
-    return answer
 
 
 def _require_supported(

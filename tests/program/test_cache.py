@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-import worlds
 
-from dpdist.config.schema import Model, Training
-from dpdist.program import gradients
 from dpdist.program.cache import examples_at_a_time, few_at_a_time
 
 EXAMPLE = jax.ShapeDtypeStruct((100,), jnp.float32)
@@ -89,23 +85,3 @@ def test_the_batches_are_divided_evenly_or_not_at_all(
     for size in sizes:
         few_at_a_time(grad_sum, examples, sizes)({}, {}, jnp.ones(size))
     assert set(seen) == (set(sizes) if expected is None else {expected})
-
-
-@pytest.mark.parametrize("private", [True, False])
-def test_process_0_looks_into_the_loss_for_all(private: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank would trace it for 15 ms."""
-    asked: list[Any] = []
-    answers = ["highest", 7] if private else [7]
-
-    def decide(world: Any, function: Any, **options: Any) -> Any:
-        asked.append(function)
-        return answers[len(asked) - 1]
-
-    monkeypatch.setattr(gradients, "decide", decide)
-    monkeypatch.setattr(gradients, "_require_supported", lambda *_: None)
-    spec = gradients.ExampleLoss(loss_fn=loss, params=PARAMS, example=EXAMPLE)
-    plan: Any = SimpleNamespace(privacy=SimpleNamespace(clip_norm=1.0) if private else None)
-    config: Any = SimpleNamespace(model=Model(name="mlp"), training=Training(steps=1, clipping="per_example"))
-    assert gradients.build_gradients(config, plan, spec, worlds.alone(), None).examples_at_a_time == 7
-    assert len(asked) == len(answers)
-    assert asked[-1]() == 2048
