@@ -159,7 +159,9 @@ def open_model(config: Config, dataset: Dataset) -> OpenModel:
     model = models.build(config.model, example=record, classes=classes)
     if config.model.lora is not None:
         require_rank(model, read_lora(config.model.lora))
-    with users_code("model.name", config.model.name), on_the_host():
+    # A model of the user's own may begin with kernels of the accelerator's, or draw differently on every processor.
+    where = nullcontext() if ":" in config.model.name else on_the_host()
+    with users_code("model.name", config.model.name), where:
         params = model.init(jax.random.key(config.training.seed))
     _require_arrays(config, params)
     if dataset.vocabulary is not None and config.model.name in ("bert", "gpt2", "llama"):

@@ -19,8 +19,9 @@ _LEAST = "jax_persistent_cache_min_compile_time_secs"
 def on_the_host() -> Iterator[None]:
     """While the block runs, what JAX computes is on this host's processor, if JAX has one: JAX_PLATFORMS may not.
 
-    What is compiled meanwhile is not kept for a restart, which may be on another kind of processor. Processors may also
-    differ in a draw's last bit; that ranks begin with the same parameters is checked (`dpdist.trainer`).
+    What is compiled meanwhile is not kept for a restart, which may be on another kind of processor. Processors without
+    fused multiply-add may also differ in a draw's last bit; that ranks begin with the same parameters is checked
+    (`dpdist.trainer`). Not for several threads at once: the setting is the process's.
     """
     if jax.default_backend() == "cpu":
         yield

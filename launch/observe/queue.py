@@ -6,6 +6,7 @@ the accounting is asked too, where there is one.
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 from collections.abc import Collection, Sequence
@@ -15,7 +16,13 @@ from pathlib import Path
 
 #: Seconds that SLURM is given.
 PATIENCE = 3.0
+#: The failure where SLURM is not installed.
+NO_SLURM = "there is no squeue here"
 _SEPARATOR = "|"
+#: What stands between fields of which some are free text: users write no control characters into names.
+_UNIT = "\x1f"
+#: States of a job that may not have made its directory yet.
+_COMING = ("PENDING", "CONFIGURING", "RUNNING", "REQUEUED")
 #: Our batch scripts, and what the jobs of a copy of them are called.
 _SCRIPTS, _NAME = ("train_80gpu.sh", "scaling.sh"), "dpdist"
 
@@ -35,14 +42,15 @@ class QueuedJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WaitingJob:
-    """A job of mine that sbatch has sent and that waits: it makes its run's directory as it begins."""
+class ComingJob:
+    """A job of mine that sbatch has sent and whose run has no directory yet: its ranks make it once they have met."""
 
     number: str
     #: As in `QueuedJob`.
+    state: str
     reason: str | None
     start: str | None
-    #: The batch script and its arguments.
+    #: The batch script and its arguments, or the job's name where SLURM keeps no command.
     command: str
     #: The run directory, where the command names it.
     run_dir: str | None
@@ -72,21 +80,28 @@ def ask(jobs: Collection[str], *, past: Collection[str] = (), patience: float = 
     return Answer(jobs=found | _recorded(set(past) - found.keys(), patience))
 
 
-def waiting(known: Collection[str], *, patience: float = PATIENCE) -> list[WaitingJob]:
-    """My jobs of our batch scripts that wait, without those in `known`; none where SLURM does not say."""
-    said, _ = _squeue(("--me", "--states=PENDING"), ("%i", "%r", "%S", "%j", "%Z", "%o"), patience)
-    numbers, found = {job.partition("_")[0] for job in known}, []
+def coming(known: Collection[str], *, patience: float = PATIENCE) -> tuple[list[ComingJob], str | None]:
+    """My jobs of our batch scripts that wait or begin, without those in `known`, and why SLURM did not say."""
+    fields = ("%i", "%T", "%r", "%S", "%j", "%Z", "%o")
+    said, failure = _squeue(("--me", f"--states={','.join(_COMING)}"), fields, patience, separator=_UNIT)
+    numbers, found = {_whole(job) for job in known}, []
     for line in said.splitlines():
-        cells = [cell.strip() for cell in line.split(_SEPARATOR, 5)]
-        if len(cells) != 6 or cells[0].partition("_")[0] in numbers:
+        cells = [cell.strip() for cell in line.split(_UNIT)]
+        if len(cells) != len(fields) or _whole(cells[0]) in numbers:
             continue
-        number, reason, start, name, directory, command = cells
+        number, state, reason, start, name, directory, command = cells
         script, _, arguments = command.partition(" ")
         if Path(script).name in _SCRIPTS or name.startswith(_NAME):
-            words = f"{Path(script).name} {arguments}".strip()
+            words = name if command in ("", "(null)") else f"{Path(script).name} {arguments}".strip()
             run_dir = _run_dir(directory, arguments)
-            found.append(WaitingJob(number=number, command=words, run_dir=run_dir, **_when(reason, start)))
-    return sorted(found, key=lambda job: [len(job.number), job.number])
+            when = _when(reason, start)
+            found.append(ComingJob(number=number, state=state, command=words, run_dir=run_dir, **when))
+    return sorted(found, key=lambda job: [len(job.number), job.number]), failure
+
+
+def _whole(number: str) -> str:
+    """The number of the job that a task of an array, or a part of a heterogeneous job, belongs to."""
+    return re.split(r"[_+]", number)[0]
 
 
 def _run_dir(directory: str, arguments: str) -> str | None:
@@ -100,13 +115,15 @@ def _run_dir(directory: str, arguments: str) -> str | None:
     return str(Path(directory) / named[-1]) if named else None
 
 
-def _squeue(selected: Sequence[str], fields: Sequence[str], patience: float) -> tuple[str, str | None]:
+def _squeue(
+    selected: Sequence[str], fields: Sequence[str], patience: float, separator: str = _SEPARATOR
+) -> tuple[str, str | None]:
     """What squeue prints of the jobs selected, and why it printed nothing."""
-    command = ["squeue", "--noheader", *selected, f"--format={_SEPARATOR.join(fields)}"]
-    try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=patience, check=False)
+    command = ["squeue", "--noheader", *selected, f"--format={separator.join(fields)}"]
+    try:  # a job's name may be in any encoding
+        asked = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=patience, check=False)
     except FileNotFoundError:
-        return "", "there is no squeue here"
+        return "", NO_SLURM
     except subprocess.TimeoutExpired:
         return "", f"SLURM gave no answer within {patience:g} s"
     if asked.returncode != 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import time
@@ -44,8 +45,14 @@ def run(options: argparse.Namespace) -> int:
     """Print the status once, or until Ctrl-C."""
     if options.watch is not None and not 0.5 <= options.watch < 1e6:
         raise InputError("--watch", options.watch, "give the seconds between two looks, at least 0.5.")
+    answer = None
     while True:
-        answer = _as_json(options) if options.json else _as_text(options)
+        try:
+            answer = _as_json(options) if options.json else _as_text(options)
+        except InputError as error:  # a folder may be moved, or not be there yet, while it is watched
+            if answer is None or options.json:
+                raise
+            answer = str(error)
         terminal = options.watch is not None and sys.stdout.isatty() and not options.json
         head = f"{_ABOVE}{table.now()}, every {options.watch:g} s\n" if terminal else ""
         print(head + answer, flush=True)
@@ -64,9 +71,11 @@ class Screen:
     runs: list[Snapshot]
     #: Jobs without a directory: all where no folder is named, since the config may say where theirs will be; else those
     #: whose command names one in there.
-    waiting: list[queue.WaitingJob]
-    #: Why SLURM said nothing of the runs' jobs; None where it answered.
+    coming: list[queue.ComingJob]
+    #: Why SLURM did not answer; None where it did.
     failure: str | None
+    #: Whether a run has a job, of which SLURM could tell.
+    submitted: bool
 
 
 def screen(dirs: Sequence[Path]) -> Screen:
@@ -81,23 +90,28 @@ def screen(dirs: Sequence[Path]) -> Screen:
     jobs = {root: job for root in found if (job := _job(root)) is not None}
     never_begun = {job for root, job in jobs.items() if not RunPaths(root).ledger.exists()}
     slurm = queue.ask(set(jobs.values()), past=never_begun)
-    waiting = [] if slurm.failure is not None else queue.waiting(jobs.values())
+    coming, failure = ([], slurm.failure) if slurm.failure is not None else queue.coming(jobs.values())
+    coming = [job for job in coming if job.run_dir is None or not is_run(Path(job.run_dir))]
     if dirs:
-        waiting = [job for job in waiting if any(_makes(job, directory) for directory in dirs)]
+        coming = [job for job in coming if any(_makes(job, directory) for directory in dirs)]
     for directory in missing:
-        if dirs and not any(_makes(job, directory) for job in waiting):
-            remedy = (
-                "there is no such directory, and no waiting job names it; one sent by sbatch makes it as it begins."
-            )
-            raise InputError("DIR", str(directory), remedy)
-        if not waiting:
-            raise InputError("DIR", str(directory), "there is no such directory; name runs, or a folder of runs.")
-    return Screen(runs=[look(root, slurm) for root in found], waiting=waiting, failure=slurm.failure)
+        if any(_makes(job, directory) for job in coming) or (coming and not dirs):
+            continue
+        remedy = "there is no such directory; name runs, or a folder of runs."
+        if dirs and failure != queue.NO_SLURM:
+            slurms = "no job in the queue names it" if failure is None else f"of jobs nothing is known ({failure})"
+            remedy = f"there is no such directory, and {slurms}; a job that sbatch sent makes it as it begins."
+        raise InputError("DIR", str(directory), remedy)
+    runs = [look(root, slurm) for root in found]
+    return Screen(runs=runs, coming=coming, failure=failure, submitted=bool(jobs))
 
 
-def _makes(job: queue.WaitingJob, directory: Path) -> bool:
+def _makes(job: queue.ComingJob, directory: Path) -> bool:
     """Whether a job will make a directory, or one in it."""
-    return job.run_dir is not None and Path(job.run_dir).resolve().is_relative_to(directory.resolve())
+    if job.run_dir is None:
+        return False
+    # Not `Path.resolve`, which raises where links form a loop.
+    return Path(os.path.realpath(job.run_dir)).is_relative_to(os.path.realpath(directory))
 
 
 def _job(root: Path) -> str | None:
@@ -130,11 +144,11 @@ def _below(directory: Path) -> Iterator[Path]:
 def _as_text(options: argparse.Namespace) -> str:
     found = screen(options.dirs)
     width = min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns)
-    lines = [table.text(found.runs, width=width)] if found.runs else [] if found.waiting else [f"no runs in {_DEFAULT}"]
-    if found.failure is not None:
+    lines = [table.text(found.runs, width=width)] if found.runs else [] if found.coming else [f"no runs in {_DEFAULT}"]
+    if found.failure is not None and found.submitted:
         lines.append(table.cut(f"states are the runs' own: {found.failure}", width))
-    if found.waiting:
-        lines.append(table.waiting(found.waiting, width=width))
+    if found.coming:
+        lines.append(table.coming(found.coming, width=width))
     if options.detail:
         lines += ["\n" + table.detail(run, *_sources(run)) for run in found.runs if run.state != "not a run"]
     return "\n".join(lines)
@@ -148,8 +162,8 @@ def _as_json(options: argparse.Namespace) -> str:
             record["time"], summary, record["events"] = _sources(each)
             speed = ("seconds_to_first_step", "examples_per_second", "tflops_per_device", "mfu")
             record |= {name: summary.get(name) for name in speed}
-    waiting = [dataclasses.asdict(job) for job in found.waiting]
-    return json.dumps({"runs": records, "waiting": waiting, "slurm": found.failure or "answered"})
+    coming = [dataclasses.asdict(job) for job in found.coming]
+    return json.dumps({"runs": records, "coming": coming, "slurm": found.failure or "answered"})
 
 
 def _sources(run: Snapshot) -> tuple[dict[str, Any] | None, dict[str, Any], list[dict[str, Any]]]:

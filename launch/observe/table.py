@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpdist_launch.observe.queue import WaitingJob
+from dpdist_launch.observe.queue import ComingJob
 from dpdist_launch.observe.snapshot import Snapshot
 
 #: Title, whether it is a number, and when there is no room for all: the highest goes first.
@@ -47,11 +47,12 @@ def text(runs: Sequence[Snapshot], *, width: int) -> str:
     return "\n".join(cut(line.rstrip(), width) for line in lines)
 
 
-def waiting(jobs: Sequence[WaitingJob], *, width: int) -> str:
+def coming(jobs: Sequence[ComingJob], *, width: int) -> str:
     """Jobs that have no directory yet: why each waits, and its command; no line is longer than `width`."""
-    lines = ["in the queue; a job that sbatch sent makes its directory as it begins:"]
+    lines = ["no directory yet (a job that sbatch sent makes it as it begins):"]
     for job in jobs[:_MOST]:
-        lines += [f"    job {job.number}{_why(job.reason, job.start)}", f"        {job.command}"]
+        why = _why(job.reason, job.start) if job.state == "PENDING" else f": {job.state}"
+        lines += [f"    job {job.number}{why}", f"        {job.command}"]
     if len(jobs) > _MOST:
         lines.append(f"    and {len(jobs) - _MOST} more; `squeue --me` has all")
     return "\n".join(cut(line, width) for line in lines)

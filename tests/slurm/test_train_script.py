@@ -292,7 +292,7 @@ def test_a_job_that_waits_is_seen_before_it_has_a_directory(
     monkeypatch.chdir(tmp_path)
     try:
         assert main(["status", "--json"]) == 0
-        mine, default = json.loads(observed.capsys.readouterr().out)["waiting"]
+        mine, default = json.loads(observed.capsys.readouterr().out)["coming"]
         assert (mine["number"], mine["reason"], mine["run_dir"]) == (sent[0], "JobHeldUser", str(run.root))
         assert (default["number"], default["command"], default["run_dir"]) == (sent[1], SCRIPT.name, None)
         assert main(["status", str(run.root)]) == 0
@@ -300,7 +300,7 @@ def test_a_job_that_waits_is_seen_before_it_has_a_directory(
         assert f"job {sent[0]} waits: JobHeldUser\n        train_80gpu.sh config.yaml --run-dir" in shown
         assert sent[1] not in shown
         assert main(["status", str(tmp_path / "another")]) == 2
-        assert "there is no such directory, and no waiting job names it" in observed.capsys.readouterr().err
+        assert "there is no such directory, and no job in the queue names it" in observed.capsys.readouterr().err
     finally:
         subprocess.run(["scancel", *sent], env=os.environ | slurm, check=True)
 

@@ -58,6 +58,7 @@ LANES = {
     "tests/joint/test_views.py": COMPUTE,
     "tests/joint/test_registry.py": WAIT,
     "tests/launch": WAIT,
+    "tests/launch/test_coming_jobs.py": FAST,
     "tests/launch/test_data_describe.py": FAST,
     "tests/launch/test_logs.py": FAST,
     "tests/launch/test_logs.py::test_it_follows_until_the_run_has_ended": WAIT,

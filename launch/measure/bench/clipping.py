@@ -275,10 +275,10 @@ def _prepare(
     """
     programs: dict[str, Program] = {}
     references: dict[bool, Sums] = {}
-    slowest: dict[str, float] = {}  # by framework: one that compiles says nothing of one that does not
+    spent: list[tuple[str, float]] = []  # the framework and the seconds of each arm so far
     for arm in _in_order(measured, hurry=until < math.inf):
         result, began = results[arm.name], clock()
-        if programs and began + slowest.get(arm.framework, 0.0) >= until:
+        if spent and began + _expected(arm, spent) >= until:
             result["failed"] = NO_TIME
             continue
         try:
@@ -305,11 +305,17 @@ def _prepare(
         called = clock()
         program.run()
         result["second_call_seconds"] = clock() - called
-        slowest[arm.framework] = max(slowest.get(arm.framework, 0.0), clock() - began)
+        spent.append((arm.framework, clock() - began))
         after_arm()
     if arms.SGD not in programs:
         raise RuntimeError(f"plain SGD does not run: {results[arms.SGD]['failed']}")
     return programs
+
+
+def _expected(arm: Arm, spent: Sequence[tuple[str, float]]) -> float:
+    """Seconds until an arm is ready: of its framework's slowest; of a new framework's first, the quickest of all."""
+    alike = [seconds for framework, seconds in spent if framework == arm.framework]
+    return max(alike) if alike else min(seconds for _, seconds in spent)
 
 
 def _in_order(measured: Sequence[Arm], *, hurry: bool) -> list[Arm]:
