@@ -61,9 +61,9 @@ def test_a_step_that_fails_or_hangs_costs_neither_its_own_results_nor_the_others
                 "hangs",
                 "sys.stderr.write('dpdist: step 3\\nW1128 09:11:54.227383 1 x.cc:9] SIGTERM\\n'); sys.stderr.flush(); "
                 "time.sleep(60)",
-                limit=1.5,
+                limit=5.0,
             ),
-            fake("stubborn", "import signal; signal.signal(15, signal.SIG_IGN); time.sleep(60)", limit=1.5),
+            fake("stubborn", "import signal; signal.signal(15, signal.SIG_IGN); time.sleep(60)", limit=5.0),
             fake("killed", "import os; os.kill(os.getpid(), 9)"),
             Step(name="silent", limit=60, command=lambda context: ["true"], result="silent.json"),
             fake("last"),
@@ -72,7 +72,7 @@ def test_a_step_that_fails_or_hangs_costs_neither_its_own_results_nor_the_others
         seconds=600,
         write_page=write_page,
     )
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 50  # and not the 60 s that either sleeps
     told = content["steps"]
     assert {name: step["status"] for name, step in told.items()} == {
         "first": "ok",
@@ -149,7 +149,7 @@ sys.exit(command.main(["--to", {str(tmp_path)!r}]))
 
 def test_the_command_measures_on_a_processor_what_it_measures_on_a_gpu(tmp_path: Path) -> None:
     only = "facts,gamma,roofline,clipping-mnist"
-    done = script("--tiny", "--only", only, "--minutes", "5", "--to", str(tmp_path / "new" / "gpu"))
+    done = script("--tiny", "--only", only, "--minutes", "30", "--to", str(tmp_path / "new" / "gpu"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 of 4 steps went well" in done.stdout
     content = json.loads((tmp_path / "new" / "gpu" / "gpu.json").read_text())

@@ -21,6 +21,7 @@ _MEASURED = [
     (r"ETA [\d:]+", "ETA N"),
     (r"fullest over mean [\d.]+", "fullest over mean N"),  # of samples that are drawn for it, as is padding
     (r"padding [\d.]+%", "padding N%"),
+    (r"about [\d.]+ (\w+), [\d.]+ node-", r"about N \1, N node-"),  # which padding is a part of
     (
         r"[\d.]+ \w+ temporary; at most [\d.]+ \w+ at once",
         "N temporary; at most N at once",
