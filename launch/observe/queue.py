@@ -1,4 +1,6 @@
-"""What SLURM says of jobs, in one question for all of them, and within a bound: a login node must answer without it.
+"""What SLURM says of the jobs of runs, and of those whose run has no directory yet: one question each, within a bound.
+
+A login node must answer without SLURM, too.
 
 The controller forgets a job minutes after its end. Of a run that never began nothing else says what became of it, so
 the accounting is asked too, where there is one.

@@ -144,7 +144,11 @@ def _below(directory: Path) -> Iterator[Path]:
 def _as_text(options: argparse.Namespace) -> str:
     found = screen(options.dirs)
     width = min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns)
-    lines = [table.text(found.runs, width=width)] if found.runs else [] if found.coming else [f"no runs in {_DEFAULT}"]
+    lines = []
+    if found.runs:
+        lines.append(table.text(found.runs, width=width))
+    elif not found.coming:
+        lines.append(f"no runs in {_DEFAULT}")
     if found.failure is not None and found.submitted:
         lines.append(table.cut(f"states are the runs' own: {found.failure}", width))
     if found.coming:

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from dpdist.errors import InputError
+from dpdist_launch.measure.bench.progress import to_stderr
 from dpdist_launch.paths import path_argument
 
 _CLIPPING = """\
@@ -171,7 +172,7 @@ def _memory(options: argparse.Namespace) -> int:
         sizes=sizes,
         limits=limits,
         target=options.target,
-        progress=lambda line: print(f"dpdist: {line}", file=sys.stderr, flush=True),
+        progress=to_stderr,
     )
     print(memory.text(content), end="")
     if options.to is not None:
