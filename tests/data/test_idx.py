@@ -140,7 +140,8 @@ def test_a_corrupt_gzip_file_is_refused(tmp_path: Path, place: int) -> None:
     (tmp_path / "x.gz").write_bytes(packed)
     with pytest.raises(InputError, match=r"is damaged: gzip says .* expected .* found") as caught:
         read_idx(tmp_path / "x.gz")
-    assert "0x" not in str(caught.value)  # no checksum of the content, which would let anyone confirm a guess of it
+    said = str(caught.value).replace(str(tmp_path), "")
+    assert "0x" not in said  # no checksum of the content, which would let anyone confirm a guess of it
 
 
 def test_swapped_files_are_noticed(tmp_path: Path) -> None:

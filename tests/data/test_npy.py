@@ -89,7 +89,7 @@ def test_a_pickle_named_npy_is_refused_unopened(tmp_path: Path) -> None:
     (tmp_path / "train_label.npy").write_bytes(b"cos\nabort\n(tR.")  # would end the process if unpickled
     with pytest.raises(InputError, match=r"train_label\.npy'.*cannot be read") as caught:
         open_npy(tmp_path)
-    assert "abo" not in str(caught.value)  # nor is a file that is no array quoted
+    assert "abort" not in str(caught.value).replace(str(tmp_path), "")  # nor is a file that is no array quoted
 
 
 @pytest.mark.parametrize("size", [0, 40, 200], ids=["empty", "header cut", "values cut"])

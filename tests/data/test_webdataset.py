@@ -73,7 +73,7 @@ def refused(path: Path, message: str, private: str = "", **settings: Any) -> Non
         said.append(str(chain))
         chain = chain.__cause__
     assert private in " ".join(said[1:])
-    assert private == "" or private not in said[0]
+    assert private == "" or private not in said[0].replace(str(path), "")  # the path is public, and has random letters
 
 
 def test_images_and_classes_come_back_as_written_over_all_shards_in_any_order(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_damaged_image_is_named_by_shard_and_file_in_private_alone(tmp_path: P
         read_rows(train, np.array([2]))
     assert isinstance(caught.value.__cause__, BadRecordError)
     assert "who.png of train-1.tar" in str(caught.value.__cause__)
-    assert "who" not in str(caught.value)
+    assert "who" not in str(caught.value).replace(str(tmp_path), "")
 
 
 def test_another_record_is_another_fingerprint(tmp_path: Path) -> None:
