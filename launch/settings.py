@@ -16,7 +16,7 @@ from dpdist.config import SECTIONS, setting_names
 from dpdist.config.nearest import nearest
 from dpdist.config.section import fields_of, meanings
 from dpdist.errors import InputError
-from dpdist.mechanism.incarnation import step_settings
+from dpdist.run.step_settings import step_settings
 
 KEPT, NEW, REFUSED = "kept", "new incarnation", "refused"
 

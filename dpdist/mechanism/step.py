@@ -29,7 +29,8 @@ from jax import dtypes, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Float32
 
-from dpdist.mechanism.clipping import GradSum, trainable, with_frozen
+from dpdist.mechanism.clipping import GradSum
+from dpdist.mechanism.clipping.paths import trainable, with_frozen
 from dpdist.mechanism.grid import to_grid
 from dpdist.mechanism.keys import Keys
 from dpdist.mechanism.noise import block_size, integer_noise

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from dpdist import config as config_module
 from dpdist.errors import InputError
-from dpdist.mechanism.clipping import matching, paths_of
+from dpdist.mechanism.clipping.paths import matching, paths_of
 from dpdist.models import Model
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Array
 
 from dpdist.config.lora import FIELD, Lora
 from dpdist.errors import InputError
-from dpdist.mechanism.clipping import paths_of
+from dpdist.mechanism.clipping.paths import paths_of
 from dpdist.models import Model
 from dpdist.models.adapters import ADAPTERS, A, B, LoraStandardisedConv, obstacle
 from dpdist.models.nnx_model import NnxModel, from_nnx

@@ -23,7 +23,8 @@ from dpdist.data.checks import require_below, require_values
 from dpdist.data.sources import Source, read_rows
 from dpdist.data.units import MASK, UnitSource
 from dpdist.errors import InputError
-from dpdist.mechanism.clipping import UnsupportedLossError, trainable
+from dpdist.mechanism.clipping import UnsupportedLossError
+from dpdist.mechanism.clipping.paths import trainable
 from dpdist.mechanism.ledger import Plan
 from dpdist.mechanism.step import StepPrograms, StepSpec, TrainState
 from dpdist.models.augment import augmentation

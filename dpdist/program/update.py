@@ -12,7 +12,7 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float32
 
-from dpdist.mechanism.clipping import trainable, with_frozen
+from dpdist.mechanism.clipping.paths import trainable, with_frozen
 from dpdist.mechanism.step import TrainState, Update
 
 

@@ -15,10 +15,10 @@ from dpdist import config as config_module
 from dpdist.config import Config
 from dpdist.config import file as configfile
 from dpdist.errors import InputError
-from dpdist.mechanism.incarnation import step_settings
 from dpdist.mechanism.keys import SECRET_BYTES, Secret
 from dpdist.run.layout import DONE, RunPaths
 from dpdist.run.progress import say
+from dpdist.run.step_settings import step_settings
 
 
 class RunDirectory(RunPaths):

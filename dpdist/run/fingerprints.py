@@ -21,8 +21,9 @@ from dpdist.cluster.join import PINNED
 from dpdist.cluster.world import World
 from dpdist.config import Config, flatten
 from dpdist.config.user_code import library_versions, module_sources
-from dpdist.mechanism.incarnation import StepInputs, settings_digest
+from dpdist.mechanism.incarnation import StepInputs
 from dpdist.mechanism.keys import Secret
+from dpdist.run.step_settings import settings_digest
 
 _PACKAGE = Path(__file__).parents[1]
 #: Files of `dpdist/program/` that decide what a step computes.

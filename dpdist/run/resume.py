@@ -11,12 +11,13 @@ from typing import Any
 
 from dpdist.config import Config, flatten
 from dpdist.errors import InputError
-from dpdist.mechanism.incarnation import ResumePoint, StepInputs, reasons_for_new_incarnation, step_settings
+from dpdist.mechanism.incarnation import ResumePoint, StepInputs, reasons_for_new_incarnation
 from dpdist.mechanism.keys import Secret, fresh_nonce
 from dpdist.mechanism.ledger import Ledger, LedgerError, Plan
 from dpdist.run.checkpoint import Checkpoints
 from dpdist.run.directory import RunDirectory
 from dpdist.run.progress import say
+from dpdist.run.step_settings import step_settings
 
 #: Settings that say which records are tested on, and those that may.
 SPLIT = ("data.split_seed", "data.test_fraction")

@@ -18,8 +18,8 @@ from typing import Any
 from dpdist import config as config_module
 from dpdist.config import Config
 from dpdist.errors import InputError
-from dpdist.mechanism.incarnation import settings_digest
 from dpdist.run.directory import RunDirectory, write_atomically
+from dpdist.run.step_settings import settings_digest
 from dpdist_launch.slurm.check import require_runnable
 from dpdist_launch.slurm.job import TrainingJob, attach, job_folder
 from dpdist_launch.slurm.request import Request

@@ -13,10 +13,10 @@ from dpdist.joint import selection
 from dpdist.joint.selection import Law
 from dpdist.mechanism.accounting import ORDERS
 from dpdist.mechanism.composition import Phase
-from dpdist.mechanism.incarnation import step_settings
 from dpdist.run.calibration import UnreachableBudgetError
 from dpdist.run.fingerprints import CODE_SETTINGS, environment, modules_digest, step_code_digest
 from dpdist.run.plan import rate_and_steps
+from dpdist.run.step_settings import step_settings
 from dpdist_launch.tune.metric import Metric
 from dpdist_launch.tune.space import Space
 

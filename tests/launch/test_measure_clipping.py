@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from dpdist.config import Model
-from dpdist.mechanism.clipping import METHODS, paths_of
+from dpdist.mechanism.clipping import METHODS
+from dpdist.mechanism.clipping.paths import paths_of
 from dpdist.models import build
 from dpdist_launch.cli import main
 from dpdist_launch.measure.bench import arms, clipping, naive, peers, table

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from dpdist.config import Model
-from dpdist.mechanism.clipping import paths_of
+from dpdist.mechanism.clipping.paths import paths_of
 from dpdist.models import build, example_loss
 from dpdist.program.device_rates import PEAK_RATES, device_rates, faster, table_name
 from dpdist.program.gradients import choose_strategies

@@ -11,7 +11,7 @@ import pytest
 from dpdist import config
 from dpdist.config.section import fields_of
 from dpdist.errors import InputError
-from dpdist.mechanism.incarnation import step_settings
+from dpdist.run.step_settings import step_settings
 from dpdist_launch.cli import main
 from dpdist_launch.settings import FIXED, KEPT, NEW, REFUSED, as_markdown, settings
 

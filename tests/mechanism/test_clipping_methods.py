@@ -15,8 +15,9 @@ from jax.sharding import Mesh, PartitionSpec
 from test_clipping import clipped, flat, one_by_one
 from zoo import EXAMPLES, ZOO, Case, mixed_precision, normal
 
-from dpdist.mechanism.clipping import UnsupportedLossError, clipped_grad_sum, trainable
+from dpdist.mechanism.clipping import UnsupportedLossError, clipped_grad_sum
 from dpdist.mechanism.clipping.norms import Product, Side, squared_norm
+from dpdist.mechanism.clipping.paths import trainable
 from dpdist.program.gradients import choose_strategies
 
 #: Method, strategies, and the relative error allowed: ghost, forced on long products, has a wider margin.

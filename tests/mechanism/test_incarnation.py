@@ -10,15 +10,7 @@ from typing import Any
 import pytest
 from test_ledger import PLAN
 
-from dpdist.config import Config, Privacy, Training, flatten
-from dpdist.mechanism.incarnation import (
-    MAY_CHANGE,
-    ResumePoint,
-    StepInputs,
-    reasons_for_new_incarnation,
-    settings_digest,
-    step_settings,
-)
+from dpdist.mechanism.incarnation import ResumePoint, StepInputs, reasons_for_new_incarnation
 from dpdist.mechanism.ledger import Ledger
 
 INPUTS = StepInputs(environment="jax 1 on cpu", settings="s", code="c", data="d")
@@ -114,23 +106,3 @@ def test_behind_a_saved_checkpoint_a_new_one_always_begins(ledger: Ledger) -> No
 def test_a_damaged_checkpoint_counts_though_nobody_noted_it(ledger: Ledger) -> None:
     assert reasons(ledger, step=20, damaged=25) == ["checkpoint 25 is gone, and 20 is older"]
     assert reasons(ledger, step=10, damaged=25) == ["checkpoint 25 is gone, and 10 is older"]
-
-
-def test_what_may_change_is_a_list_of_settings_that_exist_and_everything_else_counts() -> None:
-    settings = flatten(Config(privacy=Privacy(enabled=False), training=Training(steps=1)))
-    for free in MAY_CHANGE:
-        assert any(name.startswith(free) if free.endswith(".") else name == free for name in settings), free
-    counted = step_settings(settings)
-    for name in settings:
-        changed = settings_digest(settings | {name: "other"}) != settings_digest(settings)
-        assert changed == (name in counted), name
-    assert {name.partition(".")[0] for name in counted} == {
-        "data", "model", "optimizer", "privacy", "sampling", "training"
-    }  # fmt: skip
-    assert not [
-        name for name in settings if name.startswith(("privacy.", "optimizer.", "model.")) and name not in counted
-    ]
-
-
-def test_a_setting_whose_name_begins_like_a_free_one_counts() -> None:
-    assert step_settings({"data.path": 1, "data.path_of_labels": 2, "run.dir": 3}) == {"data.path_of_labels": 2}

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from dpdist import models
-from dpdist.mechanism.clipping import clipped_grad_sum, trainable
+from dpdist.mechanism.clipping import clipped_grad_sum
+from dpdist.mechanism.clipping.paths import trainable
 
 #: Compiling takes longer than running.
 QUICK = {"xla_backend_optimization_level": 0}

@@ -16,7 +16,7 @@ from by_hand import assert_exact
 from dpdist import config, models
 from dpdist.config.lora import read
 from dpdist.errors import InputError
-from dpdist.mechanism.clipping import paths_of
+from dpdist.mechanism.clipping.paths import paths_of
 from dpdist.models.frozen import frozen_paths
 from dpdist.models.lora import merged
 

@@ -17,7 +17,7 @@ from flax import nnx
 from dpdist import config, models
 from dpdist.config.lora import read
 from dpdist.errors import InputError
-from dpdist.mechanism.clipping import paths_of
+from dpdist.mechanism.clipping.paths import paths_of
 from dpdist.models.frozen import frozen_paths
 from dpdist.models.lora import merged, with_lora
 from dpdist.models.nnx_model import from_nnx

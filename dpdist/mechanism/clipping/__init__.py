@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from dpdist.mechanism.clipping.bookkeeping import bookkeeping_grad_sum
-from dpdist.mechanism.clipping.paths import matching, paths_of, trainable, with_frozen
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
 from dpdist.mechanism.clipping.separate import UnsupportedLossError
 from dpdist.mechanism.clipping.strategy import LeafStrategy, Preference, smaller, strategies_of
@@ -35,10 +34,6 @@ __all__ = [
     "UnsupportedLossError",
     "clipped_grad_sum",
     "in_parts",
-    "matching",
-    "paths_of",
-    "trainable",
-    "with_frozen",
 ]
 
 

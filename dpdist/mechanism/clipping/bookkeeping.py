@@ -17,18 +17,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Float32
 
 from dpdist.mechanism.clipping.factors import Factors
 from dpdist.mechanism.clipping.flatten import call, shape_of
-from dpdist.mechanism.clipping.graph import Changes, Graph, Use, Values, read, trace
+from dpdist.mechanism.clipping.graph import Graph, Use, Values, read, trace
 from dpdist.mechanism.clipping.norms import Product, Side, squared_norm
 from dpdist.mechanism.clipping.paths import trainable
 from dpdist.mechanism.clipping.per_example import per_example_grad_sum
 from dpdist.mechanism.clipping.separate import UnsupportedLossError, for_each
 from dpdist.mechanism.clipping.strategy import LeafStrategy, length_of, sides_swapped, size_of
 from dpdist.mechanism.clipping.tensor_cores import UNIT_ROUNDOFF, contribution_bound
-from dpdist.mechanism.clipping.tensor_products import Format, fitted, folded, format_of, product, terms_of_products
+from dpdist.mechanism.clipping.tensor_products import Format, changes, folded, product, roundings, terms_of_products
 from dpdist.mechanism.clipping.weights import (
     Norms,
     is_short,
@@ -133,10 +134,11 @@ class _Pass:
         self._examples, self._tensor = examples, tensor
         #: By use; a use without factors is instantiated through its derivative.
         self._factors = {u: each for u, each in enumerate(factors) if each is not None}
-        self._formats = {u: self._format(u) for u in self._factors}
+        ghosts = {u for group in self.ghosts for u in group}
+        self._rounding = roundings(graph, self._factors, ghosts, tensor)
+        settle = changes(graph, self._factors, self._rounding)
         self._shared = graph.compute_params(leaves)
         zero = jnp.zeros_like(shape_of(graph.example[-1]))  # see `trace`
-        settle = self._settle()
         shifts = [[jnp.zeros_like(shape_of(use.equation.outvars[j])) for j in use.outputs] for use in graph.uses]
 
         def one_example(*columns: Array) -> tuple[Any, Any]:
@@ -150,6 +152,7 @@ class _Pass:
         #: For every use, the gradients at its outputs and its equation's data-derived inputs, with leading axis p.
         with deriving():
             self._at_outputs, self._operands = for_each(one_example, examples, *batch)
+        self._order()
         self._instantiated = self._instantiate()
 
     @property
@@ -185,57 +188,42 @@ class _Pass:
         return sums
 
     def _weighted_use(self, u: int, scale: Float32[Array, " p"], used: Bool[Array, " p"]) -> Float32[Array, "..."]:
-        factors, fmt = self._factors[u], self._formats[u]
+        factors, (fmt, finite, *_) = self._factors[u], self._rounding[u]
         left, right = self._rows(u)
         if factors.one_hot:
             rows = jnp.where(used[:, None], left, -1).reshape(-1)
             found = _product(factors, rows, folded(scale, used, right, "float32").reshape(1, -1, factors.n), "float32")
         else:
             sides, folds = [left, right], 0 if fmt != "float32" and factors.weighted_left else 1
-            if not self._finite(u):
+            if not finite:
                 sides = [jnp.where(used[:, None, None, None], side, 0) for side in sides]
             sides[folds] = folded(scale, used, (left, right)[folds], fmt)
             found = product("pgtm,pgtn->gmn", sides[0], sides[1], fmt)
         return _to_leaf(factors, factors.arrange(found))
 
-    def _format(self, u: int) -> Format:
-        """Return the format of the factors of use `u`: one for all uses of a parameter."""
-        if not self._tensor:
-            return "float32"
-        uses = self._graph.uses
-        alike = {v: each for v, each in self._factors.items() if uses[v].leaves == uses[u].leaves}
-        operands = [each.data for each in alike.values() if not each.one_hot]
-        return format_of([shape_of(v).dtype for v in (*operands, *(uses[v].equation.outvars[0] for v in alike))])
-
-    def _finite(self, u: int) -> bool:
-        """Return whether the factors of use `u` are finite: in bfloat16, inner products tell what was not."""
-        return self._formats[u] == "bfloat16" and any(u in group for group in self.ghosts)
-
-    def _reads_all(self, u: int) -> bool:
-        """Return whether every entry of the data operand of use `u` is in its left factor."""
-        return self._graph.uses[u].equation.primitive.name == "dot_general"
-
-    def _settle(self) -> dict[Any, Changes]:
-        """Return how bfloat16 factors are rounded where they arise: the loss reads the arrays that clipping reads."""
-        short = {u: each for u, each in self._factors.items() if self._formats[u] == "bfloat16"}
-        at = {self._graph.uses[u].equation.outvars[0]: self._finite(u) for u in short}
-        # Not what a convolution reads: it may skip entries, which others read and no inner product would tell of.
-        finite = {each.data for u, each in short.items() if self._finite(u) and self._reads_all(u)}
-        of = {each.data: each.data in finite for each in short.values() if not each.one_hot}
-        return {v: (_in_place(of.get(v)), _in_place(at.get(v))) for v in (*of, *at)}
+    def _order(self) -> None:
+        """Let A wait for a G: XLA would compute A A^T in the forward pass, and keep it until there is a G G^T."""
+        waiting: dict[Any, Array] = {}
+        for u, (_, finite, *in_place) in self._rounding.items():
+            if finite and all(in_place):
+                data, operands = self._factors[u].data, self._operands[u]
+                if data not in waiting:
+                    both = operands[self._factors[u].operand], self._at_outputs[u][0]
+                    waiting[data], self._at_outputs[u][0] = lax.optimization_barrier(both)
+                operands[self._factors[u].operand] = waiting[data]
 
     def _rows(self, u: int) -> tuple[Array, Array]:
         """Return the left and right factor of use `u`, with leading axis p."""
-        factors, fmt = self._factors[u], self._formats[u]
+        factors, rounding = self._factors[u], self._rounding[u]
         left, right = self._operands[u][factors.operand], self._at_outputs[u][0]
-        if not factors.one_hot and not (fmt == "bfloat16" and self._reads_all(u)):
-            left = fitted(left, fmt, finite=self._finite(u))
-        return jax.vmap(factors.left)(left), jax.vmap(factors.right)(right if fmt == "bfloat16" else fitted(right, fmt))
+        left = left if factors.one_hot or rounding.operand else rounding.copy(left)
+        right = right if rounding.output else rounding.copy(right)
+        return jax.vmap(factors.left)(left), jax.vmap(factors.right)(right)
 
     def _group_norms(self, group: Sequence[int]) -> Norms:
         """Return the norms of the summed gradients of all uses in a group."""
         uses = [u for u in group if u in self._factors]
-        factors, fmt = [self._factors[u] for u in uses], self._formats[uses[0]]
+        factors, fmt = [self._factors[u] for u in uses], self._rounding[uses[0]].fmt
         bound = partial(_bounds_in_float64, factors) if fmt == "float32" else partial(_bounds_in, fmt, factors)
 
         def one_example(rows: list[tuple[Array, Array]]) -> Norms:
@@ -259,7 +247,7 @@ class _Pass:
                 continue
             if u in self._factors:
                 factors = self._factors[u]
-                gradient = jax.vmap(partial(_product, factors, fmt=self._formats[u]))(*self._rows(u))
+                gradient = jax.vmap(partial(_product, factors, fmt=self._rounding[u].fmt))(*self._rows(u))
                 if factors.view is not None:
                     found[factors.view.leaf].append(_Instantiated(gradient, partial(_leaf_of, factors)))
                     continue
@@ -320,10 +308,6 @@ class _Pass:
         return {n: rounded_float32(gradient) for n, gradient in zip(reached, found, strict=True)}
 
 
-def _in_place(finite: bool | None) -> Callable[[Array], Array]:
-    return (lambda x: x) if finite is None else partial(fitted, fmt="bfloat16", finite=finite)
-
-
 def _bounds_in_float64(factors: Sequence[Factors], products: Sequence[Product]) -> Norms:
     """Return the norms of one example's gradient that is summed in float32."""
     square, terms = squared_norm(products)
@@ -357,9 +341,8 @@ def _product(factors: Factors, left: Array, right: Array, fmt: Format) -> Float3
     if factors.one_hot:
         # Row -1 means no row. Indexing would count it from the end, so move it out of range, where `drop` ignores it.
         rows = jnp.where(left >= 0, left, factors.m)
-        return (
-            jnp.zeros((1, factors.m, factors.n), jnp.float32).at[0, rows].add(right[0].astype(jnp.float32), mode="drop")
-        )
+        zeros = jnp.zeros((1, factors.m, factors.n), jnp.float32)
+        return zeros.at[0, rows].add(right[0].astype(jnp.float32), mode="drop")
     order = "gtm,gtn->gnm" if _transposed(factors) else "gtm,gtn->gmn"
     return product(order, left, right, fmt)
 

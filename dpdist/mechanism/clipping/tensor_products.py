@@ -1,25 +1,31 @@
 """Norms and weighted sums from factors in a short format, whose products run on tensor cores.
 
-Both factors are rounded once: to bfloat16 if the model computes in it, where they arise, so that the loss reads the
-same arrays; to TF32 otherwise. Every product of them has float32 output, and `tensor_cores` bounds what it may lose.
-`Precision.HIGH` is TF32 on GPUs that have it and float32 elsewhere: either multiplies TF32 numbers exactly. Long rows
-are multiplied in pieces.
+Both factors are rounded once: to bfloat16 if the model computes in it, to TF32 otherwise. That is done in place, where
+they arise, so that the loss reads the same arrays; but float32 values only if nothing but products reads them, whose
+operands tensor cores round anyway: the loss stays what it is. All others are rounded in copies.
+
+Every product of factors has float32 output, and `tensor_cores` bounds what it may lose. `Precision.HIGH` is TF32 on
+GPUs that have it and float32 elsewhere: either multiplies TF32 numbers exactly. Long rows are multiplied in pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from itertools import combinations_with_replacement
 from operator import add
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Bool, Float32
 
+from dpdist.mechanism.clipping.factors import Factors
+from dpdist.mechanism.clipping.flatten import shape_of
+from dpdist.mechanism.clipping.graph import Changes, Graph
 from dpdist.mechanism.clipping.norms import Product, Side, blocks, inner_products, merged
 from dpdist.mechanism.clipping.tensor_cores import LONGEST, PIECE, Found, Terms, row_norms, terms_of
 from dpdist.mechanism.clipping.weights import rounded_float32
@@ -30,9 +36,66 @@ Format = Literal["float32", "tf32", "bfloat16"]
 _SMALLEST_SPLIT = 1024
 
 
-def format_of(dtypes: Sequence[Any]) -> Format:
-    """Return the format that factors of these dtypes are rounded to: bfloat16, float16 and TF32 all fit TF32."""
-    return "bfloat16" if all(dtype == jnp.bfloat16 for dtype in dtypes) else "tf32"
+#: The precisions of a product whose float32 operands tensor cores may round.
+_LOOSE = (None, (lax.Precision.DEFAULT,) * 2, (lax.Precision.HIGH,) * 2)
+
+
+class Rounding(NamedTuple):
+    """How the factors of one use are rounded."""
+
+    fmt: Format
+    #: Whether what is not finite becomes the largest number: the inner products of rows, which are taken, tell of it.
+    finite: bool
+    #: Whether the data operand, and the gradient at the output, are rounded in place.
+    operand: bool
+    output: bool
+
+    def copy(self, x: Array) -> Array:
+        """Return x rounded."""
+        return fitted(x, self.fmt, finite=self.finite)
+
+
+def roundings(
+    graph: Graph, factors: Mapping[int, Factors], ghosts: Collection[int], tensor: bool
+) -> dict[int, Rounding]:
+    """Return the rounding of every use that has factors.
+
+    Args:
+        ghosts: the uses whose inner products of rows are taken.
+        tensor: without it, nothing is rounded for tensor cores.
+    """
+    found = {}
+    for u, each in factors.items():
+        equation, fmt = graph.uses[u].equation, _format(graph, factors, u) if tensor else "float32"
+        finite = tensor and u in ghosts
+        readers = [reader for reader in graph.closed.jaxpr.eqns if any(v is each.data for v in reader.invars)]
+        # A convolution may skip entries, which others read and no inner product would tell of.
+        whole = equation.primitive.name == "dot_general" or not finite
+        operand = not each.one_hot and whole and _in_place(fmt, each.data, readers)
+        found[u] = Rounding(fmt, finite, operand, _in_place(fmt, equation.outvars[0], [equation]))
+    return found
+
+
+def changes(graph: Graph, factors: Mapping[int, Factors], found: Mapping[int, Rounding]) -> dict[Any, Changes]:
+    """Return what becomes of the values that are rounded in place: see `Graph.compute_loss`."""
+    operands = {factors[u].data: each for u, each in sorted(found.items(), key=lambda x: x[1].finite) if each.operand}
+    outputs = {graph.uses[u].equation.outvars[0]: each for u, each in found.items() if each.output}
+    values, gradients = ({v: each.copy for v, each in places.items()} for places in (operands, outputs))
+    return {v: (values.get(v, lambda x: x), gradients.get(v, lambda x: x)) for v in (*values, *gradients)}
+
+
+def _format(graph: Graph, factors: Mapping[int, Factors], u: int) -> Format:
+    """Return the format of use `u`, which is that of all uses of a parameter; float16, too, fits TF32."""
+    alike = [(v, each) for v, each in factors.items() if graph.uses[v].leaves == graph.uses[u].leaves]
+    places = [graph.uses[v].equation.outvars[0] for v, _ in alike] + [f.data for _, f in alike if not f.one_hot]
+    return "bfloat16" if all(shape_of(v).dtype == jnp.bfloat16 for v in places) else "tf32"
+
+
+def _in_place(fmt: Format, value: Any, readers: Sequence[JaxprEqn]) -> bool:
+    """Return whether a value with these readers, or the gradient at it, is rounded in place."""
+    products = [each for each in readers if each.primitive.name in ("dot_general", "conv_general_dilated")]
+    anyway = len(products) == len(readers) and all(each.params["precision"] in _LOOSE for each in products)
+    return fmt == "bfloat16" or (fmt == "tf32" and anyway and shape_of(value).dtype == jnp.float32)
 
 
 def fitted(x: Array, fmt: Format, *, finite: bool = False) -> Array:

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpdist.mechanism.clipping import GradSum, paths_of
+from dpdist.mechanism.clipping import GradSum
+from dpdist.mechanism.clipping.paths import paths_of
 from dpdist_launch.measure.bench.tasks import Problem
 
 #: Gradient sums by the path of their parameter.

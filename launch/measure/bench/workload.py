@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpdist.mechanism.clipping import paths_of
 from dpdist.mechanism.clipping.factors import Factors
+from dpdist.mechanism.clipping.paths import paths_of
 from dpdist.mechanism.clipping.strategy import Strategy
 from dpdist.models import build, example_loss
 from dpdist.program.gradients import choose_strategies

@@ -18,7 +18,7 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import Tensor, nn
 
-from dpdist.mechanism.clipping import paths_of
+from dpdist.mechanism.clipping.paths import paths_of
 from dpdist_launch.measure.bench.peers.torch_models import torch_model
 from dpdist_launch.measure.bench.program import Arm, Program, Sums
 from dpdist_launch.measure.bench.tasks import Problem
