@@ -210,11 +210,10 @@ def _shared(group: Sequence[Factors], share: dict[int, int]) -> int:
 
 
 def _folding(group: Sequence[Factors], at: Setting, share: dict[int, int]) -> float:
-    """Seconds to read the smaller factor and write it with the weight; in TF32, also to copy and mask the other."""
+    """Seconds to read the smaller factor and write it with the weight; the other is read as the loss stored it."""
     moved = 0.0
     for use in group:
-        left, right = 0.0 if use.one_hot else use.m / _shared(group, share), float(use.n)
-        columns = left + right if at.format != "bf16" else left if use.weighted_left else right
+        columns = use.m / _shared(group, share) if use.weighted_left else use.n
         moved += use.length * use.groups * columns
     return at.moved(2 * at.wide * moved)
 
