@@ -271,6 +271,24 @@ def test_an_example_is_left_out_even_if_its_finite_stand_in_has_an_ordinary_grad
     assert (flat(function(params, batch, np.ones(3, np.float32))[0]) == expected).all()
 
 
+@pytest.mark.parametrize("names", ["ab", "ba"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_an_example_is_left_out_whose_data_an_instantiated_product_reads_too(names: str, dtype: Any) -> None:
+    """`b` needs no finite stand-in, but `a` has the weight in its other factor: 0 times NaN would be in the sum."""
+    batch, mask = {"x": normal(1, 3, 2, 8).astype(dtype)}, np.float32([1, 0, 1])
+
+    def loss(p: Any, e: Any) -> Any:
+        return sum(jnp.sum(jnp.tanh(e["x"] @ p[name].astype(dtype)).astype(jnp.float32)) for name in names)
+
+    params = {"a": normal(2, 8, 4), "b": normal(3, 8, 4)}
+    how = {"a": "ghost", "b": "instantiate"}
+    function = jax.jit(clipped_grad_sum(loss, clip_norm=0.5, precision="tensor", strategies=how))
+    expected = flat(function(params, batch, mask)[0])
+    batch["x"][1, 1, 3] = np.nan
+    assert (flat(function(params, batch, np.ones(3, np.float32))[0]) == expected).all()
+    assert np.isfinite(expected).all()
+
+
 @pytest.mark.parametrize("term", ["instantiate", "mean"])
 def test_a_pixel_that_a_convolution_skips_is_not_made_finite_for_what_reads_it(term: str) -> None:
     """It is in none of the convolution's inner products, so nothing would tell that the rest of the gradient is not."""
