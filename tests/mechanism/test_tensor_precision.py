@@ -201,18 +201,21 @@ def test_inner_products_of_data_wait_for_the_backward_pass(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "also_read", "exact"),
-    [(None, False, False), ("high", False, False), ("highest", False, True), (None, True, True)],
+    ("precision", "also", "exact"),
+    [(None, "", False), ("high", "", False), ("highest", "", True), (None, "sum", True), (None, "dot", True)],
 )
 def test_a_float32_value_is_rounded_in_place_only_where_products_alone_read_it(
-    precision: Any, also_read: bool, exact: bool
+    precision: Any, also: str, exact: bool
 ) -> None:
     """A core rounds 1 + 2^-12 to 1 for a product, unless it is asked not to; nobody rounds it for anything else."""
 
     def loss(p: Any, e: Any) -> Any:
         x = e["x"] * e["x"]
         y = jnp.matmul(x, p["w"], precision=precision) - 4096
-        return jnp.sum(y**2) + (jnp.sum(x) * p["s"] if also_read else 0)
+        more = {"": lambda: 0, "sum": lambda: jnp.sum(x), "dot": lambda: jnp.vdot(x, x)}[
+            also
+        ]  # no core rounds for these
+        return jnp.sum(y**2) + more() * p["s"]
 
     batch = {"x": np.sqrt(np.full((1, 3, 1), 1 + 2.0**-12)).astype(np.float32)}
     params = {"w": np.full((1, 1), 4096, np.float32), "s": np.float32(0)}
@@ -222,7 +225,9 @@ def test_a_float32_value_is_rounded_in_place_only_where_products_alone_read_it(
     )
     # The gradient at y is 2 (y - 4096), three times, where the loss read 1 + 2^-12, and 0 where it read 1.
     np.testing.assert_allclose(sums["w"], 6.0 if exact else 0.0, rtol=1e-2)
-    np.testing.assert_allclose(sums["s"], 3 * (1 + 2.0**-12) if also_read else 0.0, rtol=2.0**-16)
+    np.testing.assert_allclose(
+        sums["s"], {"": 0, "sum": 3 + 3 * 2.0**-12, "dot": 3 + 6 * 2.0**-12}[also], rtol=2.0**-16
+    )
 
 
 @pytest.mark.parametrize(("m", "n", "side"), [(4, 32, 0), (32, 4, 1), (32, 32, 0)])

@@ -44,7 +44,7 @@ def tied_embeddings() -> Case:
 
 
 def out_of_range(mode: str) -> Case:
-    """Indices outside the table: filled with a constant, or clamped to its ends."""
+    """Indices outside the table: filled with a constant, or clamped to its ends, with a gradient there or without."""
     batch = {"ids": np.array([[0, 4, 7], [-1, 1, 1], [5, 5, 5], [9, 9, 0], [4, 3, 2], [4, 4, 4]], np.int32)}
 
     def loss(params: Any, example: Any) -> Any:
@@ -329,6 +329,7 @@ ZOO: dict[str, Callable[[], Case]] = {
     "tied embeddings": tied_embeddings,
     "filled": partial(out_of_range, "fill"),
     "clipped": partial(out_of_range, "clip"),
+    "promised": partial(out_of_range, "promise_in_bounds"),
     "weight standardisation": weight_standardisation,
     "strided": partial(convolution, window_strides=(2, 3)),
     "dilated": partial(convolution, rhs_dilation=(2, 1), padding=((2, 1), (0, 3))),

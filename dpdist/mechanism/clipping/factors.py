@@ -122,7 +122,7 @@ def _gather(params: dict[str, Any], position: int, avals: Sequence[Any], out: An
     )
     if not whole_rows:
         return None
-    drop = params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    clamp = params["mode"] == lax.GatherScatterMode.CLIP
     length, n = math.prod(indices.shape[:-1]), math.prod(row)
 
     def left(x: Array) -> Array:
@@ -130,9 +130,9 @@ def _gather(params: dict[str, Any], position: int, avals: Sequence[Any], out: An
         if jnp.issubdtype(rows.dtype, jnp.unsignedinteger) and rows.dtype.itemsize >= 4:
             rows = jnp.minimum(rows, rows.dtype.type(table.shape[0]))
         rows = rows.astype(jnp.int64 if rows.dtype.itemsize == 8 else jnp.int32)  # shorter ones may not hold the bounds
-        # A row out of range is either filled with a constant, so it has no gradient, or clamped to the nearest row.
+        # A row out of range has no gradient, in JAX's default mode too, unless it is asked to be the nearest row.
         outside = (rows < 0) | (rows >= table.shape[0])
-        return jnp.where(outside, -1, rows) if drop else jnp.clip(rows, 0, table.shape[0] - 1)
+        return jnp.clip(rows, 0, table.shape[0] - 1) if clamp else jnp.where(outside, -1, rows)
 
     return Factors(
         view=view,

@@ -1,8 +1,8 @@
 """Norms and weighted sums from factors in a short format, whose products run on tensor cores.
 
 Both factors are rounded once: to bfloat16 if the model computes in it, to TF32 otherwise. That is done in place, where
-they arise, so that the loss reads the same arrays; but float32 values only if nothing but products reads them, whose
-operands tensor cores round anyway: the loss stays what it is. All others are rounded in copies.
+they arise, so that the loss reads the same arrays; but float32 values only if nothing but products with parameters
+reads them, whose operands tensor cores round anyway: there the loss stays what it is. Others are rounded in copies.
 
 Every product of factors has float32 output, and `tensor_cores` bounds what it may lose. `Precision.HIGH` is TF32 on
 GPUs that have it and float32 elsewhere: either multiplies TF32 numbers exactly. Long rows are multiplied in pieces.
@@ -71,8 +71,8 @@ def roundings(
         readers = [reader for reader in graph.closed.jaxpr.eqns if any(v is each.data for v in reader.invars)]
         # A convolution may skip entries, which others read and no inner product would tell of.
         whole = equation.primitive.name == "dot_general" or not finite
-        operand = not each.one_hot and whole and _in_place(fmt, each.data, readers)
-        found[u] = Rounding(fmt, finite, operand, _in_place(fmt, equation.outvars[0], [equation]))
+        operand = not each.one_hot and whole and _in_place(graph, fmt, each.data, readers)
+        found[u] = Rounding(fmt, finite, operand, _in_place(graph, fmt, equation.outvars[0], [equation]))
     return found
 
 
@@ -91,10 +91,11 @@ def _format(graph: Graph, factors: Mapping[int, Factors], u: int) -> Format:
     return "bfloat16" if all(shape_of(v).dtype == jnp.bfloat16 for v in places) else "tf32"
 
 
-def _in_place(fmt: Format, value: Any, readers: Sequence[JaxprEqn]) -> bool:
+def _in_place(graph: Graph, fmt: Format, value: Any, readers: Sequence[JaxprEqn]) -> bool:
     """Return whether a value with these readers, or the gradient at it, is rounded in place."""
-    products = [each for each in readers if each.primitive.name in ("dot_general", "conv_general_dilated")]
-    anyway = len(products) == len(readers) and all(each.params["precision"] in _LOOSE for each in products)
+    # An inner product of data with data is a multiplication and a sum for XLA. What has a precision is a product.
+    of_data = any(all(graph.origin(v).data for v in each.invars) for each in readers)
+    anyway = not of_data and all(each.params.get("precision", "none") in _LOOSE for each in readers)
     return fmt == "bfloat16" or (fmt == "tf32" and anyway and shape_of(value).dtype == jnp.float32)
 
 
