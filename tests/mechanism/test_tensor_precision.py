@@ -212,10 +212,8 @@ def test_a_float32_value_is_rounded_in_place_only_where_products_alone_read_it(
     def loss(p: Any, e: Any) -> Any:
         x = e["x"] * e["x"]
         y = jnp.matmul(x, p["w"], precision=precision) - 4096
-        more = {"": lambda: 0, "sum": lambda: jnp.sum(x), "dot": lambda: jnp.vdot(x, x)}[
-            also
-        ]  # no core rounds for these
-        return jnp.sum(y**2) + more() * p["s"]
+        also_reads = {"": lambda: 0, "sum": lambda: jnp.sum(x), "dot": lambda: jnp.vdot(x, x)}
+        return jnp.sum(y**2) + also_reads[also]() * p["s"]
 
     batch = {"x": np.sqrt(np.full((1, 3, 1), 1 + 2.0**-12)).astype(np.float32)}
     params = {"w": np.full((1, 1), 4096, np.float32), "s": np.float32(0)}

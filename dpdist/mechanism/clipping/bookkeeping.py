@@ -188,14 +188,14 @@ class _Pass:
         return sums
 
     def _weighted_use(self, u: int, scale: Float32[Array, " p"], used: Bool[Array, " p"]) -> Float32[Array, "..."]:
-        factors, (fmt, finite, *_) = self._factors[u], self._rounding[u]
+        factors, fmt = self._factors[u], self._rounding[u].fmt
         left, right = self._rows(u)
         if factors.one_hot:
             rows = jnp.where(used[:, None], left, -1).reshape(-1)
             found = _product(factors, rows, folded(scale, used, right, "float32").reshape(1, -1, factors.n), "float32")
         else:
             sides, folds = [left, right], 0 if fmt != "float32" and factors.weighted_left else 1
-            if not finite:
+            if not self._rounding[u].finite:
                 sides = [jnp.where(used[:, None, None, None], side, 0) for side in sides]
             sides[folds] = folded(scale, used, (left, right)[folds], fmt)
             found = product("pgtm,pgtn->gmn", sides[0], sides[1], fmt)
@@ -204,8 +204,8 @@ class _Pass:
     def _order(self) -> None:
         """Let A wait for a G: XLA would compute A A^T in the forward pass, and keep it until there is a G G^T."""
         waiting: dict[Any, Array] = {}
-        for u, (_, finite, *in_place) in self._rounding.items():
-            if finite and all(in_place):
+        for u, rounding in self._rounding.items():
+            if rounding.finite and rounding.operand and rounding.output:
                 data, operands = self._factors[u].data, self._operands[u]
                 if data not in waiting:
                     both = operands[self._factors[u].operand], self._at_outputs[u][0]

@@ -10,7 +10,7 @@ GPUs that have it and float32 elsewhere: either multiplies TF32 numbers exactly.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from itertools import combinations_with_replacement
 from operator import add
@@ -34,8 +34,6 @@ from dpdist.mechanism.clipping.weights import rounded_float32
 Format = Literal["float32", "tf32", "bfloat16"]
 #: With fewer rows than this, one large product is faster on tensor cores than the ten small ones of four blocks.
 _SMALLEST_SPLIT = 1024
-
-
 #: The precisions of a product whose float32 operands tensor cores may round.
 _LOOSE = (None, (lax.Precision.DEFAULT,) * 2, (lax.Precision.HIGH,) * 2)
 
@@ -55,9 +53,7 @@ class Rounding(NamedTuple):
         return fitted(x, self.fmt, finite=self.finite)
 
 
-def roundings(
-    graph: Graph, factors: Mapping[int, Factors], ghosts: Collection[int], tensor: bool
-) -> dict[int, Rounding]:
+def roundings(graph: Graph, factors: Mapping[int, Factors], ghosts: set[int], tensor: bool) -> dict[int, Rounding]:
     """Return the rounding of every use that has factors.
 
     Args:
@@ -68,7 +64,7 @@ def roundings(
     for u, each in factors.items():
         equation, fmt = graph.uses[u].equation, _format(graph, factors, u) if tensor else "float32"
         finite = tensor and u in ghosts
-        readers = [reader for reader in graph.closed.jaxpr.eqns if any(v is each.data for v in reader.invars)]
+        readers = (reader for reader in graph.closed.jaxpr.eqns if any(v is each.data for v in reader.invars))
         # A convolution may skip entries, which others read and no inner product would tell of.
         whole = equation.primitive.name == "dot_general" or not finite
         operand = not each.one_hot and whole and _in_place(graph, fmt, each.data, readers)
@@ -91,12 +87,15 @@ def _format(graph: Graph, factors: Mapping[int, Factors], u: int) -> Format:
     return "bfloat16" if all(shape_of(v).dtype == jnp.bfloat16 for v in places) else "tf32"
 
 
-def _in_place(graph: Graph, fmt: Format, value: Any, readers: Sequence[JaxprEqn]) -> bool:
+def _in_place(graph: Graph, fmt: Format, value: Any, readers: Iterable[JaxprEqn]) -> bool:
     """Return whether a value with these readers, or the gradient at it, is rounded in place."""
-    # An inner product of data with data is a multiplication and a sum for XLA. What has a precision is a product.
-    of_data = any(all(graph.origin(v).data for v in each.invars) for each in readers)
-    anyway = not of_data and all(each.params.get("precision", "none") in _LOOSE for each in readers)
-    return fmt == "bfloat16" or (fmt == "tf32" and anyway and shape_of(value).dtype == jnp.float32)
+
+    def rounds(reader: JaxprEqn) -> bool:
+        # An inner product of data with data is a multiplication and a sum for XLA. What has a precision is a product.
+        with_parameter = any(not graph.origin(v).data for v in reader.invars)
+        return with_parameter and reader.params.get("precision", "none") in _LOOSE
+
+    return fmt == "bfloat16" or (fmt == "tf32" and shape_of(value).dtype == jnp.float32 and all(map(rounds, readers)))
 
 
 def fitted(x: Array, fmt: Format, *, finite: bool = False) -> Array:
