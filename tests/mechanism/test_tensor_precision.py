@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -212,7 +213,8 @@ def test_a_float32_value_is_rounded_in_place_only_where_products_alone_read_it(
     def loss(p: Any, e: Any) -> Any:
         x = e["x"] * e["x"]
         y = jnp.matmul(x, p["w"], precision=precision) - 4096
-        also_reads = {"": lambda: 0, "sum": lambda: jnp.sum(x), "dot": lambda: jnp.vdot(x, x)}
+        with_itself = partial(lax.dot_general, x, x, (((0, 1), (0, 1)), ((), ())))
+        also_reads = {"": lambda: 0, "sum": lambda: jnp.sum(x), "dot": with_itself}
         return jnp.sum(y**2) + also_reads[also]() * p["s"]
 
     batch = {"x": np.sqrt(np.full((1, 3, 1), 1 + 2.0**-12)).astype(np.float32)}
